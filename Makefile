@@ -1,0 +1,59 @@
+# One command per wish. `make install` works on a machine with nothing but Python >= 3.11 and a package index.
+#
+#   make install      .venv with torch by its exact pin, then this project in editable mode under constraints.txt
+#   make quickstart   a real 2-process packed fine-tune with answers before and after, into runs/quickstart
+#   make check        format, lint, types, import contracts, shell scripts
+#   make test         the default suite        make test-fast   without the tests that start processes
+#   make test-gpu     tests and measurements that need one CUDA device
+#   make clean        remove caches and builds (keeps .venv and runs/)
+#
+# Another interpreter: make install PYTHON=python3.12
+# Another torch build: make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed.stamp
+TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+SCRIPTS := $(wildcard launch/*.sh slurm/*.sbatch) .ci/run
+
+.PHONY: install quickstart check test test-fast test-gpu clean
+.DELETE_ON_ERROR:
+
+install: $(STAMP)
+
+# Repeated only when what is to be installed changes; an interrupted install leaves no stamp and starts again.
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is missing or older than 3.11: install one and name it, e.g. make install PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) cannot create virtual environments: apt-get install python3-venv" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH) -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' -c constraints.txt
+	@touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/sft-dist quickstart
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/shellcheck $(SCRIPTS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu || test $$? -eq 5  # 5: no test selected
+	$(BIN)/python benchmarks/gpu_check.py
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

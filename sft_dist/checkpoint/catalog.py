@@ -1,0 +1,75 @@
+"""The checkpoints of a run folder as seen from outside: listed and proven, never changed. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from sft_dist.checkpoint.manifest import fault, folder_step, read_manifest, step_name
+from sft_dist.errors import CheckpointError
+
+FOLDER_NAME = "checkpoints"
+_SET_ASIDE = re.compile(r"step-\d{8,}\.bad-\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One committed folder. `fault` is None when it is good (or was not asked for)."""
+
+    path: Path
+    step: int
+    num_bytes: int
+    world_size: int
+    written: str
+    fault: str | None = None
+
+
+def folders(run_dir: str | Path) -> list[Path]:
+    """Committed checkpoint folders, oldest step first."""
+    steps = {path: folder_step(path) for path in (Path(run_dir) / FOLDER_NAME).glob("step-*") if path.is_dir()}
+    return sorted((path for path, step in steps.items() if step is not None), key=lambda path: steps[path] or 0)
+
+
+def set_aside(run_dir: str | Path) -> list[Path]:
+    """Folders that were found bad and renamed, by name."""
+    return sorted(p for p in (Path(run_dir) / FOLDER_NAME).glob("step-*.bad-*") if _SET_ASIDE.fullmatch(p.name))
+
+
+def list_checkpoints(run_dir: str | Path, *, prove: bool = False) -> list[Checkpoint]:
+    """Every committed checkpoint, oldest first; with `prove` every file is read and compared with its SHA-256.
+
+    Raises CheckpointError when `run_dir` does not exist.
+    """
+    if not Path(run_dir).is_dir():
+        raise CheckpointError(f"{run_dir}: no such run folder")
+    return [_describe(path, prove) for path in folders(run_dir)]
+
+
+def find(run_dir: str | Path, step: int | None = None) -> Path:
+    """The folder of `step`, else of the newest good one; raises CheckpointError when it is absent or bad."""
+    if step is not None:
+        path = Path(run_dir) / FOLDER_NAME / step_name(step)
+        if not path.is_dir():
+            steps = ", ".join(str(folder_step(p)) for p in folders(run_dir)) or "none"
+            raise CheckpointError(f"{run_dir}: no checkpoint of step {step}; there are: {steps}")
+        if found := fault(path):
+            raise CheckpointError(f"{path}: {found}")
+        return path
+    faults = {}
+    for path in reversed(folders(run_dir)):
+        if (found := fault(path)) is None:
+            return path
+        faults[path.name] = found
+    told = "; ".join(f"{name}: {text}" for name, text in faults.items())
+    raise CheckpointError(f"{run_dir}: " + (f"no good checkpoint ({told})" if faults else "no checkpoint yet"))
+
+
+def _describe(path: Path, prove: bool) -> Checkpoint:
+    step = folder_step(path) or 0
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError as error:
+        return Checkpoint(path, step, 0, 0, "", str(error).removeprefix(f"{path}/"))
+    found = fault(path) if prove else None
+    return Checkpoint(path, step, manifest.num_bytes, manifest.world_size, manifest.written, found)

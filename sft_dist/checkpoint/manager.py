@@ -1,0 +1,259 @@
+"""Resumable state on disk: written to a fresh folder, proven, then committed by one rename.
+
+    checkpoints/.tmp-<random>/      every rank writes and fsyncs its safetensors shards here (DCP, no pickle)
+      -> every rank hashes what it wrote; rank 0 checks that exactly these files are there
+      -> manifest.json, fsync of it and of the folder
+    checkpoints/step-00000100/      rename, fsync of the parent: from here on it is a checkpoint
+      -> only then older ones are deleted
+
+A kill, a full disk or an error at any point leaves either the old state or the new one, never a mixture: no existing
+folder is ever written into. Loading reads nothing before its SHA-256 was compared; a bad checkpoint is renamed aside
+with a notice and the next older good one is used. Every public method is collective: all ranks call it.
+
+Plain tensors (one process, DDP) are written once, spread over the ranks; DTensors (FSDP2) by their shards. Both read
+back into any number of ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sft_dist.checkpoint.catalog import FOLDER_NAME, folders, set_aside
+from sft_dist.checkpoint.disk import check_space, free_name, fsync_path, rename_fresh, storage_errors
+from sft_dist.checkpoint.manifest import (
+    FileEntry,
+    Manifest,
+    content_fault,
+    folder_fault,
+    folder_step,
+    hash_file,
+    read_manifest,
+    step_name,
+    write_manifest,
+)
+from sft_dist.checkpoint.ranks import Ranks
+from sft_dist.checkpoint.shards import (
+    check_finite,
+    check_same,
+    describe_tensors,
+    num_bytes,
+    read_shards,
+    shard_pattern,
+    write_shards,
+)
+from sft_dist.errors import CheckpointError, StorageError
+
+PARTIAL_PREFIX = ".tmp-"
+FAIL_POINTS = (
+    "before write",
+    "after write",
+    "before manifest",
+    "after manifest",
+    "before rename",
+    "after rename",
+    "after commit",
+    "while deleting",
+)
+
+
+def print_notice(text: str) -> None:
+    """One line for the user on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class CheckpointManager:
+    """Saves, finds and loads the checkpoints of one run folder; hold the run's lock while one exists.
+
+    `keep` newest ones stay. `notice` gets each line that a user should see (rank 0 only). `fail_point` is called with
+    each name of FAIL_POINTS as the commit passes it: tests kill the process there.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        keep: int = 2,
+        *,
+        notice: Callable[[str], None] = print_notice,
+        fail_point: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self.run_dir, self.keep = Path(run_dir), keep
+        self.folder = self.run_dir / FOLDER_NAME
+        self.ranks = Ranks()
+        self._notice, self._fail_point = notice, fail_point
+        self._proven: set[Path] = set()
+        self._on_main(self._clear_leftovers)
+
+    # ---- saving
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
+        """Commit `tensors` (each at least 1-dim) and the JSON value `meta` as the state of `step`; returns the folder.
+
+        A good checkpoint of that step is left as it is. Raises, on all ranks alike, StorageError when it cannot be
+        written and NonFiniteError when a tensor holds a NaN or infinity; older checkpoints are untouched then.
+        """
+        target = self.folder / step_name(step)
+        if self.ranks.from_main(target.exists()) and self._is_good(target):
+            return target
+        partial = self.folder / f"{PARTIAL_PREFIX}{self.ranks.from_main(secrets.token_hex(8))}"
+        try:
+            self._write(partial, tensors)
+            manifest = Manifest(
+                step=step,
+                files=self._hash_written(partial),
+                tensors=describe_tensors(tensors),
+                meta=dict(meta),
+                versions=_versions(),
+                world_size=self.ranks.world_size,
+                written=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            )
+            self._on_main(lambda: self._commit(partial, target, manifest))
+        except BaseException:
+            if self.ranks.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        self._proven.add(target)
+        self._on_main(self._retire)
+        return target
+
+    def _write(self, partial: Path, tensors: Mapping[str, Tensor]) -> None:
+        with self.ranks.together():
+            check_finite(tensors)
+        self._on_main(lambda: self._make_room(partial, num_bytes(tensors)))
+        self._fail_point("before write")
+        with self.ranks.together():
+            write_shards(partial, tensors, self.ranks)
+        self._fail_point("after write")
+
+    def _make_room(self, partial: Path, size: int) -> None:
+        check_space(self.folder, size)
+        partial.mkdir()
+
+    def _hash_written(self, partial: Path) -> dict[str, FileEntry]:
+        """Sizes and digests of the files of all ranks; each rank makes its own durable and hashes them."""
+        mine: dict[str, list[int | str]] = {}
+        with self.ranks.together(), storage_errors(partial):
+            for path in sorted(partial.glob(shard_pattern(self.ranks.rank))):
+                fsync_path(path)
+                entry = hash_file(path)
+                mine[path.name] = [entry.size, entry.sha256]
+        return {name: FileEntry(*entry) for part in self.ranks.gather(mine) for name, entry in part.items()}
+
+    def _commit(self, partial: Path, target: Path, manifest: Manifest) -> None:
+        present = {entry.name for entry in os.scandir(partial)}
+        if present != set(manifest.files):
+            raise StorageError(f"{partial}: holds {sorted(present)} where {sorted(manifest.files)} were written")
+        self._fail_point("before manifest")
+        write_manifest(partial, manifest)
+        self._fail_point("after manifest")
+        fsync_path(partial)
+        self._fail_point("before rename")
+        rename_fresh(partial, target)
+        self._fail_point("after rename")
+        fsync_path(self.folder)
+        self._fail_point("after commit")
+
+    def _retire(self) -> None:
+        """Delete all but the `keep` newest; each loses its name by one rename before its files go."""
+        for path in folders(self.run_dir)[: -self.keep]:
+            doomed = self.folder / f"{PARTIAL_PREFIX}{secrets.token_hex(8)}"
+            path.rename(doomed)
+            self._fail_point("while deleting")
+            shutil.rmtree(doomed)
+
+    # ---- loading
+
+    def newest_good(self) -> Path | None:
+        """The newest checkpoint whose every file is proven; None when this run has never committed one.
+
+        Bad ones are renamed aside, one notice each. Raises CheckpointError when there are only bad ones: a run that
+        had state never starts again from nothing by itself.
+        """
+        for name in self.ranks.from_main([path.name for path in reversed(folders(self.run_dir))]):
+            if self._is_good(self.folder / name):
+                return self.folder / name
+        if bad := self.ranks.from_main([path.name for path in set_aside(self.run_dir)]):
+            raise CheckpointError(
+                f"{self.folder}: every checkpoint is bad ({', '.join(bad)}): "
+                f"restore one from a copy, or start over in another run.dir"
+            )
+        return None
+
+    def load(self, path: str | Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Read the checkpoint at `path` into `tensors` in place and return its `meta`.
+
+        Names, dtypes and global shapes must be the checkpoint's, sharding may differ. Raises CheckpointError naming
+        the first bad file or tensor.
+        """
+        folder = Path(path)
+        if folder not in self._proven and (found := self._fault(folder)):
+            raise CheckpointError(f"{folder}: {found}")
+        with self.ranks.together():
+            manifest = read_manifest(folder)
+            check_same(folder, manifest, tensors)
+        with self.ranks.together():
+            read_shards(folder, tensors, self.ranks)
+        return dict(manifest.meta)
+
+    def _is_good(self, path: Path) -> bool:
+        """Prove `path`; a bad one is renamed aside with a notice."""
+        found = None if path in self._proven else self._fault(path)
+        if found is None:
+            self._proven.add(path)
+            return True
+        self._on_main(lambda: self._set_aside(path, found))
+        return False
+
+    def _fault(self, path: Path) -> str | None:
+        """The first fault of a checkpoint, the same on all ranks; each rank hashes its share of the files."""
+        found: str | None = None
+        with self.ranks.together():
+            try:
+                manifest = read_manifest(path)
+            except CheckpointError as error:
+                found = str(error).removeprefix(f"{path}/")
+            else:
+                share = sorted(manifest.files)[self.ranks.rank :: self.ranks.world_size]
+                found = folder_fault(path, manifest) or content_fault(path, manifest, share)
+        return next((text for text in self.ranks.gather(found) if text is not None), None)
+
+    def _set_aside(self, path: Path, found: str) -> None:
+        aside = free_name(path)
+        path.rename(aside)
+        fsync_path(self.folder)
+        self._notice(f"checkpoint of step {folder_step(path)} is bad: {found}; set aside as {aside.name}")
+
+    # ---- shared
+
+    def _on_main(self, action: Callable[[], None]) -> None:
+        """Run `action` on rank 0; its error, if any, is raised on all ranks."""
+        with self.ranks.together():
+            if self.ranks.is_main:
+                with storage_errors(self.folder):
+                    action()
+
+    def _clear_leftovers(self) -> None:
+        """Remove what earlier, killed saves left behind; the run's lock says that nobody is writing there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(f"{PARTIAL_PREFIX}*"):
+            shutil.rmtree(leftover)
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the libraries that shape the numbers; those that are not installed are left out."""
+    found = {}
+    for name in ("torch", "transformers", "peft", "safetensors", "sft_dist"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

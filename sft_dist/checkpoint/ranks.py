@@ -1,0 +1,64 @@
+"""What the ranks of a checkpoint say to each other: small JSON values over a gloo group of their own.
+
+No pickled objects: bytes of JSON travel as uint8 tensors. Every method is collective; without a process group there is
+one rank, and nothing is sent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sft_dist.errors import CheckpointError, NonFiniteError, SftError, StorageError
+
+_KINDS: dict[str, type[SftError]] = {kind.__name__: kind for kind in (StorageError, CheckpointError, NonFiniteError)}
+
+
+class Ranks:
+    """Rank, world size, and the three things that ranks do together: tell, gather, agree on an error."""
+
+    def __init__(self) -> None:
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.rank = dist.get_rank() if self.group is not None else 0
+        self.world_size = dist.get_world_size() if self.group is not None else 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON value, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(data)]), group=self.group)
+        width = max(int(size) for size in sizes)
+        padded = torch.zeros(width, dtype=torch.uint8)
+        padded[: len(data)] = data
+        parts = [torch.zeros(width, dtype=torch.uint8) for _ in range(self.world_size)]
+        dist.all_gather(parts, padded, group=self.group)
+        return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's JSON value on every rank; what the others hand in is not read."""
+        return self.gather(value if self.is_main else None)[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block on every rank: an SftError on any rank is raised on all, naming the first rank that had it."""
+        caught: SftError | None = None
+        try:
+            yield
+        except SftError as error:
+            caught = error
+        failures = self.gather(None if caught is None else [type(caught).__name__, str(caught)])
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                text = failure[1] if self.world_size == 1 else f"rank {rank}: {failure[1]}"
+                raise _KINDS.get(failure[0], CheckpointError)(text) from caught

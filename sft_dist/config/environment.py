@@ -1,0 +1,216 @@
+"""What `accelerate launch` and `deepspeed` put in the environment: adopted, or refused with the difference shown.
+
+accelerate hands its flags and its config file to workers as ACCELERATE_* and FSDP_* variables and expects the script
+to obey them. A setting that the recipe leaves at its default is taken over; one that contradicts the recipe, or that
+this trainer cannot do, is a ConfigError; one that changes nothing here is told. Nothing is ignored in silence.
+
+It also finds the launcher that was told to start N processes and started one: `accelerate launch --cpu
+--num_processes 2` runs the script once and mentions the 2 nowhere (accelerate 1.15, `simple_launcher`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sft_dist.config.schema import Recipe
+from sft_dist.errors import ConfigError
+
+PRECISIONS = {"bf16": "bfloat16", "no": "float32"}
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+PARALLEL_SIZES = ("DP_REPLICATE_SIZE", "TP_SIZE", "CP_SIZE", "SP_SIZE")
+OFF = frozenset({"", "0", "no", "none", "false", "default"})
+REMEDY = (
+    "use accelerate launch --multi_gpu --num_processes {n} -m sft_dist.train ..., or sft-dist train ... --nproc {n}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """One setting of a launcher in our words: `variable=said` means `key=value`."""
+
+    variable: str
+    said: str
+    key: str
+    value: Any
+
+
+def check_launcher(
+    recipe: Recipe, environ: MutableMapping[str, str] = os.environ, launchers: Sequence[Sequence[str]] = ()
+) -> tuple[Recipe, list[str]]:
+    """The recipe with the launcher's settings adopted, and one line for each thing worth telling.
+
+    `launchers` are the command lines of the launchers above this process. Raises ConfigError on a contradiction, on a
+    setting that cannot be had, and when fewer processes run than were asked for. ACCELERATE_USE_CPU hides the GPUs by
+    setting CUDA_VISIBLE_DEVICES in `environ`, so call this before CUDA is touched.
+    """
+    check_world(environ, launchers)
+    _refuse_unavailable(environ)
+    notices = []
+    for wish in _wishes(environ, launchers):
+        recipe, notice = _adopt(recipe, wish)
+        notices += notice
+    if _is_on(environ, "ACCELERATE_USE_CPU"):
+        environ["CUDA_VISIBLE_DEVICES"] = ""
+    if environ.get("ACCELERATE_MIXED_PRECISION") == "no" and recipe.precision.compute != "float32":
+        notices.append(f"accelerate was given no --mixed_precision: precision.compute={recipe.precision.compute} holds")
+    return recipe, notices + [f"{name}={environ[name]} has no effect here" for name in _unused(environ)]
+
+
+def check_world(environ: Mapping[str, str], launchers: Sequence[Sequence[str]] = ()) -> None:
+    """Raise ConfigError when a launcher was told to start more processes than it did."""
+    started = int(environ.get("WORLD_SIZE", 1))
+    asked = _asked_of_accelerate(environ, launchers)
+    if asked is not None and asked != str(started):
+        raise ConfigError(
+            f"accelerate launch was told to start {asked} processes and started {started} "
+            f"(without --multi_gpu it runs the script once): {REMEDY.format(n=asked)}"
+        )
+    for name in MPI_SIZES:
+        if int(environ.get(name, 1)) > 1 and "RANK" not in environ:
+            raise ConfigError(
+                f"{name}={environ[name]} but RANK is not set: start workers with torchrun or sft-dist, not mpirun"
+            )
+
+
+def _asked_of_accelerate(environ: Mapping[str, str], launchers: Sequence[Sequence[str]]) -> str | None:
+    """How many processes accelerate was told to start, None when it says nothing.
+
+    Its command line says it; else, where only its config file does, a MASTER_ADDR beside no RANK gives it away: it sets
+    the address only for more than one process, and a launcher that really starts several sets RANK.
+    """
+    for argv in launchers:
+        if _is_accelerate(argv) and (value := _option(argv, "num_processes")) is not None:
+            return value
+    is_script_run_once = "ACCELERATE_USE_CPU" in environ and "RANK" not in environ
+    return "N" if is_script_run_once and "MASTER_ADDR" in environ else None
+
+
+def _wishes(environ: Mapping[str, str], launchers: Sequence[Sequence[str]]) -> list[Wish]:
+    """What the launcher asks for, where this trainer has a word for it."""
+    found = [_precision_wish(environ, launchers)]
+    found.append(_flag_wish(environ, "ACCELERATE_USE_FSDP", "parallel.strategy", "fsdp2"))
+    if _is_on(environ, "ACCELERATE_USE_FSDP"):
+        found.append(_flag_wish(environ, "FSDP_ACTIVATION_CHECKPOINTING", "memory.activation_checkpointing", "full"))
+    if environ.get("ACCELERATE_DYNAMO_BACKEND", "").upper() == "INDUCTOR":
+        found.append(Wish("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "precision.compile", True))
+    if (clip := environ.get("ACCELERATE_GRADIENT_CLIPPING", "none")).lower() not in OFF:
+        found.append(Wish("ACCELERATE_GRADIENT_CLIPPING", clip, "optim.max_grad_norm", float(clip)))
+    return [wish for wish in found if wish is not None]
+
+
+def _precision_wish(environ: Mapping[str, str], launchers: Sequence[Sequence[str]]) -> Wish | None:
+    """`no` counts only where somebody wrote it: accelerate also sets it when nobody asked for anything."""
+    said = environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
+    is_written = any(_is_accelerate(argv) and _option(argv, "mixed_precision") for argv in launchers)
+    if not said or (said == "no" and not is_written):
+        return None
+    if said not in PRECISIONS:
+        raise ConfigError(f"ACCELERATE_MIXED_PRECISION={said}: not available; use bf16 or no (precision.compute)")
+    return Wish("ACCELERATE_MIXED_PRECISION", said, "precision.compute", PRECISIONS[said])
+
+
+def _flag_wish(environ: Mapping[str, str], variable: str, key: str, value: Any) -> Wish | None:
+    return Wish(variable, environ[variable], key, value) if _is_on(environ, variable) else None
+
+
+def _adopt(recipe: Recipe, wish: Wish) -> tuple[Recipe, list[str]]:
+    """Take the wish over where the recipe is silent; nothing to do where they agree; ConfigError where they differ."""
+    section_name, name = wish.key.split(".")
+    section = getattr(recipe, section_name)
+    current = getattr(section, name)
+    if current == wish.value:
+        return recipe, []
+    if name in section.model_fields_set and current != "auto":
+        raise ConfigError(
+            f"{wish.variable}={wish.said} means {wish.key}={wish.value}, but the recipe says {wish.key}={current}: "
+            f"change the launcher's setting or the recipe"
+        )
+    changed = section.model_copy(update={name: wish.value})
+    return recipe.model_copy(update={section_name: changed}), [
+        f"{wish.key}={wish.value} taken from {wish.variable}={wish.said}"
+    ]
+
+
+def _refuse_unavailable(environ: Mapping[str, str]) -> None:
+    """Raise ConfigError for what a launcher asks and this version cannot do."""
+    for name, reason in _unavailable(environ):
+        raise ConfigError(f"{name}={environ[name]}: {reason}")
+
+
+def _unavailable(environ: Mapping[str, str]) -> list[tuple[str, str]]:
+    found = []
+    if _is_on(environ, "ACCELERATE_USE_DEEPSPEED"):
+        found.append(
+            ("ACCELERATE_USE_DEEPSPEED", "ZeRO is not available in this version; parallel.strategy=fsdp2 shards")
+        )
+    if _is_on(environ, "ACCELERATE_USE_MEGATRON_LM"):
+        found.append(
+            ("ACCELERATE_USE_MEGATRON_LM", "not available; start with --multi_gpu, parallel.strategy=fsdp2 shards")
+        )
+    if environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("1", "auto"):
+        found.append(
+            (
+                "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+                "accumulation follows from batch.tokens_per_step: set that instead",
+            )
+        )
+    if environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in OFF | {"inductor"}:
+        found.append(("ACCELERATE_DYNAMO_BACKEND", "only inductor is available (precision.compile)"))
+    found += [
+        (f"PARALLELISM_CONFIG_{size}", "this mesh dimension is not available in this version")
+        for size in PARALLEL_SIZES
+        if _is_on(environ, "ACCELERATE_USE_PARALLELISM_CONFIG")
+        and int(environ.get(f"PARALLELISM_CONFIG_{size}", 1)) > 1
+    ]
+    return found + (_unavailable_fsdp(environ) if _is_on(environ, "ACCELERATE_USE_FSDP") else [])
+
+
+def _unavailable_fsdp(environ: Mapping[str, str]) -> list[tuple[str, str]]:
+    found = [
+        (name, "offloading is not available in this version")
+        for name in ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD")
+        if _is_on(environ, name)
+    ]
+    for name in ("FSDP_SHARDING_STRATEGY", "FSDP_RESHARD_AFTER_FORWARD"):
+        if environ.get(name, "true").lower() not in ("true", "full_shard", "1"):
+            found.append((name, "only full sharding is available (parallel.strategy=fsdp2)"))
+    return found
+
+
+def _unused(environ: Mapping[str, str]) -> list[str]:
+    """ACCELERATE_* variables that say something and that nothing above has read."""
+    read = (
+        "MIXED_PRECISION",
+        "USE_CPU",
+        "USE_FSDP",
+        "GRADIENT_CLIPPING",
+        "GRADIENT_ACCUMULATION_STEPS",
+        "DYNAMO_BACKEND",
+    )
+    names = (name for name in environ if name.startswith("ACCELERATE_"))
+    return sorted(n for n in names if n.removeprefix("ACCELERATE_") not in read and environ[n].lower() not in OFF)
+
+
+def _is_on(environ: Mapping[str, str], name: str) -> bool:
+    return environ.get(name, "").lower() in ("1", "true", "yes")
+
+
+def _is_accelerate(argv: Sequence[str]) -> bool:
+    return any(
+        word.rsplit("/", 1)[-1] in ("accelerate", "accelerate-launch") or "accelerate.commands" in word
+        for word in argv[:4]
+    )
+
+
+def _option(argv: Sequence[str], name: str) -> str | None:
+    """The value of `--name V` or `--name=V`, hyphens and underscores alike, before the script's own arguments."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        flag, separator, value = word.partition("=")
+        if flag.startswith("--") and flag[2:].replace("-", "_") == name:
+            return value if separator else following
+        if word in ("-m", "--module") or word.endswith(".py"):
+            return None
+    return None

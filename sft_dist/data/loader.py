@@ -1,0 +1,135 @@
+"""Step numbers in, this rank's batches out, the next step always being prepared in one background thread.
+
+    loader = Loader(store, plan, rank=1, world_size=2, packing="best_fit", pad_token_id=0, pad_to_multiple_of=64)
+    loaded = loader.step(17)          # any order is right; 17, 18, 19 is fast
+    for index, batch in zip(loaded.indices, loaded.batches): ...
+
+Rank r of W takes micro-batches r, W + r, 2W + r ... of the plan. Where W does not divide their number, the last round
+is filled with empty micro-batches: every rank makes the same number of forward passes. Nothing here is state: the
+position is the step number the caller asks for, prefetching is only a cache.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from dataclasses import dataclass
+
+import torch
+
+from sft_dist.data.collate import batch_digest, collate
+from sft_dist.data.plan import PackPlan
+from sft_dist.data.store import TokenStore
+from sft_dist.types import PackedBatch, StepPlan
+
+_CLOSE_SECONDS = 5.0  # a read that hangs must not keep the process from ending
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedStep:
+    """One step as this rank trains it."""
+
+    step: StepPlan  # global: the divisor of the loss is in it
+    batches: tuple[PackedBatch, ...]  # this rank's micro-batches, one per round
+    indices: tuple[int, ...]  # global number of each of them, for seeds; empty ones count on beyond the plan's
+    digest: str  # of the global batch
+
+
+class Loader:
+    """Turns a plan and a store into one rank's batches on the CPU, pinned when `device` is a CUDA device."""
+
+    def __init__(
+        self,
+        store: TokenStore,
+        plan: PackPlan,
+        *,
+        rank: int,
+        world_size: int,
+        packing: str,
+        pad_token_id: int,
+        pad_to_multiple_of: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._store, self._plan = store, plan
+        self._rank, self._world_size = rank, world_size
+        self._packing, self._pad_token_id, self._multiple = packing, pad_token_id, pad_to_multiple_of
+        self._pinned = torch.device(device).type == "cuda"
+        self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[tuple[int, LoadedStep | BaseException]] = queue.SimpleQueue()
+        self._closed = False
+        self._pending: int | None = None  # the step the thread works on, or has finished
+        self._thread = threading.Thread(target=self._prefetch, name="sft-loader", daemon=True)
+        self._thread.start()
+
+    def step(self, n: int) -> LoadedStep:
+        """This rank's part of step `n` (1-based). What went wrong in the background is raised here.
+
+        Raises IndexError outside the plan, whatever reading the store raises, and RuntimeError after `close`.
+        """
+        if self._closed:
+            raise RuntimeError("this loader is closed")
+        loaded = self._take(n)
+        if n < self._plan.num_steps:
+            self._ask(n + 1)
+        return loaded
+
+    def close(self) -> None:
+        """End the background thread. May be called twice; never waits longer than a few seconds."""
+        self._closed = True
+        self._wanted.put(None)
+        self._thread.join(timeout=_CLOSE_SECONDS)
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def build(self, n: int) -> LoadedStep:
+        """Step `n` computed here and now, without the thread: the reference for what `step` returns."""
+        step = self._plan.step(n)
+        num_rounds = -(-len(step.micro_batches) // self._world_size)
+        indices = tuple(number * self._world_size + self._rank for number in range(num_rounds))
+        batches = tuple(self._batch(step, index) for index in indices)
+        return LoadedStep(step=step, batches=batches, indices=indices, digest=batch_digest(step, self._store))
+
+    def _batch(self, step: StepPlan, index: int) -> PackedBatch:
+        micro_batch = step.micro_batches[index] if index < len(step.micro_batches) else ()
+        batch = collate(
+            micro_batch,
+            self._store,
+            packing=self._packing,
+            pad_token_id=self._pad_token_id,
+            pad_to_multiple_of=self._multiple,
+        )
+        return _pin(batch) if self._pinned else batch
+
+    def _ask(self, n: int) -> None:
+        self._pending = n
+        self._wanted.put(n)
+
+    def _take(self, n: int) -> LoadedStep:
+        if self._pending is not None:  # at most one result is under way; another step's is dropped
+            number, result = self._ready.get()
+            self._pending = None
+            if number == n:
+                if isinstance(result, BaseException):
+                    raise result
+                return result
+        return self.build(n)
+
+    def _prefetch(self) -> None:
+        while (n := self._wanted.get()) is not None:
+            try:
+                self._ready.put((n, self.build(n)))
+            except BaseException as error:  # handed to the caller, who asked for this step
+                self._ready.put((n, error))
+
+
+def _pin(batch: PackedBatch) -> PackedBatch:
+    """Page-locked copies of the tensors, so that `.to(device)` overlaps with computing."""
+    for name in ("input_ids", "labels", "loss_weights", "position_ids", "cu_seqlens", "attention_mask"):
+        tensor = getattr(batch, name)
+        if tensor is not None:
+            setattr(batch, name, tensor.pin_memory())
+    return batch

@@ -1,0 +1,305 @@
+"""Conversations into tokens with a loss weight each.
+
+    Conversation --render--> text, origin of each character --supervise--> character spans --tokenize--> loss weights
+
+The whole text is tokenized once, so tokens are what a model sees in use; a token is a target when it covers at least
+one supervised character. A template is text; bound to a tokenizer it also knows its stop texts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property, lru_cache
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sft_dist.data.builtin_templates import BUILTIN
+from sft_dist.data.provenance import REASONING
+from sft_dist.data.rendering import Rendered, compile_template, render
+from sft_dist.data.supervision import Span, Stops, Turn, find_turns, literal_after, literal_before, supervise
+from sft_dist.errors import BadRecord, ConfigError
+from sft_dist.types import Conversation, Message, TokenizedExample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PLAIN_TEXT = "{{ messages[0].content }}{{ eos_token }}"  # conversations of format `text`: role "text", no template
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """A chat template by name; `text` is its Jinja source.
+
+    `stop_text` overrides what the template itself writes behind an answer; None: found by rendering a probe.
+    """
+
+    name: str
+    text: str
+    stop_text: str | None = None
+
+    def render(
+        self,
+        conversation: Conversation,
+        *,
+        bos_token: str | None,
+        eos_token: str | None,
+        add_generation_prompt: bool = False,
+    ) -> Rendered:
+        """Text and the origin of each character. Raises BadRecord when the template refuses the conversation."""
+        tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        return self._render(conversation, {k: v for k, v in tokens.items() if v is not None}, add_generation_prompt)
+
+    def _render(self, conversation: Conversation, tokens: Mapping[str, str], prompt: bool = False) -> Rendered:
+        text = PLAIN_TEXT if _is_plain_text(conversation) else self.text
+        return render(compile_template(text), conversation, tokens, add_generation_prompt=prompt)
+
+    def bind(self, tokenizer: PreTrainedTokenizerFast) -> BoundTemplate:
+        """The template for one tokenizer; kept, so binding again is free."""
+        return _bind(self, tokenizer, len(tokenizer))
+
+    def tokenize(
+        self,
+        conversation: Conversation,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        loss_on: str,
+        prompt_loss_weight: float = 0.0,
+    ) -> TokenizedExample:
+        """One conversation as token ids int32[L] and loss weights float32[L]; raises BadRecord."""
+        result = self.tokenize_batch(
+            [conversation], tokenizer, loss_on=loss_on, prompt_loss_weight=prompt_loss_weight
+        )[0]
+        if isinstance(result, BadRecord):
+            raise result
+        return result
+
+    def tokenize_batch(
+        self,
+        conversations: Sequence[Conversation],
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        loss_on: str,
+        prompt_loss_weight: float = 0.0,
+    ) -> list[TokenizedExample | BadRecord]:
+        """All conversations with one native tokenizer call; what cannot be used comes back as its BadRecord."""
+        bound = self.bind(tokenizer)
+        results: list[TokenizedExample | BadRecord] = []
+        texts: list[str] = []
+        masks: list[list[Span]] = []
+        for conversation in conversations:
+            try:
+                text, spans = bound.supervised_text(conversation, loss_on, prompt_loss_weight)
+            except BadRecord as error:
+                results.append(_located(error, conversation))
+                continue
+            texts.append(text)
+            masks.append(spans)
+            results.append(TokenizedExample(_NO_IDS, _NO_WEIGHTS, conversation.source, conversation.id))
+        tokens = iter(zip(texts, masks, _encode(tokenizer, texts), strict=True))
+        return [one if isinstance(one, BadRecord) else bound.example(one, *next(tokens)) for one in results]
+
+    def stop_token_ids(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+        """Ids at which generation ends: stop texts that are one token, and the tokenizer's end token."""
+        ids = [token[0] for token in self.bind(tokenizer).stop_ids.values() if len(token) == 1]
+        return list(dict.fromkeys([*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]))
+
+    def stop_strings(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+        """Texts at which generation ends that are several tokens for this tokenizer."""
+        return [text for text, token in self.bind(tokenizer).stop_ids.items() if len(token) > 1]
+
+
+def resolve_template(name_or_path: str, tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
+    """`auto` (the tokenizer's own), a built-in name, or the path of a Jinja file. Raises ConfigError."""
+    if name_or_path == "auto":
+        return ChatTemplate("auto", _own_template(tokenizer))
+    if name_or_path in BUILTIN:
+        return ChatTemplate(name_or_path, BUILTIN[name_or_path])
+    path = Path(name_or_path)
+    if path.is_file():
+        try:
+            return ChatTemplate(name_or_path, path.read_bytes().decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"data.chat_template={name_or_path}: not UTF-8 at byte {error.start}") from error
+    close = get_close_matches(name_or_path, ["auto", *BUILTIN], n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise ConfigError(
+        f"data.chat_template={name_or_path}: must be auto, {', '.join(BUILTIN)} or the path of a Jinja file{hint}"
+    )
+
+
+def _own_template(tokenizer: PreTrainedTokenizerFast) -> str:
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("default")
+    if not own:
+        raise ConfigError(
+            "data.chat_template=auto: the tokenizer has no chat template of its own; "
+            f"set data.chat_template to {', '.join(BUILTIN)} or the path of a Jinja file"
+        )
+    return own
+
+
+def spans(loss_weights: np.ndarray) -> list[tuple[int, int]]:
+    """Maximal token ranges [start, end) with weight > 0, in order."""
+    edges = np.flatnonzero(np.diff((loss_weights > 0).astype(np.int8), prepend=0, append=0))
+    return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
+
+
+@lru_cache(maxsize=8)
+def _bind(template: ChatTemplate, tokenizer: PreTrainedTokenizerFast, vocabulary_size: int) -> BoundTemplate:
+    """`vocabulary_size` is part of the key because tokens can be added to a tokenizer."""
+    return BoundTemplate(template, tokenizer)
+
+
+class BoundTemplate:
+    """A template together with the tokenizer it writes for: special tokens, stop texts, where headers end."""
+
+    def __init__(self, template: ChatTemplate, tokenizer: PreTrainedTokenizerFast) -> None:
+        if not tokenizer.is_fast:
+            raise ConfigError("model.tokenizer: a fast tokenizer (tokenizer.json) is needed to place the loss mask")
+        self.template, self.tokenizer = template, tokenizer
+        self.special_tokens = {name: str(t) for name, t in tokenizer.special_tokens_map.items() if isinstance(t, str)}
+        self.eos_token: str = tokenizer.eos_token or ""
+        bos = tokenizer.bos_token if getattr(tokenizer, "add_bos_token", False) else None
+        self.bos_to_prepend: str | None = bos
+
+    @cached_property
+    def stops(self) -> Stops:
+        return Stops([*self._special_texts, *self.stop_ids])
+
+    @cached_property
+    def stop_ids(self) -> dict[str, list[int]]:
+        """Stop text -> its token ids, as the template ends a plain answer in the middle and at the end."""
+        texts = [self.template.stop_text] if self.template.stop_text else self._probe_stops()
+        return {text: self.tokenizer.encode(text, add_special_tokens=False) for text in texts}
+
+    @property
+    def _special_texts(self) -> list[str]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        return [self.eos_token, *(token.content for token in added if token.special)]
+
+    def _probe_stops(self) -> list[str]:
+        """What follows the answers of a two-turn conversation. A template that refuses it has no known stop."""
+        turns = [Message(role, word) for word in ("one", "two") for role in ("user", "assistant")]
+        specials = Stops(self._special_texts)
+        try:
+            rendered = self._render(Conversation(tuple(turns)))
+        except BadRecord:
+            return []
+        said = [turn for number, turn in find_turns(rendered.runs).items() if number % 2]
+        found = [specials.earliest(rendered.text, t.end, literal_after(rendered, t)) for t in said]
+        texts = [rendered.text[slice(*stop)] for stop in found if stop]
+        return list(dict.fromkeys(texts))
+
+    def _render(self, conversation: Conversation, prompt: bool = False) -> Rendered:
+        return self.template._render(conversation, self.special_tokens, prompt)
+
+    def supervised_text(
+        self, conversation: Conversation, loss_on: str, prompt_loss_weight: float
+    ) -> tuple[str, list[Span]]:
+        """The text to tokenize and its weighted spans; raises BadRecord.
+
+        A template that ends the last answer with nothing gets the end token behind it: without, no model would stop.
+        """
+        rendered = self._render(conversation)
+        if _is_plain_text(conversation):
+            return rendered.text, [Span(0, len(rendered.text), 1.0)]
+        if self._ends_without_stop(rendered, conversation):
+            rendered = rendered.with_literal(self.eos_token)
+        found = supervise(
+            rendered,
+            conversation,
+            stops=self.stops,
+            loss_on=loss_on,
+            prompt_loss_weight=prompt_loss_weight,
+            header_end=lambda turn: self._header_end(conversation, rendered, turn),
+        )
+        return rendered.text, found
+
+    def _ends_without_stop(self, rendered: Rendered, conversation: Conversation) -> bool:
+        last = find_turns(rendered.runs).get(len(conversation.messages) - 1)
+        if last is None or conversation.messages[-1].role != "assistant":
+            return False
+        return self.stops.find(rendered.text, last.end, len(rendered.text)) is None
+
+    def _header_end(self, conversation: Conversation, rendered: Rendered, turn: Turn) -> int:
+        """Where the role header ends before a turn that opens with reasoning or a function call.
+
+        Compared with what the template writes in front of a model's turn (before reasoning) or of a plain answer
+        (before a call): the common beginning is header, the rest is the model's to write.
+        """
+        earlier = conversation.messages[: turn.message]
+        start = literal_before(rendered, turn)
+        if turn.opens_with == REASONING:
+            other = self._render(_with(conversation, earlier), prompt=True)
+            other_start, other_end = _end_of_last_run(other), len(other.text)
+        else:
+            other = self._render(_with(conversation, (*earlier, Message("assistant", "."))))
+            answer = find_turns(other.runs)[turn.message]
+            other_start, other_end = literal_before(other, answer), answer.start
+        pairs = zip(rendered.text[start : turn.start], other.text[other_start:other_end], strict=False)
+        return start + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def example(self, frame: TokenizedExample, text: str, spans: list[Span], encoding: Any) -> TokenizedExample:
+        """`frame` filled with token ids and weights."""
+        ids, weights = encoding.ids, token_weights(encoding.offsets, spans)
+        if self.bos_to_prepend and not text.startswith(self.bos_to_prepend):
+            ids, weights = [self.tokenizer.bos_token_id, *ids], np.concatenate([_ZERO, weights])
+        return TokenizedExample(np.asarray(ids, dtype=np.int32), weights, frame.source, frame.id)
+
+
+def token_weights(offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> np.ndarray:
+    """float32[L]: the largest weight among the supervised characters a token covers, 0 for none.
+
+    Some tokenizers report offsets without the white space of a token; a gap belongs to the token behind it.
+    """
+    edges = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    ends = edges[:, 1]
+    starts = np.minimum(edges[:, 0], np.concatenate([_ORIGIN, np.maximum.accumulate(ends)[:-1]]) if len(ends) else ends)
+    weights = np.zeros(len(edges), dtype=np.float32)
+    for span in spans:
+        covered = (starts < span.end) & (ends > span.start)
+        np.maximum(weights, np.float32(span.weight), out=weights, where=covered)
+    return weights
+
+
+_ORIGIN = np.zeros(1, dtype=np.int64)
+_ZERO = np.zeros(1, dtype=np.float32)
+_NO_IDS = np.zeros(0, dtype=np.int32)
+_NO_WEIGHTS = np.zeros(0, dtype=np.float32)
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Sequence[Any]:
+    """One `tokenizers.Encoding` (ids, character offsets) for each text, from one native call."""
+    if not texts:
+        return []
+    batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return batch.encodings or []
+
+
+def _is_plain_text(conversation: Conversation) -> bool:
+    return len(conversation.messages) == 1 and conversation.messages[0].role == "text"
+
+
+def _with(conversation: Conversation, messages: tuple[Message, ...]) -> Conversation:
+    return Conversation(messages, conversation.tools)
+
+
+def _end_of_last_run(rendered: Rendered) -> int:
+    return max((run.end for run in rendered.runs if not run.is_literal), default=0)
+
+
+_ID = re.compile(r".*:(\d+)(?:\+(\d+))?")
+
+
+def _located(error: BadRecord, conversation: Conversation) -> BadRecord:
+    """The same error with the place of the record, which its id tells."""
+    place = _ID.fullmatch(conversation.id)
+    line, byte = (int(place[1]), int(place[2] or 0)) if place else (0, 0)
+    return BadRecord(error.reason, file=conversation.source, line=line, byte=byte)

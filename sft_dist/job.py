@@ -1,0 +1,57 @@
+"""One attempt at a run: its folder, console, metrics log and stop flag. Rank 0's writes, the others' are silent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from sft_dist.config.loader import dump_recipe
+from sft_dist.config.schema import Recipe
+from sft_dist.observe.console import Console
+from sft_dist.observe.metrics import MetricsLog
+from sft_dist.observe.run_files import write_json
+from sft_dist.resilience.run_folder import attempt_dir
+from sft_dist.resilience.signals import StopFlag
+from sft_dist.types import StepMetrics
+
+
+class Job:
+    """Use as a context manager, so that the terminal and the files are given back however the run ends."""
+
+    def __init__(self, run_dir: Path, attempt: int, rank: int) -> None:
+        self.run_dir, self.attempt, self.is_main = run_dir, attempt, rank == 0
+        relayed = "SFT_RUN_LOCKED" in os.environ  # our own launcher keeps rank 0's output in the log already
+        log_file = attempt_dir(run_dir, attempt) / "rank_00000.log" if self.is_main and not relayed else None
+        self.console = Console(self.is_main, log_file)
+        self.stop = StopFlag([run_dir / "stop"]).install()
+        self.log: MetricsLog | None = None
+        self._seconds: list[float] = []
+
+    def open_records(self, recipe: Recipe, fingerprint: dict[str, Any], report: dict[str, Any]) -> None:
+        """Write what a new attempt knows, and start (or go on with) metrics.jsonl. After the resume has rolled back."""
+        if not self.is_main:
+            return
+        (self.run_dir / "config.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        write_json(self.run_dir / "fingerprint.json", fingerprint)
+        write_json(self.run_dir / "prepare_report.json", report)
+        self.log = MetricsLog(self.run_dir, recipe.log.trackers)
+
+    def record(self, metrics: StepMetrics, num_steps: int, *, due: bool) -> None:
+        """Write one step and move the display; `due` steps get a line where there is no bar."""
+        if self.log is None:
+            return
+        self.log.step(metrics)
+        self._seconds = [*self._seconds[-19:], metrics.step_seconds]
+        seconds_left = (num_steps - metrics.step) * sum(self._seconds) / len(self._seconds)
+        self.console.step(metrics, num_steps, seconds_left, due=due)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop.restore()
+        if self.log is not None:
+            self.log.close()
+        self.console.__exit__(kind, error, trace)

@@ -1,0 +1,175 @@
+"""What happens between steps: evaluate, write samples, check answers, save, and finish the run.
+
+Each function is called on one visible line of the loop, on all ranks, and returns values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sft_dist.checkpoint.export import export_model
+from sft_dist.checkpoint.manager import CheckpointManager
+from sft_dist.data.store import TokenStore
+from sft_dist.evaluate.generation import Prompt, generate, prompts_from_store
+from sft_dist.evaluate.heldout import heldout_loss
+from sft_dist.evaluate.metrics import exact_match
+from sft_dist.models.adapters import is_adapter
+from sft_dist.models.packed import causal_lm
+from sft_dist.observe.metrics import MetricsLog, read_metrics
+from sft_dist.observe.report import write_report
+from sft_dist.observe.run_files import append_lines, read_lines, write_json
+from sft_dist.optim import optimizer_tensors
+from sft_dist.parallel.messages import gather_json
+from sft_dist.parts import Parts
+
+GENERATION_BATCH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One generated answer beside the reference."""
+
+    id: str
+    prompt: str
+    reference: str
+    answer: str
+    match: bool
+
+
+def evaluate(parts: Parts, step: int, run_dir: Path, log: MetricsLog | None) -> float | None:
+    """Validation loss of the held-out split, and sample answers. None when there is no split."""
+    write_samples(parts, step, run_dir)
+    if parts.heldout is None:
+        return None
+    loss, num_loss_tokens = heldout_loss(parts.engine, parts.heldout.loader, parts.heldout.plan.num_steps, parts.place.device)
+    if log is not None:
+        log.evaluation(step, loss, num_loss_tokens)
+    return loss
+
+
+def write_samples(parts: Parts, step: int, run_dir: Path) -> None:
+    """Append `eval.generate` answers to samples.jsonl: the same held-out prompts at every evaluation."""
+    store = parts.inputs.data.test or parts.inputs.data.eval or parts.inputs.data.train
+    prompts = prompts_from_store(store, parts.inputs.tokenizer, parts.recipe.eval.generate, parts.recipe.run.seed)
+    if not prompts or not (parts.place.is_main or parts.engine.shards_parameters):
+        return
+    answers = answer(parts, prompts)
+    if parts.place.is_main:
+        append_lines(run_dir / "samples.jsonl", [{"step": step, **asdict(a)} for a in answers])
+
+
+def check_answers(parts: Parts, phase: str, run_dir: Path) -> float | None:
+    """Share of `eval.exact_match` held-out answers that are exactly right; each is written to exact_match.jsonl.
+
+    `phase` is before or after. None when the recipe does not ask for it.
+    """
+    num = parts.recipe.eval.exact_match
+    if not num:
+        return None
+    store: TokenStore = parts.inputs.data.test or parts.inputs.data.eval or parts.inputs.data.train
+    prompts = prompts_from_store(store, parts.inputs.tokenizer, num, parts.recipe.run.seed)
+    place = parts.place
+    if parts.engine.shards_parameters:  # sharded ranks run the same forwards
+        answers = answer(parts, prompts)
+    else:
+        mine = answer(parts, prompts[place.rank :: place.world_size])
+        answers = [Answer(**a) for part in gather_json([asdict(a) for a in mine]) for a in part]
+    if place.is_main:
+        append_lines(run_dir / "exact_match.jsonl", [{"phase": phase, **asdict(a)} for a in answers])
+    return sum(a.match for a in answers) / len(answers)
+
+
+def answer(parts: Parts, prompts: Sequence[Prompt]) -> list[Answer]:
+    """Greedy answers to `prompts` from the model as it is now."""
+    template, tokenizer = parts.inputs.data.template, parts.inputs.tokenizer
+    with parts.engine.evaluating():
+        texts = generate(
+            parts.engine.packed,
+            tokenizer,
+            prompts,
+            max_new_tokens=parts.recipe.eval.max_new_tokens,
+            stop_token_ids=template.stop_token_ids(tokenizer),
+            stop_strings=template.stop_strings(tokenizer),
+            batch_size=GENERATION_BATCH,
+            synced=parts.engine.shards_parameters,
+        )
+    return [
+        Answer(p.id, p.text, p.reference, text, exact_match(text, p.reference)) for p, text in zip(prompts, texts, strict=True)
+    ]
+
+
+def state_tensors(parts: Parts) -> dict[str, Tensor]:
+    """The run's mutable state, live: trained weights and optimizer moments. The step is in the manifest."""
+    trained = parts.engine.trained
+    weights = {f"model.{name}": parameter.detach() for name, parameter in trained.items()}
+    moments = {f"optim.{name}": tensor for name, tensor in optimizer_tensors(parts.optimizer, trained).items()}
+    return weights | moments
+
+
+def save(parts: Parts, manager: CheckpointManager, step: int) -> None:
+    """Commit the state after `step`."""
+    manager.save(step, state_tensors(parts), {"step": step, "plan": parts.train.plan.digest})
+
+
+def export(parts: Parts, run_dir: Path) -> None:
+    """Write RUN_DIR/export: a Hugging Face folder (full) or a PEFT adapter folder (LoRA)."""
+    state = parts.engine.full_state()
+    if not parts.place.is_main:
+        return
+    model, template, tokenizer = parts.engine.model, parts.inputs.data.template, parts.inputs.tokenizer
+    lm = causal_lm(model)
+    export_model(
+        state, lm.config, tokenizer, template.text, lm.generation_config, run_dir / "export",
+        peft_config=model.peft_config["default"] if is_adapter(model) else None,
+        stop_token_ids=template.stop_token_ids(tokenizer),
+    )  # fmt: skip
+
+
+def finish(run_dir: Path) -> dict[str, Any]:
+    """Write summary.json from metrics.jsonl, and the report. Rank 0."""
+    lines = read_metrics(run_dir)
+    steps = [line for line in lines if line["kind"] == "step"]
+    evals = [line for line in lines if line["kind"] == "eval"]
+    seconds = sum(line["step_seconds"] for line in steps)
+    tokens = sum(line["num_tokens"] for line in steps)
+    summary: dict[str, Any] = {
+        "finished": True,
+        "steps": steps[-1]["step"],
+        "loss_first": steps[0]["loss"],
+        "loss_last": steps[-1]["loss"],
+        "num_tokens": tokens,
+        "num_loss_tokens": sum(line["num_loss_tokens"] for line in steps),
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+    }
+    if evals:
+        summary |= {"eval_loss_first": evals[0]["eval_loss"], "eval_loss_last": evals[-1]["eval_loss"]}
+    summary |= {f"exact_match_{phase}": share for phase, share in exact_shares(run_dir).items()}
+    write_json(run_dir / "summary.json", summary)
+    write_report(run_dir)
+    return summary
+
+
+def exact_shares(run_dir: Path) -> dict[str, float]:
+    """Phase -> share of exact answers, from exact_match.jsonl."""
+    matches: dict[str, list[bool]] = {}
+    for record in read_lines(run_dir / "exact_match.jsonl"):
+        matches.setdefault(record["phase"], []).append(record["match"])
+    return {phase: sum(found) / len(found) for phase, found in matches.items()}
+
+
+def describe(summary: dict[str, Any], run_dir: Path) -> str:
+    """The closing lines a user reads."""
+    text = f"done: {summary['steps']} steps, loss {summary['loss_first']:.4f} -> {summary['loss_last']:.4f}"
+    if "eval_loss_first" in summary:
+        text += f", validation loss {summary['eval_loss_first']:.4f} -> {summary['eval_loss_last']:.4f}"
+    if "exact_match_after" in summary:
+        text += f", exact match {summary.get('exact_match_before', math.nan):.1%} -> {summary['exact_match_after']:.1%}"
+    text += f", {summary['tokens_per_second']:,.0f} tokens/s"
+    return f"{text}\nmodel: {run_dir / 'export'}   report: {run_dir / 'report.html'}"

@@ -1,0 +1,73 @@
+"""Tuning methods: what is trained. Full (with parameters frozen by pattern) or LoRA through PEFT.
+
+Adapters start from (seed, parameter name) alone, so every rank and every world size begins with the same tensors.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import math
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from sft_dist.config.schema import TuningSection
+from sft_dist.errors import ConfigError
+
+
+def apply_tuning(model: PreTrainedModel, tuning: TuningSection, seed: int) -> nn.Module:
+    """The model with `requires_grad` set as the recipe says; a PeftModel for LoRA.
+
+    Raises ConfigError when nothing would be trained or a pattern matches nothing.
+    """
+    tuned = _with_lora(model, tuning, seed) if tuning.method != "full" else _freeze(model, tuning.freeze)
+    if not any(parameter.requires_grad for parameter in tuned.parameters()):
+        raise ConfigError("tuning.freeze matches every parameter: nothing would be trained")
+    return tuned
+
+
+def is_adapter(model: nn.Module) -> bool:
+    """Whether `model` carries a PEFT adapter."""
+    return hasattr(model, "peft_config")
+
+
+def _freeze(model: PreTrainedModel, patterns: list[str]) -> PreTrainedModel:
+    for pattern in patterns:
+        matched = [parameter for name, parameter in model.named_parameters() if fnmatch.fnmatch(name, pattern)]
+        if not matched:
+            raise ConfigError(f"tuning.freeze: {pattern!r} matches no parameter; names look like {next(iter(dict(model.named_parameters())))}")
+        for parameter in matched:
+            parameter.requires_grad_(False)
+    return model
+
+
+def _with_lora(model: PreTrainedModel, tuning: TuningSection, seed: int) -> nn.Module:
+    config = LoraConfig(
+        r=tuning.rank,
+        lora_alpha=tuning.alpha,  # type: ignore[arg-type]  # PEFT takes floats
+        lora_dropout=tuning.dropout,
+        target_modules=tuning.targets,
+        modules_to_save=tuning.modules_to_save or None,
+        use_rslora=tuning.method == "rslora",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise ConfigError(f"tuning.targets={tuning.targets}: {str(error).splitlines()[0]}") from error
+    for name, parameter in adapted.named_parameters():
+        if "lora_A" in name:
+            _kaiming_from_name(parameter, seed, name)
+    return adapted
+
+
+def _kaiming_from_name(parameter: nn.Parameter, seed: int, name: str) -> None:
+    """LoRA's A matrix as in the paper's code (Kaiming uniform, a = sqrt 5), from a generator of its own."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    with torch.no_grad():
+        nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)

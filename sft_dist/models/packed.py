@@ -1,0 +1,115 @@
+"""PackedCausalLM: a Hugging Face model and our loss head in one module, `batch -> loss sum`.
+
+The Hugging Face model is used unchanged: its decoder gives hidden states, its output embedding is read as a matrix,
+and the head runs over supervised positions only. The wrapper is what engines shard or replicate, so head and body
+share one forward call. It contains no process group.
+
+T tokens of the micro-batch, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sft_dist.errors import ConfigError
+from sft_dist.types import PackedBatch
+
+Head = Callable[..., Tensor]
+
+
+class PackedCausalLM(nn.Module):
+    """`forward(batch)` returns the fp32 sum of weight x cross-entropy over the batch's supervised positions."""
+
+    def __init__(self, model: nn.Module, head: Head, *, autocast_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.model = model  # a PreTrainedModel, or a PeftModel around one
+        self._head = head
+        self._autocast_dtype = autocast_dtype
+        self._logit_scale, self._logit_softcap = logit_transform(causal_lm(model).config)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """fp32 scalar; connected to every trained tensor of body and head even when the batch supervises nothing."""
+        with self._autocast(batch.input_ids.device.type):
+            hidden = self.hidden_states(batch)
+            projection = output_projection(causal_lm(self.model))
+            return self._head(
+                hidden.flatten(0, 1),
+                projection.weight,
+                batch.labels.flatten(),
+                batch.loss_weights.flatten(),
+                num_loss_tokens=batch.num_loss_tokens,
+                bias=projection.bias,
+                logit_scale=self._logit_scale,
+                softcap=self._logit_softcap,
+            )
+
+    def hidden_states(self, batch: PackedBatch) -> Tensor:
+        """The decoder's last hidden states: [1, T, D] packed, [B, S, D] padded."""
+        decoder = causal_lm(self.model).base_model
+        return decoder(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **attention_arguments(batch)
+        ).last_hidden_state
+
+    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The Hugging Face `generate`, reached through the wrapper so that engines can gather sharded weights first."""
+        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def _autocast(self, device_type: str) -> torch.autocast:
+        enabled = self._autocast_dtype is not None
+        return torch.autocast(device_type, dtype=self._autocast_dtype if enabled else torch.bfloat16, enabled=enabled)
+
+
+def attention_arguments(batch: PackedBatch) -> dict[str, Any]:
+    """What the attention layers need to keep documents apart: segments when packed, a mask when padded."""
+    if batch.cu_seqlens is None:
+        return {"attention_mask": batch.attention_mask}
+    return {
+        "attention_mask": None,
+        "cu_seq_lens_q": batch.cu_seqlens,
+        "cu_seq_lens_k": batch.cu_seqlens,
+        "max_length_q": batch.max_seqlen,
+        "max_length_k": batch.max_seqlen,
+        "segments": batch.cu_seqlens.tolist() if batch.cu_seqlens.device.type == "cpu" else None,
+    }
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The PreTrainedModel inside a PeftModel, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator,return-value]
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks: the longest ModuleList directly in the decoder."""
+    lists = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]  # type: ignore[operator,union-attr]
+    return list(max(lists, key=len))
+
+
+def output_projection(model: nn.Module) -> nn.Linear:
+    """The module that turns hidden states into logits; PEFT's `modules_to_save` copy when there is one.
+
+    Raises ConfigError when it is not a plain matrix (an adapter on the head): the supervised-only head reads a matrix.
+    """
+    projection = model.get_output_embeddings()  # type: ignore[operator]
+    if hasattr(projection, "modules_to_save"):
+        projection = projection.modules_to_save[projection.active_adapters[0]]
+    if not isinstance(projection, nn.Linear):
+        raise ConfigError(f"model: output head is a {type(projection).__name__}, not a linear layer; leave lm_head out of tuning.targets")
+    return projection
+
+
+def logit_transform(config: Any) -> tuple[float, float | None]:
+    """(scale, soft cap) that the architecture applies to its logits, by the names transformers uses.
+
+    Granite divides by `logits_scaling`, Cohere multiplies by `logit_scale`, Gemma caps with `final_logit_softcapping`.
+    """
+    text = config.get_text_config()
+    scale = 1.0
+    if text.model_type.startswith("granite"):
+        scale = 1.0 / float(getattr(text, "logits_scaling", 1.0))
+    elif text.model_type.startswith("cohere"):
+        scale = float(getattr(text, "logit_scale", 1.0))
+    return scale, getattr(text, "final_logit_softcapping", None)

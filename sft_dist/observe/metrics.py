@@ -1,0 +1,85 @@
+"""metrics.jsonl: one line per step and per evaluation of the kept trajectory, and the optional trackers beside it.
+
+Floats are written by repr, so they read back equal. A resume moves the lines after its step aside.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sft_dist.observe.run_files import read_lines
+from sft_dist.types import StepMetrics
+
+
+class MetricsLog:
+    """Appends to RUN_DIR/metrics.jsonl (and TensorBoard when asked). One writer: rank 0."""
+
+    def __init__(self, run_dir: Path, trackers: Iterable[str]) -> None:
+        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = _tensorboard(run_dir) if "tensorboard" in trackers else None
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._write({"kind": "step", **asdict(metrics)})
+
+    def evaluation(self, step: int, eval_loss: float, num_loss_tokens: int, **named: float) -> None:
+        self._write({"kind": "eval", "step": step, "eval_loss": eval_loss, "num_loss_tokens": num_loss_tokens, **named})
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for key, value in line.items():
+                if isinstance(value, int | float) and key not in ("step", "attempt"):
+                    self._board.add_scalar(f"{line['kind']}/{key}", value, line["step"])
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All lines; an incomplete last line (the writer was killed) is left out."""
+    return read_lines(run_dir / "metrics.jsonl")
+
+
+def roll_back(run_dir: Path, step: int, attempt_dir: Path) -> int:
+    """Keep lines up to `step`; move later ones to the attempt's folder. Returns how many were moved.
+
+    With `step` 0 the evaluation of step 0 goes too: it is measured again.
+    """
+    lines = read_metrics(run_dir)
+    kept = [line for line in lines if line["step"] <= step and step > 0]
+    rolled = lines[len(kept) :] if step > 0 else lines
+    _replace(run_dir / "metrics.jsonl", kept)
+    if rolled:
+        _replace(attempt_dir / "rolled_back.jsonl", rolled)
+    return len(rolled)
+
+
+def rises(losses: list[float], patience: int) -> bool:
+    """Early stopping: none of the last `patience` evaluations is better than the best before them."""
+    return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
+
+
+def best_step(lines: Iterable[dict[str, Any]]) -> int | None:
+    """The step after training started with the lowest finite validation loss."""
+    scored = [(x["eval_loss"], x["step"]) for x in lines if x["kind"] == "eval" and x["step"] > 0 and math.isfinite(x["eval_loss"])]
+    return min(scored)[1] if scored else None
+
+
+def _replace(path: Path, lines: list[dict[str, Any]]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _tensorboard(run_dir: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run_dir / "tensorboard"))

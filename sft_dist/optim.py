@@ -1,0 +1,61 @@
+"""Optimizer, its state as plain named tensors, and the learning rate as a function of the step.
+
+There is no scheduler object: lr = f(step). Adam's own step counter equals the run's step, so the only tensors to save
+are the two moments of each trained parameter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sft_dist.config.schema import OptimSection
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def build_optimizer(parameters: Mapping[str, nn.Parameter], optim: OptimSection, lr: float) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, 2019) with both moments allocated now; no decay on vectors (norms, biases)."""
+    decayed = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
+    others = [parameter for parameter in parameters.values() if parameter.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=optim.betas, eps=optim.eps, fused=True)
+    for parameter in parameters.values():
+        moments: dict[str, Tensor] = {name: torch.zeros_like(parameter) for name in MOMENTS}
+        optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device), **moments}
+    return optimizer
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The live moments as `<parameter name>.<moment>`, ready to be saved or loaded in place."""
+    return {f"{name}.{moment}": optimizer.state[p][moment] for name, p in parameters.items() for moment in MOMENTS}
+
+
+def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Continue counting after `step` completed steps (bias correction depends on it)."""
+    for state in optimizer.state.values():
+        state["step"].fill_(float(step))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def lr_at(step: int, *, peak: float, num_steps: int, schedule: str, warmup_fraction: float) -> float:
+    """Learning rate of 1-based `step`: linear warm-up to `peak`, then cosine or linear to zero, or constant."""
+    num_warmup = math.ceil(warmup_fraction * num_steps)
+    if step <= num_warmup:
+        return peak * step / num_warmup
+    progress = (step - num_warmup - 1) / max(1, num_steps - num_warmup)
+    return peak * SCHEDULES[schedule](progress)
+
+
+SCHEDULES = {
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1.0 - progress,
+    "constant": lambda progress: 1.0,
+}

@@ -1,0 +1,296 @@
+"""Everything a run is made of, built once from the recipe: data, model, engine, plan, optimizer, checkpoints.
+
+Order matters: data before any process group, the model on the CPU before an engine shards it, the certificate before
+the first step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sft_kernels import choose_head
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from sft_dist.certify import Check, certify
+from sft_dist.config.auto import Choices, Facts, choose
+from sft_dist.config.identity import identity, refuse_changes
+from sft_dist.config.schema import Recipe
+from sft_dist.data.loader import Loader
+from sft_dist.data.plan import PackPlan, build_plan, eval_plan
+from sft_dist.data.prepare import PreparedData, prepare
+from sft_dist.data.store import TokenStore
+from sft_dist.errors import ConfigError
+from sft_dist.models import attention
+from sft_dist.models.adapters import apply_tuning, is_adapter
+from sft_dist.models.load import DTYPES, load_model, load_tokenizer
+from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers
+from sft_dist.observe.header import batch_equation, certificate_line, count
+from sft_dist.observe.perf import Shape
+from sft_dist.optim import build_optimizer
+from sft_dist.parallel.build import build_engine
+from sft_dist.parallel.engine import Engine
+from sft_dist.parallel.messages import broadcast_json
+from sft_dist.parallel.runtime import Runtime
+
+PAD_MULTIPLE_CPU = 8
+VERSIONED = ("torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What exists before any process group: the same on every rank."""
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A planned data split with this rank's loader."""
+
+    plan: PackPlan
+    loader: Loader
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A run, ready to step."""
+
+    recipe: Recipe
+    place: Runtime
+    inputs: Inputs
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+    choices: Choices
+    train: Split
+    heldout: Split | None
+    fingerprint: dict[str, Any]
+    checks: list[Check]
+    kernels: list[tuple[str, str]]  # (part, implementation and why)
+    shape: Shape
+
+    def close(self) -> None:
+        """End the loaders' threads."""
+        for split in (self.train, self.heldout):
+            if split is not None:
+                split.loader.close()
+
+
+def read_inputs(recipe: Recipe, notice: Callable[[str], None]) -> Inputs:
+    """Tokenizer and prepared data. Concurrent ranks share the preparation through the cache's lock."""
+    tokenizer = load_tokenizer(recipe.model)
+    return Inputs(recipe, tokenizer, prepare(recipe, tokenizer, notice=notice))
+
+
+def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
+    """Model, engine, plan and optimizer; refuses a run folder whose fingerprint differs.
+
+    Raises ConfigError or CertificateError with the way out.
+    """
+    recipe = inputs.recipe
+    compute, master = DTYPES[recipe.precision.compute], DTYPES[recipe.precision.master]
+    packed_rows = recipe.data.packing != "padded"
+    base_dtype = master if recipe.tuning.method == "full" else compute
+    model = load_model(recipe.model, dtype=base_dtype, seed=recipe.run.seed, vocab_size=len(inputs.tokenizer))
+    backend = attention.choose_backend(recipe.model.attention, model.config, place.device, compute)
+    if packed_rows:
+        attention.install(model, backend.name)
+    tuned = apply_tuning(model, recipe.tuning, recipe.run.seed)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(master)
+
+    recorded = broadcast_json(read_fingerprint(run_dir) if place.is_main else None)
+    shape = decoder_shape(tuned)
+    choices = _choices(recipe, recorded, tuned, inputs.data.train, place)
+    if choices.activation_checkpointing == "full":
+        causal_lm(tuned).gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    plan = train_plan(recipe, choices, inputs.data.train)
+    fingerprint = make_fingerprint(inputs, choices, plan)
+    if recorded is not None:
+        for part in ("recipe", "inputs"):
+            refuse_changes(recorded[part], fingerprint[part], str(run_dir))
+
+    head_name, head, head_reason = choose_head(recipe.kernels.head, place.device)
+    autocast = compute if choices.strategy == "ddp" and compute != torch.float32 else None
+    packed = PackedCausalLM(tuned, head, autocast_dtype=autocast)
+    engine = build_engine(choices.strategy, packed, decoder_layers(causal_lm(tuned)), place, compute)
+    with engine.evaluating():
+        checks = certify(
+            packed.hidden_states, model.config, head=head, backend=backend.name if packed_rows else None,
+            packing=recipe.data.packing, device=place.device, dtype=compute, seed=recipe.run.seed,
+        )  # fmt: skip
+    split = lambda store, plan: Split(plan, _loader(recipe, inputs, choices, place, store, plan))  # noqa: E731
+    heldout = inputs.data.eval
+    attention_used = (backend.name, backend.reason) if packed_rows else ("the architecture's own", "data.packing=padded")
+    return Parts(
+        recipe=recipe,
+        place=place,
+        inputs=inputs,
+        engine=engine,
+        optimizer=build_optimizer(engine.trained, recipe.optim, choices.lr),
+        choices=choices,
+        train=split(inputs.data.train, plan),
+        heldout=None if heldout is None else split(heldout, heldout_plan(recipe, choices, heldout)),
+        fingerprint=fingerprint,
+        checks=checks,
+        kernels=[("attention", f"{attention_used[0]} ({attention_used[1]})"), ("head", f"{head_name} ({head_reason})")],
+        shape=shape,
+    )
+
+
+def train_plan(recipe: Recipe, choices: Choices, store: TokenStore) -> PackPlan:
+    """The run's plan: a pure function of data, recipe and choices."""
+    return build_plan(
+        lengths=store.lengths,
+        num_loss_tokens=store.num_loss_tokens,
+        loss_weight_sums=store.loss_weight_sums,
+        seq_len=recipe.data.seq_len,
+        packing=recipe.data.packing,
+        packs_per_micro_batch=choices.packs_per_micro_batch,
+        micro_batches_per_step=choices.micro_batches_per_step,
+        examples_per_step=recipe.batch.examples_per_step,
+        seed=recipe.run.seed,
+        epochs=recipe.optim.epochs,
+        max_steps=recipe.optim.max_steps,
+        store_fingerprint=store.fingerprint,
+    )
+
+
+def heldout_plan(recipe: Recipe, choices: Choices, store: TokenStore) -> PackPlan:
+    """One pass over a held-out split, packed like training."""
+    return eval_plan(
+        lengths=store.lengths,
+        num_loss_tokens=store.num_loss_tokens,
+        loss_weight_sums=store.loss_weight_sums,
+        seq_len=recipe.data.seq_len,
+        packing=recipe.data.packing,
+        packs_per_micro_batch=choices.packs_per_micro_batch,
+        store_fingerprint=store.fingerprint,
+    )
+
+
+def decoder_shape(model: nn.Module) -> Shape:
+    """The numbers that decide a step's FLOPs, read before the engine shards anything."""
+    lm = causal_lm(model)
+    text = lm.config.get_text_config()  # type: ignore[union-attr,operator]
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    edges = {id(lm.get_input_embeddings().weight), id(lm.get_output_embeddings().weight)}  # type: ignore[operator,union-attr]
+    return Shape(
+        num_matrix_parameters=sum(p.numel() for p in lm.parameters() if p.ndim == 2 and id(p) not in edges),
+        num_layers=text.num_hidden_layers,
+        attention_width=text.num_attention_heads * head_dim,
+        hidden_size=text.hidden_size,
+        vocab_size=text.vocab_size,
+        trains_all=not is_adapter(model),
+    )
+
+
+def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
+    """What the user sees before the first step."""
+    recipe, choices, plan, place = parts.recipe, parts.choices, parts.train.plan, parts.place
+    trained = sum(p.numel() for p in parts.engine.trained.values())
+    total = sum(p.numel() for p in parts.engine.model.parameters())
+    store = parts.inputs.data.train
+    share = store.num_loss_tokens.sum() / store.lengths.sum()
+    return [
+        ("run", f"{recipe.run.name} in {recipe.run.dir}, attempt {attempt}, seed {recipe.run.seed}"),
+        ("model", f"{recipe.model.path or recipe.model.config['model_type']} ({recipe.model.init}), {count(total)} parameters, "  # type: ignore[index]
+                  f"{count(trained)} trained ({recipe.tuning.method}), compute {recipe.precision.compute}, master {recipe.precision.master}"),
+        ("data", f"{len(store):,} examples, {int(store.lengths.sum()):,} tokens, {share:.1%} supervised, "
+                 f"{len(parts.inputs.data.eval or ()):,} held out, template {parts.inputs.data.template.name}"),
+        ("engine", f"{parts.engine.name}, {place.world_size} process(es) on {place.device.type}, {place.num_threads} thread(s) each"),
+        ("batch", batch_equation(choices.packs_per_micro_batch, recipe.data.seq_len, choices.micro_batches_per_step, place.world_size)),
+        ("plan", f"{plan.num_steps} optimizer steps, packing {recipe.data.packing}, {plan.efficiency:.1%} of slots filled"),
+        ("optimizer", f"{recipe.optim.name}, lr {choices.lr:g} {recipe.optim.schedule}, activation checkpointing {choices.activation_checkpointing}"),
+        *parts.kernels,
+        ("certificate", certificate_line([(c.name, c.figure, c.limit) for c in parts.checks])),
+    ]  # fmt: skip
+
+
+def make_fingerprint(inputs: Inputs, choices: Choices, plan: PackPlan) -> dict[str, Any]:
+    """What must not change between attempts (`recipe`, `inputs`), the choices made for `auto`, and versions for the record."""
+    data, template = inputs.data, inputs.data.template
+    return {
+        "recipe": identity(inputs.recipe),
+        "inputs": {
+            "data.train": data.train.fingerprint,
+            "data.eval": data.eval.fingerprint if data.eval is not None else None,
+            "template": hashlib.sha256(template.text.encode()).hexdigest(),
+            "tokenizer": hashlib.sha256(inputs.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+            "plan": plan.digest,
+        },
+        "choices": choices.as_dict(),
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
+    }
+
+
+def read_fingerprint(run_dir: Path) -> dict[str, Any] | None:
+    """The record of the run in `run_dir`, None when it is new."""
+    path = run_dir / "fingerprint.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _choices(recipe: Recipe, recorded: dict[str, Any] | None, model: nn.Module, store: TokenStore, place: Runtime) -> Choices:
+    """New runs choose; resumed runs keep what was chosen, whatever the world size is now.
+
+    Rank 0's memory decides for all, so that ranks on unlike machines still agree.
+    """
+    if recorded is not None:
+        values = dict(recorded["choices"])
+        if recipe.parallel.strategy != "auto":
+            values["strategy"] = recipe.parallel.strategy
+        return Choices(**values)
+    config = causal_lm(model).config.get_text_config()  # type: ignore[union-attr,operator]
+    facts = Facts(
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_train_tokens=int(store.lengths.sum()),
+        num_train_examples=len(store),
+        world_size=place.world_size,
+        device=place.device.type,
+        memory_bytes=broadcast_json(_memory_bytes(place)),
+    )
+    return choose(recipe, facts)
+
+
+def _memory_bytes(place: Runtime) -> int:
+    """Memory one process may use: the GPU's, or its share of the machine's."""
+    if place.device.type == "cuda":
+        return torch.cuda.get_device_properties(place.device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // place.local_world_size
+
+
+def _loader(recipe: Recipe, inputs: Inputs, choices: Choices, place: Runtime, store: TokenStore, plan: PackPlan) -> Loader:
+    """Rows have one fixed size on GPUs (kernels and allocator like that); on CPUs padding would only cost time."""
+    fixed = place.device.type == "cuda" and recipe.data.packing != "padded"
+    return Loader(
+        store,
+        plan,
+        rank=place.rank,
+        world_size=place.world_size,
+        packing=recipe.data.packing,
+        pad_token_id=pad_token_id(inputs.tokenizer),
+        pad_to_multiple_of=choices.packs_per_micro_batch * recipe.data.seq_len if fixed else PAD_MULTIPLE_CPU,
+        device=place.device,
+    )
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills rows; eos where the tokenizer has no pad token (it carries no label, so nothing learns it)."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise ConfigError("model.tokenizer has neither pad nor eos token: name one in its tokenizer_config.json")

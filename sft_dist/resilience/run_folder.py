@@ -1,0 +1,96 @@
+"""The run folder as a job claims it: lock, attempt number, and the small files of `logs/attempt_0001/`.
+
+Whoever starts a run claims the folder once: the local launcher, or rank 0 under torchrun, accelerate and deepspeed.
+A claim takes the lock, clears a `stop` file that an earlier attempt has obeyed, and makes the next attempt's folder.
+
+    logs/attempt_0001/command.txt    how it was started
+    logs/attempt_0001/events.jsonl   one line per event: start, exits, stop
+    logs/attempt_0001/exit_code      written by the worker when it ends in order; launchers translate it
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sft_dist.errors import StorageError
+from sft_dist.resilience.lock import WAIT_SECONDS, RunLock
+
+EXIT_CODE_VARIABLE = "SFT_EXIT_CODE_FILE"  # a second place for the exit code: launch/worker.sh knows no run folder
+STOP_NAME = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A run folder that is ours until `lock` is released."""
+
+    run_dir: Path
+    attempt: int  # 1-based
+    lock: RunLock
+
+    @property
+    def attempt_dir(self) -> Path:
+        return attempt_dir(self.run_dir, self.attempt)
+
+
+def claim(run_dir: str | Path, command: Sequence[str], *, wait_seconds: float = WAIT_SECONDS) -> Claim:
+    """Take the folder for a new attempt started by `command`.
+
+    Raises LockedError (73) when another live job holds it, StorageError (74) when it cannot be written.
+    """
+    lock = RunLock.acquire(run_dir, wait_seconds=wait_seconds)
+    try:
+        taken = Claim(Path(run_dir), last_attempt(run_dir) + 1, lock)
+        (taken.run_dir / STOP_NAME).unlink(missing_ok=True)
+        taken.attempt_dir.mkdir(parents=True)
+        (taken.attempt_dir / "command.txt").write_text(shlex.join(command) + "\n")
+    except OSError as error:
+        lock.release()
+        raise StorageError(f"run.dir={run_dir}: cannot be written ({error.strerror}): choose another") from error
+    return taken
+
+
+def attempt_dir(run_dir: str | Path, attempt: int) -> Path:
+    """`RUN_DIR/logs/attempt_0001` for attempt 1."""
+    return Path(run_dir) / "logs" / f"attempt_{attempt:04d}"
+
+
+def last_attempt(run_dir: str | Path) -> int:
+    """Number of the newest attempt, 0 before the first."""
+    names = [path.name for path in (Path(run_dir) / "logs").glob("attempt_*")]
+    return max((int(match[1]) for name in names if (match := re.fullmatch(r"attempt_(\d+)", name))), default=0)
+
+
+def write_exit_code(folder: str | Path | None, code: int) -> None:
+    """Say how this attempt ended, in `folder` and where worker.sh waits for it. Call it last, on rank 0.
+
+    `folder` is None when the run ended before it had one.
+    """
+    named = os.environ.get(EXIT_CODE_VARIABLE)
+    places = [*([Path(folder) / "exit_code"] if folder else []), *([Path(named)] if named else [])]
+    for path in places:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(f"{code}\n")
+        partial.replace(path)
+
+
+def read_exit_code(folder: str | Path) -> int | None:
+    """The code an attempt ended with; None while it has not ended in order."""
+    try:
+        return int((Path(folder) / "exit_code").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def append_event(folder: str | Path, event: str, **fields: object) -> None:
+    """Add one line to `events.jsonl`; the time is for people, nothing is ordered by it."""
+    line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **fields}
+    with (Path(folder) / "events.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")

@@ -1,0 +1,258 @@
+"""A training run, from recipe to export: build the parts, resume, step until done. One rank of it.
+
+    sft-dist train R.yaml key=value --nproc 2               starts the ranks itself
+    torchrun --nproc-per-node 2 -m sft_dist.train R.yaml    or accelerate, deepspeed: this module is the worker
+
+The only mutable state is {trained weights, optimizer moments, the step}. Batches, learning rate and seeds are functions
+of the step, so resuming is: load tensors, continue at step + 1.
+"""
+
+from __future__ import annotations
+
+from sft_dist.resilience.orphan import die_with_ancestors
+
+if __name__ == "__main__":
+    die_with_ancestors()  # before the slow imports: a launcher killed meanwhile must not leave this process behind
+
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from sft_dist import milestones
+from sft_dist.checkpoint.manager import CheckpointManager
+from sft_dist.config.auto import FEW_STEPS, cadence
+from sft_dist.config.identity import check_recipe
+from sft_dist.config.loader import load_recipe, load_resolved
+from sft_dist.config.schema import Recipe
+from sft_dist.data.loader import LoadedStep
+from sft_dist.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, SftError
+from sft_dist.config.environment import check_launcher
+from sft_dist.job import Job
+from sft_dist.observe.metrics import read_metrics, rises, roll_back
+from sft_dist.observe.perf import peak_flops, peak_memory_gib, step_flops
+from sft_dist.optim import lr_at, set_lr, set_step
+from sft_dist.parallel.engine import Engine
+from sft_dist.parallel.messages import broadcast_json
+from sft_dist.parallel.runtime import Runtime, read_place, runtime, seed_for
+from sft_dist.parts import Inputs, Parts, build_parts, header_rows, read_fingerprint, read_inputs
+from sft_dist.resilience.run_folder import attempt_dir, claim, write_exit_code
+from sft_dist.types import StepMetrics
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step found out, equal on every rank."""
+
+    loss: float
+    grad_norm: float
+    stop: bool
+
+
+def train_step(
+    engine: Engine, optimizer: torch.optim.Optimizer, loaded: LoadedStep, *, lr: float, max_norm: float, seed: int,
+    device: torch.device, stop: bool,
+) -> StepResult:  # fmt: skip
+    """One optimizer step. The loss is the sum over the global batch divided once by its global weight."""
+    divisor = loaded.step.loss_weight_sum
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    for round_, (index, batch) in enumerate(zip(loaded.indices, loaded.batches, strict=True)):
+        torch.manual_seed(seed_for(seed, loaded.step.step, index))  # dropout depends on the micro-batch, not on the rank
+        with engine.accumulate(round_ == len(loaded.batches) - 1):
+            micro_sum = engine.forward(batch.to(device))
+            (micro_sum / divisor).backward()
+        loss_sum += micro_sum.detach()
+    grad_norm = engine.clip_grad_norm(max_norm)
+
+    verdict = torch.stack([loss_sum, torch.tensor(float(stop), dtype=torch.float64, device=device)])
+    dist.all_reduce(verdict)  # one verdict for all ranks: the loss, and whether anyone was asked to stop
+    result = StepResult(verdict[0].item() / divisor, grad_norm.item(), verdict[1].item() > 0)
+    if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+        set_lr(optimizer, lr)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return result
+
+
+def loop(parts: Parts, job: Job, manager: CheckpointManager, first: int) -> int:
+    """Steps `first`.. to the end of the plan. Returns the last step done; earlier than the plan's when asked to stop."""
+    recipe, place, plan = parts.recipe, parts.place, parts.train.plan
+    num_steps = plan.num_steps
+    evaluate_every = cadence(recipe.eval.every_steps, num_steps, parts=5)
+    save_every = cadence(recipe.checkpoint.every_steps, num_steps, parts=5)
+    log_every = cadence(recipe.log.every_steps, num_steps, parts=20)
+    stop_after = recipe.optim.stop_after_step or num_steps
+    losses = broadcast_json([x["eval_loss"] for x in read_metrics(job.run_dir) if x["kind"] == "eval"])
+    job.console.start(first - 1, num_steps)
+    for step in range(first, num_steps + 1):
+        started = time.perf_counter()
+        loaded = parts.train.loader.step(step)
+        lr = lr_at(
+            step, peak=parts.choices.lr, num_steps=num_steps, schedule=recipe.optim.schedule,
+            warmup_fraction=recipe.optim.warmup_fraction,
+        )  # fmt: skip
+        result = train_step(
+            parts.engine, parts.optimizer, loaded, lr=lr, max_norm=recipe.optim.max_grad_norm, seed=recipe.run.seed,
+            device=place.device, stop=bool(job.stop),
+        )  # fmt: skip
+        metrics = measure(parts, loaded, result, lr, job.attempt, time.perf_counter() - started)
+        refuse_nonfinite(metrics, loaded)
+        job.record(metrics, num_steps, due=step % log_every == 0 or step in (first, num_steps))
+
+        is_last, stopping = step == num_steps, result.stop or step >= stop_after
+        if is_last or step % evaluate_every == 0:
+            losses.append(milestones.evaluate(parts, step, job.run_dir, job.log))
+        early = bool(recipe.eval.early_stopping) and rises(losses, recipe.eval.early_stopping)
+        if is_last or stopping or early or step % save_every == 0:
+            milestones.save(parts, manager, step)
+        if early:
+            job.console.say(f"early stopping: validation loss has not improved for {recipe.eval.early_stopping} evaluations")
+            return num_steps
+        if stopping:
+            return step
+    return num_steps
+
+
+def train(inputs: Inputs, job: Job, place: Runtime) -> int:
+    """Build, resume, step, finish. Returns the exit code; every rank takes the same path."""
+    parts = build_parts(inputs, place, job.run_dir)
+    try:
+        manager = CheckpointManager(job.run_dir, inputs.recipe.checkpoint.keep, notice=job.console.say)
+        done = resume(parts, job, manager)
+        job.open_records(inputs.recipe, parts.fingerprint, inputs.data.report.as_dict())
+        dist.barrier()
+        job.console.header("sft-dist train", header_rows(parts, job.attempt))
+        num_steps = parts.train.plan.num_steps
+        if num_steps < FEW_STEPS:
+            job.console.say(f"warning: only {num_steps} optimizer steps; lower batch.tokens_per_step or raise optim.epochs")
+        if done == 0:
+            milestones.check_answers(parts, "before", job.run_dir)
+            milestones.evaluate(parts, 0, job.run_dir, job.log)
+        done = loop(parts, job, manager, done + 1)
+        job.console.stop()
+        if done < num_steps:
+            job.console.say(f"stopped after step {done} of {num_steps} with a checkpoint; run the same command to continue")
+            return EXIT_STOPPED
+        milestones.check_answers(parts, "after", job.run_dir)
+        milestones.export(parts, job.run_dir)
+        if place.is_main:
+            job.console.say(milestones.describe(milestones.finish(job.run_dir), job.run_dir))
+        return EXIT_DONE
+    finally:
+        parts.close()
+
+
+def resume(parts: Parts, job: Job, manager: CheckpointManager) -> int:
+    """Load the newest good checkpoint into `parts`; returns the step it was taken after, 0 for a new run."""
+    newest = manager.newest_good() if parts.recipe.checkpoint.resume == "auto" else None
+    step = 0
+    if newest is not None:
+        step = manager.load(newest, milestones.state_tensors(parts))["step"]
+        set_step(parts.optimizer, step)
+        job.console.say(f"resuming after step {step} from {newest}")
+    elif read_fingerprint(job.run_dir) is not None:
+        job.console.say("an earlier attempt left no checkpoint: starting at step 0")
+    if parts.place.is_main:
+        roll_back(job.run_dir, step, attempt_dir(job.run_dir, job.attempt))
+    dist.barrier()
+    return step
+
+
+def measure(parts: Parts, loaded: LoadedStep, result: StepResult, lr: float, attempt: int, seconds: float) -> StepMetrics:
+    """One line of metrics.jsonl; counts are global."""
+    step, place = loaded.step, parts.place
+    peak = peak_flops(place.device)
+    lengths = parts.inputs.data.train.lengths
+    squares = sum(int(lengths[i]) ** 2 for pack in step.packs for i in pack.example_ids)
+    flops = step_flops(parts.shape, step.num_tokens, squares, step.num_loss_tokens)
+    return StepMetrics(
+        step=step.step,
+        attempt=attempt,
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        lr=lr,
+        num_tokens=step.num_tokens,
+        num_loss_tokens=step.num_loss_tokens,
+        batch_digest=loaded.digest,
+        step_seconds=seconds,
+        tokens_per_second=step.num_tokens / seconds,
+        mfu=None if peak is None else flops / (seconds * place.world_size * peak),
+        peak_memory_gib=peak_memory_gib(place.device),
+    )
+
+
+def refuse_nonfinite(metrics: StepMetrics, loaded: LoadedStep) -> None:
+    """Stop on NaN or infinity; the update of this step was not applied."""
+    if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
+        examples = [i for pack in loaded.step.packs for i in pack.example_ids]
+        raise NonFiniteError(
+            f"step {metrics.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}; no update was applied. "
+            f"Examples of the step: {examples[:20]}. Lower optim.lr, or inspect them with `sft-dist data inspect`"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The worker: `--resolved RUN_DIR/config.yaml` from our launcher, else recipes and key=value as on the command line.
+
+    Returns 0 on an orderly end; the code itself (75 for "run again to continue") goes to logs/attempt_N/exit_code,
+    because torchrun would turn any other into 1.
+    """
+    try:
+        code, folder = run_worker(sys.argv[1:] if argv is None else argv)
+        if folder is not None:
+            write_exit_code(folder, code)
+        return 0
+    except SftError as error:
+        if read_place()[0] == 0:
+            print(f"sft-dist: error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
+    """Everything of one rank: (exit code, the attempt's folder on rank 0)."""
+    recipe = read_recipe(argv)
+    is_main = read_place()[0] == 0
+    check_launcher(recipe)
+    check_recipe(recipe)
+    run_dir = Path(recipe.run.dir)
+    inputs = read_inputs(recipe, notice=print if is_main else lambda text: None)
+    with ExitStack() as stack:
+        place = stack.enter_context(runtime())
+        attempt = broadcast_json(take_attempt(run_dir, stack) if place.is_main else None)
+        job = stack.enter_context(Job(run_dir, attempt, place.rank))
+        folder = attempt_dir(run_dir, attempt) if place.is_main else None
+        try:
+            return train(inputs, job, place), folder
+        except SftError as error:
+            if folder is not None:
+                write_exit_code(folder, error.exit_code)
+            raise
+
+
+def read_recipe(argv: Sequence[str]) -> Recipe:
+    """The resolved recipe. `--local_rank=N`, which deepspeed puts first, is what LOCAL_RANK says already."""
+    words = [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
+    if words[:1] == ["--resolved"]:
+        return load_resolved(words[1])
+    files = [word for word in words if "=" not in word and not word.startswith("--")]
+    return load_recipe(files, [word for word in words if word not in files])
+
+
+def take_attempt(run_dir: Path, stack: ExitStack) -> int:
+    """Number of this attempt. Our launcher has claimed the folder already; other launchers leave that to rank 0."""
+    if "SFT_ATTEMPT" in os.environ:
+        return int(os.environ["SFT_ATTEMPT"])
+    claimed = claim(run_dir, sys.argv)
+    stack.callback(claimed.lock.release)
+    return claimed.attempt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

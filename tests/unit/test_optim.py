@@ -1,0 +1,74 @@
+"""Learning rate as a function of the step; optimizer state as named tensors that can be loaded in place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sft_dist.config.schema import OptimSection
+from sft_dist.optim import build_optimizer, lr_at, optimizer_tensors, set_step
+
+
+def rates(schedule: str, num_steps: int = 100, warmup: float = 0.1) -> list[float]:
+    return [
+        lr_at(step, peak=1.0, num_steps=num_steps, schedule=schedule, warmup_fraction=warmup) for step in range(1, num_steps + 1)
+    ]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_warms_up_linearly_to_the_peak(schedule: str) -> None:
+    values = rates(schedule)
+    assert values[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert max(values) == 1.0
+
+
+@pytest.mark.parametrize(("schedule", "middle", "last"), [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0), ("constant", 1.0, 1.0)])
+def test_decays_as_named(schedule: str, middle: float, last: float) -> None:
+    values = rates(schedule)
+    assert values[55] == pytest.approx(middle, abs=0.02)
+    assert values[-1] == pytest.approx(last, abs=0.02)
+
+
+def test_every_step_of_a_short_run_learns() -> None:
+    assert all(value > 0 for schedule in ("cosine", "linear") for value in rates(schedule, num_steps=3, warmup=0.03))
+
+
+def network() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(4, 3)
+
+
+def train(model: nn.Linear, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        torch.manual_seed(step)
+        model(torch.randn(5, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_state_restored_in_place_continues_bit_identically() -> None:
+    straight = network()
+    train(straight, build_optimizer(dict(straight.named_parameters()), OptimSection(), 1e-2), range(6))
+
+    first = network()
+    parameters = dict(first.named_parameters())
+    optimizer = build_optimizer(parameters, OptimSection(), 1e-2)
+    train(first, optimizer, range(3))
+    saved = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizer, parameters).items()}
+
+    second = network()
+    second.load_state_dict(first.state_dict())
+    parameters = dict(second.named_parameters())
+    optimizer = build_optimizer(parameters, OptimSection(), 1e-2)
+    for name, tensor in optimizer_tensors(optimizer, parameters).items():
+        tensor.copy_(saved[name])
+    set_step(optimizer, 3)
+    train(second, optimizer, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), second.parameters(), strict=True))
+
+
+def test_weight_decay_spares_vectors() -> None:
+    model = network()
+    groups = build_optimizer(dict(model.named_parameters()), OptimSection(weight_decay=0.1), 1e-2).param_groups
+    assert [(group["weight_decay"], [p.ndim for p in group["params"]]) for group in groups] == [(0.1, [2]), (0.0, [1])]
