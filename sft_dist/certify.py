@@ -201,6 +201,7 @@ def check_hidden_states(
     ]
 
 
+@torch.enable_grad()
 def check_copy(
     build: Builder, documents: Documents, config: PretrainedConfig, *, head: Head, backend: str | None, device: torch.device, seed: int
 ) -> list[Check]:

@@ -15,17 +15,19 @@ from torch import Tensor
 
 from sft_dist.checkpoint.export import export_model
 from sft_dist.checkpoint.manager import CheckpointManager
+from sft_dist.checkpoint.manifest import step_name
 from sft_dist.data.store import TokenStore
 from sft_dist.evaluate.generation import Prompt, generate, prompts_from_store
 from sft_dist.evaluate.heldout import heldout_loss
 from sft_dist.evaluate.metrics import exact_match
+from sft_dist.job import Job
 from sft_dist.models.adapters import is_adapter
 from sft_dist.models.packed import causal_lm
-from sft_dist.observe.metrics import MetricsLog, read_metrics
+from sft_dist.observe.metrics import MetricsLog, best_step, read_metrics
 from sft_dist.observe.report import write_report
 from sft_dist.observe.run_files import append_lines, read_lines, write_json
 from sft_dist.optim import optimizer_tensors
-from sft_dist.parallel.messages import gather_json
+from sft_dist.parallel.messages import broadcast_json, gather_json
 from sft_dist.parts import Parts
 
 GENERATION_BATCH = 32
@@ -42,15 +44,15 @@ class Answer:
     match: bool
 
 
-def evaluate(parts: Parts, step: int, run_dir: Path, log: MetricsLog | None) -> float | None:
-    """Validation loss of the held-out split, and sample answers. None when there is no split."""
+def evaluate(parts: Parts, step: int, run_dir: Path, log: MetricsLog | None) -> list[float]:
+    """Validation loss of the held-out split (none without one), and sample answers."""
     write_samples(parts, step, run_dir)
     if parts.heldout is None:
-        return None
+        return []
     loss, num_loss_tokens = heldout_loss(parts.engine, parts.heldout.loader, parts.heldout.plan.num_steps, parts.place.device)
     if log is not None:
         log.evaluation(step, loss, num_loss_tokens)
-    return loss
+    return [loss]
 
 
 def write_samples(parts: Parts, step: int, run_dir: Path) -> None:
@@ -112,9 +114,18 @@ def state_tensors(parts: Parts) -> dict[str, Tensor]:
     return weights | moments
 
 
-def save(parts: Parts, manager: CheckpointManager, step: int) -> None:
-    """Commit the state after `step`."""
-    manager.save(step, state_tensors(parts), {"step": step, "plan": parts.train.plan.digest})
+def save(parts: Parts, manager: CheckpointManager, step: int, run_dir: Path) -> None:
+    """Commit the state after `step`; with early stopping the best checkpoint so far stays too."""
+    best = best_step(read_metrics(run_dir)) if parts.recipe.eval.early_stopping else None
+    manager.save(step, state_tensors(parts), {"step": step, "plan": parts.train.plan.digest}, also_keep=best)
+
+
+def restore_best(parts: Parts, manager: CheckpointManager, job: Job) -> None:
+    """With early stopping, go back to the weights with the lowest validation loss before they are exported."""
+    best = broadcast_json(best_step(read_metrics(job.run_dir)))
+    if parts.recipe.eval.early_stopping and best is not None:
+        manager.load(job.run_dir / "checkpoints" / step_name(best), state_tensors(parts))
+        job.console.say(f"exporting step {best}, the lowest validation loss")
 
 
 def export(parts: Parts, run_dir: Path) -> None:

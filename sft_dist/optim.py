@@ -45,7 +45,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def lr_at(step: int, *, peak: float, num_steps: int, schedule: str, warmup_fraction: float) -> float:
+def lr_at(step: int, peak: float, num_steps: int, schedule: str, warmup_fraction: float) -> float:
     """Learning rate of 1-based `step`: linear warm-up to `peak`, then cosine or linear to zero, or constant."""
     num_warmup = math.ceil(warmup_fraction * num_steps)
     if step <= num_warmup:

@@ -31,6 +31,7 @@ from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.config.auto import FEW_STEPS, cadence
 from sft_dist.config.identity import check_recipe
 from sft_dist.config.loader import load_recipe, load_resolved
+from sft_dist.config.overrides import split_arguments
 from sft_dist.config.schema import Recipe
 from sft_dist.data.loader import LoadedStep
 from sft_dist.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, SftError
@@ -43,6 +44,7 @@ from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime, read_place, runtime, seed_for
 from sft_dist.parts import Inputs, Parts, build_parts, header_rows, read_fingerprint, read_inputs
+from sft_dist.resilience.orphan import launcher_commands
 from sft_dist.resilience.run_folder import attempt_dir, claim, write_exit_code
 from sft_dist.types import StepMetrics
 
@@ -81,43 +83,41 @@ def train_step(
     return result
 
 
-def loop(parts: Parts, job: Job, manager: CheckpointManager, first: int) -> int:
-    """Steps `first`.. to the end of the plan. Returns the last step done; earlier than the plan's when asked to stop."""
-    recipe, place, plan = parts.recipe, parts.place, parts.train.plan
-    num_steps = plan.num_steps
+def loop(parts: Parts, job: Job, manager: CheckpointManager, first: int) -> bool:
+    """Steps `first`.. to the end of the plan. False when asked to stop before it; the state is saved then."""
+    recipe, num_steps = parts.recipe, parts.train.plan.num_steps
+    patience = recipe.eval.early_stopping
     evaluate_every = cadence(recipe.eval.every_steps, num_steps, parts=5)
-    save_every = cadence(recipe.checkpoint.every_steps, num_steps, parts=5)
+    save_every = evaluate_every if patience else cadence(recipe.checkpoint.every_steps, num_steps, parts=5)
     log_every = cadence(recipe.log.every_steps, num_steps, parts=20)
     stop_after = recipe.optim.stop_after_step or num_steps
     losses = broadcast_json([x["eval_loss"] for x in read_metrics(job.run_dir) if x["kind"] == "eval"])
     job.console.start(first - 1, num_steps)
     for step in range(first, num_steps + 1):
+        if patience and rises(losses, patience):
+            job.console.say(f"early stopping: validation loss did not improve in {patience} evaluations")
+            return True
+        if step > stop_after:
+            return False
         started = time.perf_counter()
         loaded = parts.train.loader.step(step)
-        lr = lr_at(
-            step, peak=parts.choices.lr, num_steps=num_steps, schedule=recipe.optim.schedule,
-            warmup_fraction=recipe.optim.warmup_fraction,
-        )  # fmt: skip
+        lr = lr_at(step, parts.choices.lr, num_steps, recipe.optim.schedule, recipe.optim.warmup_fraction)
         result = train_step(
             parts.engine, parts.optimizer, loaded, lr=lr, max_norm=recipe.optim.max_grad_norm, seed=recipe.run.seed,
-            device=place.device, stop=bool(job.stop),
+            device=parts.place.device, stop=bool(job.stop),
         )  # fmt: skip
         metrics = measure(parts, loaded, result, lr, job.attempt, time.perf_counter() - started)
         refuse_nonfinite(metrics, loaded)
         job.record(metrics, num_steps, due=step % log_every == 0 or step in (first, num_steps))
 
-        is_last, stopping = step == num_steps, result.stop or step >= stop_after
+        is_last, stopping = step == num_steps, result.stop or step == stop_after
         if is_last or step % evaluate_every == 0:
-            losses.append(milestones.evaluate(parts, step, job.run_dir, job.log))
-        early = bool(recipe.eval.early_stopping) and rises(losses, recipe.eval.early_stopping)
-        if is_last or stopping or early or step % save_every == 0:
-            milestones.save(parts, manager, step)
-        if early:
-            job.console.say(f"early stopping: validation loss has not improved for {recipe.eval.early_stopping} evaluations")
-            return num_steps
-        if stopping:
-            return step
-    return num_steps
+            losses += milestones.evaluate(parts, step, job.run_dir, job.log)
+        if is_last or stopping or step % save_every == 0:
+            milestones.save(parts, manager, step, job.run_dir)
+        if stopping and not is_last:
+            return False
+    return True
 
 
 def train(inputs: Inputs, job: Job, place: Runtime) -> int:
@@ -135,11 +135,12 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
         if done == 0:
             milestones.check_answers(parts, "before", job.run_dir)
             milestones.evaluate(parts, 0, job.run_dir, job.log)
-        done = loop(parts, job, manager, done + 1)
+        finished = loop(parts, job, manager, done + 1)
         job.console.stop()
-        if done < num_steps:
-            job.console.say(f"stopped after step {done} of {num_steps} with a checkpoint; run the same command to continue")
+        if not finished:
+            job.console.say("stopped with a checkpoint; run the same command to continue")
             return EXIT_STOPPED
+        milestones.restore_best(parts, manager, job)
         milestones.check_answers(parts, "after", job.run_dir)
         milestones.export(parts, job.run_dir)
         if place.is_main:
@@ -217,12 +218,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
     """Everything of one rank: (exit code, the attempt's folder on rank 0)."""
-    recipe = read_recipe(argv)
     is_main = read_place()[0] == 0
-    check_launcher(recipe)
+    notice = print if is_main else lambda text: None
+    recipe, adopted = check_launcher(read_recipe(argv), launchers=launcher_commands())
+    for line in adopted:
+        notice(line)
     check_recipe(recipe)
     run_dir = Path(recipe.run.dir)
-    inputs = read_inputs(recipe, notice=print if is_main else lambda text: None)
+    if recipe.checkpoint.resume == "auto" and (run_dir / "summary.json").exists():
+        notice(f"the run in {run_dir} is finished: {run_dir / 'export'}; choose another run.dir to train anew")
+        return EXIT_DONE, None
+    inputs = read_inputs(recipe, notice)
     with ExitStack() as stack:
         place = stack.enter_context(runtime())
         attempt = broadcast_json(take_attempt(run_dir, stack) if place.is_main else None)
@@ -237,12 +243,10 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
 
 
 def read_recipe(argv: Sequence[str]) -> Recipe:
-    """The resolved recipe. `--local_rank=N`, which deepspeed puts first, is what LOCAL_RANK says already."""
-    words = [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
-    if words[:1] == ["--resolved"]:
-        return load_resolved(words[1])
-    files = [word for word in words if "=" not in word and not word.startswith("--")]
-    return load_recipe(files, [word for word in words if word not in files])
+    """The resolved recipe of a run folder, or recipes with settings as on the command line."""
+    if argv[:1] == ["--resolved"]:
+        return load_resolved(argv[1])
+    return load_recipe(*split_arguments(argv))
 
 
 def take_attempt(run_dir: Path, stack: ExitStack) -> int:

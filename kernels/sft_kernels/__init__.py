@@ -1,7 +1,6 @@
 """Kernels of this project, each beside its plain-PyTorch reference with the same signature.
 
-    from sft_kernels import choose_head
-    name, supervised_loss, reason = choose_head("auto", "cuda")
+`choose_head("auto", device)` returns the name of the loss head that suits the device, the function, and the reason.
 """
 
 from sft_kernels.registry import HEADS, KernelUnavailableError, choose_head

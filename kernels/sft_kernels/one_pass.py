@@ -86,8 +86,9 @@ def one_pass_loss(
 
     hidden [T, D], weight [V, D], labels int64 [T], loss_weights [T], bias [V] or None. `num_loss_tokens` is the number
     of labels != -100, known on the host: no device synchronisation. A wrong count raises ValueError on a CPU and turns
-    the loss into NaN elsewhere. Products run in the autocast dtype if autocast is on, else in the wider dtype of
-    hidden and weight; in fp32 on a CPU without instructions for that dtype. `chunk_rows` overrides the memory budget. Backward can run once per call.
+    the loss into NaN elsewhere. Products run in the autocast dtype if autocast is on, else in the wider dtype of hidden
+    and weight; in fp32 on a CPU without instructions for that dtype. `chunk_rows` overrides the memory budget.
+    Backward can run once per call.
     """
     _check_shapes(hidden, weight, labels, loss_weights, num_loss_tokens)
     problem = Problem(
@@ -178,27 +179,28 @@ def _allocate(
     weight_dtype: torch.dtype,
     needs: tuple[bool, ...],
 ) -> Gradients:
-    """Room for the wanted gradients. The weight's is fp32 while chunks add up, or rounded once if there is one chunk."""
+    """Room for the wanted gradients. The weight's is fp32, unless one chunk fills it and its reader wants it narrow."""
     num_chunks = len(_chunks(len(rows), matrix.shape[0], problem))
-    several = torch.promote_types(weight_dtype, problem.sum_dtype)
+    written_once = num_chunks == 1 and weight_dtype == problem.dtype
     make = matrix.new_empty if num_chunks else matrix.new_zeros
     return Gradients(
         index,
         rows=torch.empty_like(rows) if needs[0] else None,
-        weight=make(matrix.shape, dtype=problem.dtype if num_chunks == 1 else several) if needs[1] else None,
+        weight=make(matrix.shape, dtype=problem.dtype if written_once else problem.sum_dtype) if needs[1] else None,
         bias=matrix.new_zeros(matrix.shape[0], dtype=problem.sum_dtype) if needs[2] else None,
     )
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
     """`total (+)= left @ right` without rounding the product to the dtype of its factors first."""
-    wide = {"out_dtype": total.dtype} if left.is_cuda and left.dtype != total.dtype else {}
-    if not wide:  # only CUDA has products that end wider than their factors
-        left, right = left.to(total.dtype), right.to(total.dtype)
-    if first:
-        torch.mm(left, right, **wide, out=total)
+    wide = total.dtype
+    if left.dtype == wide or not left.is_cuda:  # only CUDA has products that end wider than their factors
+        left, right = left.to(wide), right.to(wide)
+        torch.mm(left, right, out=total) if first else torch.addmm(total, left, right, out=total)
+    elif first:
+        torch.mm(left, right, out_dtype=wide, out=total)
     else:
-        torch.addmm(total, left, right, **wide, out=total)
+        torch.addmm(total, left, right, out_dtype=wide, out=total)
 
 
 def _chunks(num_rows: int, vocabulary: int, problem: Problem) -> list[range]:
@@ -260,7 +262,8 @@ def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: 
     tokens, width = hidden.shape
     if weight.dim() != 2 or weight.shape[1] != width:
         raise ValueError(f"weight {tuple(weight.shape)} must be [V, {width}] for hidden {tuple(hidden.shape)}")
-    if labels.shape != (tokens,) or loss_weights.shape != (tokens,):
-        raise ValueError(f"labels {tuple(labels.shape)} and loss_weights {tuple(loss_weights.shape)} must be [{tokens}]")
+    for name, tensor in (("labels", labels), ("loss_weights", loss_weights)):
+        if tensor.shape != (tokens,):
+            raise ValueError(f"{name} {tuple(tensor.shape)} must be [{tokens}] for hidden {tuple(hidden.shape)}")
     if not 0 <= num_loss_tokens <= tokens:
         raise ValueError(f"num_loss_tokens={num_loss_tokens} must lie in 0..{tokens}")

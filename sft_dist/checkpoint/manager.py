@@ -95,8 +95,12 @@ class CheckpointManager:
 
     # ---- saving
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, also_keep: int | None = None
+    ) -> Path:
         """Commit `tensors` (each at least 1-dim) and the JSON value `meta` as the state of `step`; returns the folder.
+
+        The checkpoint of step `also_keep` (the best one so far) is not counted among the old ones that are deleted.
 
         A good checkpoint of that step is left as it is. Raises, on all ranks alike, StorageError when it cannot be
         written and NonFiniteError when a tensor holds a NaN or infinity; older checkpoints are untouched then.
@@ -122,7 +126,7 @@ class CheckpointManager:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         self._proven.add(target)
-        self._on_main(self._retire)
+        self._on_main(lambda: self._retire(also_keep))
         return target
 
     def _write(self, partial: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -162,9 +166,11 @@ class CheckpointManager:
         fsync_path(self.folder)
         self._fail_point("after commit")
 
-    def _retire(self) -> None:
-        """Delete all but the `keep` newest; each loses its name by one rename before its files go."""
+    def _retire(self, also_keep: int | None) -> None:
+        """Delete all but the `keep` newest and `also_keep`; each loses its name by one rename before its files go."""
         for path in folders(self.run_dir)[: -self.keep]:
+            if folder_step(path) == also_keep:
+                continue
             doomed = self.folder / f"{PARTIAL_PREFIX}{secrets.token_hex(8)}"
             path.rename(doomed)
             self._fail_point("while deleting")

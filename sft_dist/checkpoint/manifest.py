@@ -92,8 +92,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path}: altered or truncated (no valid manifest)") from error
     if manifest.render() != text:
         raise CheckpointError(f"{path}: altered (its digest does not match)")
-    if bad := next((name for name in manifest.files if not is_plain_name(name)), None):
-        raise CheckpointError(f"{path}: names {bad!r}, which is not a plain file name")
+    for name in manifest.files:
+        if not is_plain_name(name):
+            raise CheckpointError(f"{path}: names {name!r}, which is not a plain file name")
     return manifest
 
 

@@ -6,7 +6,9 @@ offsets of its pieces in the header; the reader puts the pieces together for any
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -34,7 +36,8 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> N
     )
     state = {name: _writable(tensor) for name, tensor in tensors.items()}
     try:
-        dcp.save(state, storage_writer=writer, process_group=ranks.group, no_dist=ranks.group is None)
+        with _quiet_alone():
+            dcp.save(state, storage_writer=writer, process_group=ranks.group, no_dist=ranks.group is None)
     except (CheckpointException, OSError) as error:
         cause = first_cause(error)
         if not isinstance(cause, OSError):
@@ -49,8 +52,9 @@ def read_shards(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks | None
     """
     group = ranks.group if ranks else None
     try:
-        reader = HuggingFaceStorageReader(str(folder))
-        dcp.load(dict(tensors), storage_reader=reader, process_group=group, no_dist=group is None)
+        with _quiet_alone():
+            reader = HuggingFaceStorageReader(str(folder))
+            dcp.load(dict(tensors), storage_reader=reader, process_group=group, no_dist=group is None)
     except (CheckpointException, RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(f"{folder}: cannot be read ({first_cause(error)})") from error
 
@@ -118,6 +122,14 @@ def first_cause(error: BaseException) -> BaseException:
     if isinstance(error, CheckpointException) and error.failures:
         return error.failures[min(error.failures)][0]
     return error
+
+
+@contextmanager
+def _quiet_alone() -> Iterator[None]:
+    """DCP warns when there is no process group; one process reading or writing alone is meant here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -25,12 +25,11 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     files, overrides = split_arguments(args.items)
-    if args.dry_run:
-        check_inputs(load_recipe(files, overrides))
-    elif inside_launcher(os.environ):
+    if inside_launcher(os.environ) and not args.dry_run:
         from sft_dist import train
 
         return train.main([*files, *overrides])
+    check_inputs(load_recipe(files, overrides))
     from sft_dist.launch import local
 
     return local.run(files, overrides, args.nproc, args.dry_run)

@@ -94,8 +94,6 @@ def _wishes(environ: Mapping[str, str], launchers: Sequence[Sequence[str]]) -> l
     found.append(_flag_wish(environ, "ACCELERATE_USE_FSDP", "parallel.strategy", "fsdp2"))
     if _is_on(environ, "ACCELERATE_USE_FSDP"):
         found.append(_flag_wish(environ, "FSDP_ACTIVATION_CHECKPOINTING", "memory.activation_checkpointing", "full"))
-    if environ.get("ACCELERATE_DYNAMO_BACKEND", "").upper() == "INDUCTOR":
-        found.append(Wish("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "precision.compile", True))
     if (clip := environ.get("ACCELERATE_GRADIENT_CLIPPING", "none")).lower() not in OFF:
         found.append(Wish("ACCELERATE_GRADIENT_CLIPPING", clip, "optim.max_grad_norm", float(clip)))
     return [wish for wish in found if wish is not None]
@@ -157,8 +155,10 @@ def _unavailable(environ: Mapping[str, str]) -> list[tuple[str, str]]:
                 "accumulation follows from batch.tokens_per_step: set that instead",
             )
         )
-    if environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in OFF | {"inductor"}:
-        found.append(("ACCELERATE_DYNAMO_BACKEND", "only inductor is available (precision.compile)"))
+    if environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in OFF:
+        found.append(
+            ("ACCELERATE_DYNAMO_BACKEND", "compilation is not available in this version: drop --dynamo_backend")
+        )
     found += [
         (f"PARALLELISM_CONFIG_{size}", "this mesh dimension is not available in this version")
         for size in PARALLEL_SIZES

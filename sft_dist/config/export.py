@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from sft_dist.config import keys
 from sft_dist.config.schema import Recipe
+from sft_dist.config.yaml12 import write_scalar, write_text
 
 Line = tuple[str, str]  # (text, dotted key of the value on it; "" for a heading)
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """YAML text of every setting, defaults included; `load_recipe` of it gives an equal recipe."""
-    return "".join(f"{text}\n" for text, _ in _lines(recipe.model_dump(mode="json"), "", ""))
+    return "".join(f"{text}\n" for text, _ in _lines(recipe.model_dump(), "", ""))
 
 
 def annotate_recipe(recipe: Recipe, origins: Mapping[str, str]) -> str:
     """The same text with the origin of each value as a comment; defaults carry none."""
-    lines = list(_lines(recipe.model_dump(mode="json"), "", ""))
+    lines = list(_lines(recipe.model_dump(), "", ""))
     shown = {key for _, key in lines if origins.get(key, "default") != "default"}
     width = max((len(text) for text, key in lines if key in shown), default=0)
     notes = (f"{text:<{width}}  # {origins[key]}" if key in shown else text for text, key in lines)
@@ -30,7 +28,8 @@ def annotate_recipe(recipe: Recipe, origins: Mapping[str, str]) -> str:
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """Every setting under its dotted key, list entries by index."""
-    return dict(_flat(recipe.model_dump(mode="json"), ""))
+    flat = _flat(recipe.model_dump(), "")
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in flat}
 
 
 def json_schema() -> dict[str, Any]:
@@ -39,7 +38,7 @@ def json_schema() -> dict[str, Any]:
     kernels = schema["properties"]["kernels"]
     words = keys.index()["kernels.head"].words
     schema["properties"]["kernels"] = {"anyOf": [{"enum": list(words)}, {"$ref": kernels["$ref"]}], "default": "auto"}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "sft-dist recipe", **schema}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "sft-dist recipe"}
 
 
 def _flat(values: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
@@ -79,9 +78,9 @@ def _entry(entry: dict[str, Any], path: str, indent: str) -> Iterator[Line]:
 
 
 def _flow_text(value: Any) -> str:
-    """One value as a single line of YAML, quoted wherever a reader could take it for something else."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style, yaml.width, yaml.sort_base_mapping_type_on_output = True, 2**30, False  # type: ignore[assignment]
-    stream = io.StringIO()
-    yaml.dump([value], stream)
-    return stream.getvalue().strip()[1:-1]
+    """One value as a single line of YAML."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{write_text(name)}: {_flow_text(inner)}" for name, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_flow_text(inner) for inner in value) + "]"
+    return write_scalar(value)

@@ -7,7 +7,6 @@ with the line to paste, value filled in.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -40,12 +39,6 @@ def translate_section(section: str, value: str, lookup: Lookup) -> Advice | None
     """The same for a word where this project has a section: `model: gpt2`, `optim: adamw_torch`."""
     make = SECTION_WORDS.get(section)
     return make(value, lookup) if make else None
-
-
-def quoted(text: str) -> str:
-    """`text` as it may stand inside a flow mapping."""
-    safe = re.fullmatch(r"[\w./+*~][\w ./+*=@~-]*(?<! )|-?[\d.]+(e-?\d+)?", text)
-    return text if safe else json.dumps(text, ensure_ascii=False)
 
 
 # --- the few shapes of a translation -------------------------------------------------------------------------------
@@ -236,8 +229,8 @@ NAMES: dict[str, Translate] = {
     "load_in_8bit": _switch(_later("a quantised base (qlora)"), _drop("weights are never quantised")),
     "quantization_bit": _later("a quantised base (qlora)"),
     "r": _to("tuning.rank"),
-    "lora_r": _to("tuning.rank"),
-    "lora_rank": _to("tuning.rank"),
+    "lora_r": _to("tuning.rank", "beside tuning.method: lora"),
+    "lora_rank": _to("tuning.rank", "beside tuning.method: lora"),
     "lora_alpha": _to("tuning.alpha"),
     "lora_dropout": _to("tuning.dropout"),
     "lora_target": _words("tuning.targets", {"all": "all-linear"}),

@@ -49,14 +49,24 @@ def children(path: str) -> list[str]:
 
 
 def suggest(path: str) -> list[str]:
-    """The keys that an unknown key may have meant, best first; empty when nothing is near."""
+    """The keys that an unknown key may have meant, best first; empty when nothing is near.
+
+    A near sibling wins, then the same word elsewhere (`lr` at the top), then what is farther off.
+    """
     parent, _, name = path.rpartition(".")
-    here = nearest(name, children(parent), limit=1)
-    elsewhere = [key for key in index() if key.rpartition(".")[2] == _folded(name) and "*" not in key]
-    if here or not elsewhere:
-        here = here or nearest(name, children(parent))
-        return [f"{parent}.{word}" if parent else word for word in here]
-    return elsewhere
+    for limit in (1, None):
+        here = nearest(name, children(parent), limit)
+        found = [f"{parent}.{word}" if parent else word for word in here] or _elsewhere(name, limit=limit and limit - 1)
+        if found:
+            return found
+    return []
+
+
+def _elsewhere(name: str, limit: int | None) -> list[str]:
+    """Keys of any section whose last word is near; entries of lists have no path of their own to offer."""
+    last = {key: key.rpartition(".")[2] for key in index() if "*" not in key}
+    near = nearest(name, last.values(), limit)
+    return [key for key, word in last.items() if word in near]
 
 
 def nearest(word: str, candidates: Iterable[str], limit: int | None = None) -> list[str]:

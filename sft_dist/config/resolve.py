@@ -6,7 +6,7 @@ later version), then values; a recipe with wrong keys is not reported again for 
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +18,11 @@ from sft_dist.config.foreign import Advice
 from sft_dist.config.keys import Key
 from sft_dist.config.overrides import COMMAND_LINE
 from sft_dist.config.schema import NOT_YET, Recipe
-from sft_dist.config.yaml12 import Branch, Items, Leaf, Node
+from sft_dist.config.yaml12 import OLD_TRUTH, Branch, Items, Leaf, Node, write_text
 from sft_dist.errors import ConfigError
 
 SHORTHANDS = {"kernels"}  # sections that one word may stand for; the schema expands it
-_OLD_TRUTH = {"yes", "no", "on", "off"}  # true and false in YAML 1.1
+_FLOW_SAFE = re.compile(r"[^\s,\[\]{}:#'\"`%@&*!|>?-][^,\[\]{}:#]*(?<!\s)|-?[\d.]+(e-?\d+)?")
 
 
 def build_recipe(tree: Branch) -> Recipe:
@@ -56,7 +56,7 @@ def node_at(tree: Node, path: str) -> tuple[Node, str]:
 def text_of(node: Node) -> str:
     """A node as flow YAML on one line."""
     if isinstance(node, Leaf):
-        return foreign.quoted(node.text) if node.plain else json.dumps(node.text, ensure_ascii=False)
+        return node.text if node.plain and _FLOW_SAFE.fullmatch(node.text) else write_text(node.text)
     if isinstance(node, Items):
         return "[" + ", ".join(text_of(child) for child in node.children) + "]"
     return "{" + ", ".join(f"{name}: {text_of(child)}" for name, child in node.children.items()) + "}"
@@ -130,7 +130,7 @@ class _Reader:
             return None
         if isinstance(value, bool) and key.kind == "value" and "boolean" not in key.types:
             self._refuse(node, path, f" = {node.text}: must be {key.rule}")
-        if isinstance(value, str) and key.kind == "mapping" and node.plain and value.lower() in _OLD_TRUTH:
+        if isinstance(value, str) and key.kind == "mapping" and node.plain and value.lower() in OLD_TRUTH:
             self._refuse(node, path, f' = {value}: is text in YAML 1.2: write true or false, or "{value}"')
         return value
 
@@ -166,12 +166,13 @@ class _Reader:
         remark = f" ({advice.remark})" if advice.remark else ""
         if not advice.settings:
             return self._refuse(node, path, f" {what}: leave it out{remark}")
-        self.advice.append(advice)
+        if not node.where.startswith(COMMAND_LINE):
+            self.advice.append(advice)
         lines = " ".join(_as_written(setting, node.where) for setting in advice.settings)
         return self._refuse(node, path, f" {what}: write {lines}{remark}")
 
     def paste(self) -> list[str]:
-        """With two or more translated lines: all of them once more, merged by section, ready to paste."""
+        """With two or more translated lines of files: all of them once more, merged by section, ready to paste."""
         if len(self.advice) < 2:
             return []
         sections: dict[str, dict[str, str]] = {}
@@ -231,7 +232,7 @@ def _value_problems(error: ValidationError, tree: Branch, *, seen: set[str], onl
         if absent:
             yield f"{node.where}: {path} is missing: it must be {key.rule}"
         else:
-            yield f"{node.where}: {path} = {_shortened(text_of(node))}: must be {key.rule}{_meant(node, key)}"
+            yield f"{node.where}: {path} = {_shown(node)}: must be {key.rule}{_meant(node, key)}"
 
 
 def _known_path(location: tuple[int | str, ...]) -> str:
@@ -253,5 +254,7 @@ def _meant(node: Node, key: keys.Key) -> str:
     return f" (did you mean {near[0]!r}?)" if near and near[0] not in words else ""
 
 
-def _shortened(text: str, limit: int = 80) -> str:
+def _shown(node: Node, limit: int = 80) -> str:
+    """A value in a message: as written, not longer than a line can bear."""
+    text = (node.text or "''") if isinstance(node, Leaf) else text_of(node)
     return text if len(text) <= limit else text[: limit - 3] + "..."

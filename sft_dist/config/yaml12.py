@@ -10,6 +10,7 @@ file, aliases that multiply into more than `MAX_NODES` nodes.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ from sft_dist.errors import ConfigError
 MAX_NODES = 10_000
 MAX_DEPTH = 40
 
+OLD_TRUTH = {"yes", "no", "on", "off"}  # true and false in YAML 1.1, text in 1.2
+
 Scalar = str | int | float | bool | None
 
 _NULL = {"", "~", "null", "Null", "NULL"}
@@ -41,6 +44,10 @@ _INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")
 _RADIX = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _INF_NAN = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_PLAIN = re.compile(r"([^\W\d]|[./~])[\w ./+=@~-]*(?<! )")  # cannot be taken for a number, a date or YAML's own signs
+_UNPRINTABLE = re.compile(
+    "[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]"
+)  # what YAML forbids, or folds, beyond JSON's escapes
 _LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
 
 
@@ -102,6 +109,24 @@ def read_scalar(text: str) -> Scalar:
     if _INF_NAN.fullmatch(text):
         return math.nan if text.lower() == ".nan" else float(text.replace(".", ""))
     return text
+
+
+def write_scalar(value: Scalar) -> str:
+    """The word for a value, such that `read_scalar`, and readers of YAML 1.1 as well, give the value back."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else f"{'-' if value < 0 else ''}.inf"
+    return repr(value) if isinstance(value, int | float) else write_text(value)
+
+
+def write_text(text: str) -> str:
+    """`text` bare where it can only be text, otherwise in double quotes."""
+    if _PLAIN.fullmatch(text) and text.lower() not in OLD_TRUTH and read_scalar(text) == text:
+        return text
+    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(text, ensure_ascii=False))
 
 
 def parse(text: str, name: str) -> Branch:

@@ -70,7 +70,8 @@ CHATML = """
     {%- if messages[0].role == 'system' %}{{ messages[0].content + '\\n\\n' }}{% endif %}
     {{- 'You can call functions. Their signatures, in JSON, between <tools></tools>:\\n<tools>' }}
     {%- for tool in tools %}{{ '\\n' + tool | tojson }}{% endfor %}
-    {{- '\\n</tools>\\nTo call one, write its name and arguments as JSON between <tool_call></tool_call>.<|im_end|>\\n' }}
+    {{- '\\n</tools>\\nTo call one, write its name and arguments, in JSON, ' }}
+    {{- 'between <tool_call></tool_call>.<|im_end|>\\n' }}
 {%- endif %}
 {%- for message in messages %}
     {%- if message.role == 'system' and loop.first and tools %}{% continue %}{% endif %}

@@ -51,10 +51,14 @@ class Traced(str):
     def __format__(self, spec: str) -> str:
         return derive(str.__format__(self, spec), self) if spec else self
 
-    def __add__(self, other: str) -> Traced:
+    def __add__(self, other: Any) -> Traced:
+        if not isinstance(other, str):
+            return NotImplemented  # Jinja's undefined then names itself
         return Traced(str.__add__(self, other), self._origin + origin_of(other))
 
-    def __radd__(self, other: str) -> Traced:
+    def __radd__(self, other: Any) -> Traced:
+        if not isinstance(other, str):
+            return NotImplemented
         return Traced(str.__add__(other, self), origin_of(other) + self._origin)
 
     def __mul__(self, times: SupportsIndex) -> Traced:
@@ -87,27 +91,32 @@ class Traced(str):
         return self[: len(self) - len(suffix)] if suffix and self.endswith(suffix) else self
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1) -> Traced:
-        return Traced(new).join(self.split(old, count)) if old else derive(str.replace(self, old, new, count), self, new)
+        if not old:
+            return derive(str.replace(self, old, new, count), self, new)
+        return Traced(new).join(self.split(old, count))
 
-    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         return self._pieces(str.split(self, sep, maxsplit), sep)
 
-    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
+    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         return self._pieces(str.rsplit(self, sep, maxsplit), sep)
 
-    def splitlines(self, keepends: bool = False) -> list[str]:  # type: ignore[override]
+    def splitlines(self, keepends: bool = False) -> list[str]:
         lines = self._pieces(str.splitlines(self, True), "")
         return lines if keepends else [line[: len(str.splitlines(line)[0])] for line in lines]
 
-    def partition(self, sep: str) -> tuple[str, str, str]:  # type: ignore[override]
-        return tuple(self._pieces(str.partition(self, sep), ""))  # type: ignore[return-value]
+    def partition(self, sep: str) -> tuple[str, str, str]:
+        head, found, tail = self._pieces(str.partition(self, sep), "")
+        return head, found, tail
 
-    def rpartition(self, sep: str) -> tuple[str, str, str]:  # type: ignore[override]
-        return tuple(self._pieces(str.rpartition(self, sep), ""))  # type: ignore[return-value]
+    def rpartition(self, sep: str) -> tuple[str, str, str]:
+        head, found, tail = self._pieces(str.rpartition(self, sep), "")
+        return head, found, tail
 
-    def _pieces(self, parts: Iterable[str], sep: str | None) -> list[Traced]:
+    def _pieces(self, parts: Iterable[str], sep: str | None) -> list[str]:
         """`parts`, cut from self from left to right with `sep` between two of them, with their shadows."""
-        pieces, at = [], 0
+        pieces: list[str] = []
+        at = 0
         for part in parts:
             if sep is None:  # any white space, with which no part begins: the next place that fits is the place
                 at = str.find(self, part, at)

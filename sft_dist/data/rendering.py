@@ -1,42 +1,31 @@
-"""Chat templates rendered with provenance: `Conversation` in, text and the origin of every character out.
-
-The templates run in Jinja's immutable sandbox with the settings that Hugging Face tokenizers use (trimmed blocks, loop
-controls, generation tags, `tojson` without HTML escapes, `raise_exception`, `strftime_now`), so the text is the same
-to the last character. Four things differ, all invisible to the template:
-
-- string constants and template data are compiled into traced literals, so a plain string at run time is *unknown*;
-- output, macros, `set` blocks and `~` are joined by `provenance.concat`;
-- `%` and `str.format` fill traced values into their places;
-- the filters that build new strings keep the shadow, or say that they lost it.
-"""
+"""Conversations through a chat template with provenance: text, and the origin of every character."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime
-from functools import cached_property, lru_cache, wraps
-from itertools import count
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import jinja2
 import numpy as np
-from jinja2 import nodes
-from jinja2.compiler import CodeGenerator, Frame
-from jinja2.ext import Extension, loopcontrols
-from jinja2.filters import make_attrgetter
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 
 from sft_dist.data import provenance
-from sft_dist.data.provenance import CONTENT, HEADER, LITERAL, REASONING, ROLE, TOOLS, Run, Traced
-from sft_dist.errors import BadRecord, ConfigError
+from sft_dist.data.provenance import ARGUMENTS, CONTENT, HEADER, NAMES, REASONING, ROLE, TOOLS, Run, letter, trace
+from sft_dist.errors import BadRecord
 from sft_dist.types import Conversation, Message
 
 MAX_TEXT_CHARACTERS = 8 << 20
 # What may go wrong inside a template that somebody else wrote: its own refusal, or an operation its data do not fit.
-TEMPLATE_FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+_TEMPLATE_FAILURES = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 class Rendered:
@@ -77,20 +66,30 @@ def render(
     """
     if len(conversation.messages) > provenance.MAX_MESSAGES:
         raise BadRecord(f"{len(conversation.messages)} messages in one conversation: at most {provenance.MAX_MESSAGES}")
+    variables = {
+        "tools": trace(conversation.tools, TOOLS) or None,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+        **{name: provenance.literal(token) for name, token in special_tokens.items()},
+    }
     try:
-        text = template.render(
-            messages=[_traced_message(message, i) for i, message in enumerate(conversation.messages)],
-            tools=provenance.trace(conversation.tools, TOOLS) or None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **{name: provenance.literal(token) for name, token in special_tokens.items()},
-        )
-    except TEMPLATE_FAILURES as error:
+        text = _run(template, conversation, variables)
+    except _TEMPLATE_FAILURES as error:
         kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
         raise BadRecord(f"the chat template refuses the conversation: {kind}{error}") from error
     if len(text) > MAX_TEXT_CHARACTERS:
         raise BadRecord(f"the chat template wrote {len(text)} characters: at most {MAX_TEXT_CHARACTERS}")
     return Rendered(text)
+
+
+def _run(template: jinja2.Template, conversation: Conversation, variables: Mapping[str, Any]) -> str:
+    """The rendered text. Arguments of calls are mappings, or JSON text for a template that adds them to text."""
+    try:
+        return template.render(messages=_traced_messages(conversation), **variables)
+    except TypeError:
+        if not any("tool_calls" in message.extra for message in conversation.messages):
+            raise
+        return template.render(messages=_traced_messages(conversation, arguments_as_text=True), **variables)
 
 
 _SLOTS = {
@@ -103,225 +102,30 @@ _SLOTS = {
 }
 
 
-def _traced_message(message: Message, number: int) -> dict[str, Any]:
+def _traced_messages(conversation: Conversation, arguments_as_text: bool = False) -> list[dict[str, Any]]:
+    return [_traced_message(message, i, arguments_as_text) for i, message in enumerate(conversation.messages)]
+
+
+def _traced_message(message: Message, number: int, arguments_as_text: bool) -> dict[str, Any]:
     """The message as the dictionary templates expect, each string owned by its part of message `number`."""
     traced = {
-        "role": provenance.trace(message.role, provenance.letter(number, ROLE)),
-        "content": provenance.trace(message.content, provenance.letter(number, CONTENT)),
+        "role": trace(message.role, letter(number, ROLE)),
+        "content": trace(message.content, letter(number, CONTENT)),
     }
     for key, value in message.extra.items():
         if key == "tool_calls":
-            traced[key] = [_traced_call(call, number, place) for place, call in enumerate(value)]
+            traced[key] = [_traced_call(call, number, place, arguments_as_text) for place, call in enumerate(value)]
         else:
-            traced[key] = provenance.trace(value, provenance.letter(number, _SLOTS.get(key, HEADER)))
+            traced[key] = trace(value, letter(number, _SLOTS.get(key, HEADER)))
     return traced
 
 
-def _traced_call(call: Mapping[str, Any], number: int, place: int) -> Any:
+def _traced_call(call: Mapping[str, Any], number: int, place: int, arguments_as_text: bool) -> dict[str, Any]:
     """One function call of message `number`; the called name has a slot of its own."""
-    traced = provenance.trace(call, provenance.letter(number, provenance.ARGUMENTS))
-    function = traced.get("function", traced)
-    if isinstance(function, dict) and isinstance(function.get("name"), str):
-        function["name"] = provenance.trace(str(function["name"]), provenance.letter(number, provenance.NAMES + place))
+    arguments = letter(number, ARGUMENTS)
+    traced: dict[str, Any] = trace(call, arguments)
+    function = traced["function"]
+    function["name"] = trace(function["name"], letter(number, NAMES + place))
+    if arguments_as_text:
+        function["arguments"] = trace(json.dumps(function["arguments"], ensure_ascii=False), arguments)
     return traced
-
-
-@lru_cache(maxsize=64)
-def compile_template(text: str) -> jinja2.Template:
-    """Compile once per text. Raises ConfigError naming the line of a syntax error."""
-    environment = TracingEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
-    try:
-        return environment.from_string(text)
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"data.chat_template: line {error.lineno}: {error.message}") from error
-
-
-class _GenerationTag(Extension):
-    """`{% generation %} ... {% endgeneration %}`: the author's own statement of what the assistant says."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own class attribute)
-
-    def parse(self, parser: Any) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Callable[[], str]) -> Traced:
-        return provenance.tag(caller())
-
-
-class _TracingCode(CodeGenerator):
-    """Compiles constants into traced literals and joins strings with their shadows."""
-
-    def visit_Const(self, node: nodes.Const, frame: Frame) -> None:
-        if isinstance(node.value, str):
-            self.write(f"environment.literals[{node.value!r}]")
-        else:
-            super().visit_Const(node, frame)
-
-    def visit_TemplateData(self, node: nodes.TemplateData, frame: Frame) -> None:
-        self.write(f"environment.literals[{node.data!r}]")
-
-    def _output_const_repr(self, group: Iterable[Any]) -> str:
-        return f"environment.literals[{super()._output_const_repr(group)}]"
-
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        self.write("environment.concat(map(str, (")
-        for part in node.nodes:
-            self.visit(part, frame)
-            self.write(", ")
-        self.write(")))")
-
-
-class _Literals(dict[str, Traced]):
-    """The constants of one template, traced at first use."""
-
-    def __missing__(self, text: str) -> Traced:
-        return self.setdefault(text, provenance.literal(text))
-
-
-class TracingEnvironment(ImmutableSandboxedEnvironment):
-    """The sandbox for chat templates, with provenance."""
-
-    code_generator_class = _TracingCode
-    concat = staticmethod(provenance.concat)  # type: ignore[assignment]
-    intercepted_binops = frozenset(["%"])
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.literals = _Literals()
-        self.filters = {name: _reporting(function) for name, function in self.filters.items()} | _FILTERS
-        self.globals |= {
-            "raise_exception": _raise_exception,
-            "strftime_now": lambda form: provenance.literal(datetime.now().strftime(form)),
-            "dict": lambda *pairs, **items: dict(*pairs, **items),
-            "namespace": _Namespace,
-        }
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "%" and isinstance(left, str):
-            return _percent(left, right)
-        return super().call_binop(context, operator, left, right)
-
-    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """`str.format` and `format_map`, sandboxed as always, filling traced values into their places."""
-        text, name = getattr(value, "__self__", None), getattr(value, "__name__", None)
-        if super().wrap_str_format(value) is None or not isinstance(text, str):
-            return None
-        formatter = _TracingFormatter(self)
-        if name == "format_map":
-            return lambda mapping: formatter.vformat(text, (), mapping)
-        return lambda *args, **kwargs: formatter.vformat(text, args, kwargs)
-
-
-class _TracingFormatter(SandboxedFormatter):
-    def vformat(self, format_string: str, args: Any, kwargs: Any) -> Traced:
-        """Literal parts of the format string keep its origin; each field keeps its own."""
-        parts: list[str] = []
-        automatic = count()
-        for text, field, spec, conversion in self.parse(format_string):
-            parts.append(provenance.derive(text, format_string))
-            if field is not None:
-                value, _ = self.get_field(field or str(next(automatic)), args, kwargs)
-                value = self.convert_field(value, conversion) if conversion else value
-                filled = self.format_field(value, spec or "")
-                parts.append(filled if type(filled) is Traced else provenance.derive(filled, value))
-        return provenance.concat(parts)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """`namespace(...)` without underscore names, so that a template cannot reach Python's internals."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        self, items = args[0], dict(*args[1:], **kwargs)
-        for name in items:
-            _check_name(name)
-        jinja2.utils.Namespace.__init__(self, items)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-
-def _check_name(name: Any) -> None:
-    if str(name).startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a chat template may not store the attribute {name!r}")
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(str(message))
-
-
-_PERCENT = re.compile(r"%(?:\((?P<key>[^)]*)\))?(?P<form>[#0\- +]*(?:\d+)?(?:\.\d+)?)(?P<kind>[diouxXeEfFgGcrsa%])")
-
-
-def _percent(form: str, values: Any) -> Traced:
-    """`form % values` with each `%s` keeping the origin of its value. `*` widths are not followed."""
-    plain = str.__mod__(form, values)
-    form, parts, at = Traced(form), [], 0
-    queue = iter(values if isinstance(values, tuple) else (values,))
-    for match in _PERCENT.finditer(form):
-        parts.append(form[at : match.start()])
-        at = match.end()
-        if match["kind"] == "%":
-            parts.append(form[match.start() : match.start() + 1])
-            continue
-        value = next(queue, "") if match["key"] is None else values[match["key"]]
-        bare = match["kind"] == "s" and not match["form"] and isinstance(value, str)
-        parts.append(value if bare else provenance.derive(f"%{match['form']}{match['kind']}" % (value,), value))
-    traced = provenance.concat([*parts, form[at:]])
-    return traced if traced == plain else provenance.derive(plain, form, values)
-
-
-def _reporting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter whose plain string result belongs as a whole to its only source, or is UNKNOWN.
-
-    `Markup` is left alone: it escapes what is added to it, and must go on doing so.
-    """
-
-    @wraps(function)
-    def filtered(*args: Any, **kwargs: Any) -> Any:
-        result = function(*args, **kwargs)
-        return provenance.derive(result, args, kwargs) if type(result) is str else result
-
-    return filtered
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> Traced:
-    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    return provenance.derive(text, value, data=True)
-
-
-@jinja2.pass_environment
-def _join(environment: jinja2.Environment, value: Iterable[Any], d: str = "", attribute: str | None = None) -> Traced:
-    items = value if attribute is None else map(make_attrgetter(environment, attribute), value)
-    return Traced(str(d)).join(map(str, items))
-
-
-def _replace(value: Any, old: str, new: str, count: int | None = None) -> Traced:  # Jinja's own parameter names
-    return Traced(str(value)).replace(str(old), str(new), -1 if count is None else count)
-
-
-def _title(value: Any) -> Traced:
-    return provenance.same_length(jinja2.filters.do_title(value), Traced(str(value)))
-
-
-def _format(value: Any, *args: Any, **kwargs: Any) -> Traced:
-    if args and kwargs:
-        raise jinja2.exceptions.FilterArgumentError("can't handle positional and keyword arguments at the same time")
-    return _percent(str(value), kwargs or args)
-
-
-_FILTERS: dict[str, Callable[..., Any]] = {
-    "format": _format,
-    "join": _join,
-    "replace": _replace,
-    "title": _title,
-    "tojson": _tojson,
-}

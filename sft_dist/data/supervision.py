@@ -113,7 +113,7 @@ def supervise(
         if weight > 0 and i in tagged:
             spans += [Span(*piece, weight) for piece in _as_tagged(rendered, turns[i], tagged[i], stops)]
         elif weight > 0:
-            spans.append(Span(*_as_said(rendered, turns[i], stops, header_end), weight))
+            spans.append(Span(*_as_said(rendered, messages[i].content, turns[i], stops, header_end), weight))
     return spans
 
 
@@ -160,17 +160,26 @@ def literal_after(rendered: Rendered, turn: Turn) -> int:
     return next((run.start for run in following if not run.is_literal), len(rendered.text))
 
 
-def literal_before(rendered: Rendered, turn: Turn) -> int:
-    """Start of the template's own text in front of a turn."""
-    return max((run.end for run in rendered.runs if run.end <= turn.start and not run.is_literal), default=0)
+def header_start(rendered: Rendered, message: int, end: int) -> int:
+    """Start of the header in text[:end] of message number `message`: where the message before it ends."""
+    others = (run.end for run in rendered.runs if run.end <= end and not run.is_literal and run.message != message)
+    return max(others, default=0)
 
 
 def _as_said(
-    rendered: Rendered, turn: Turn, stops: Stops, header_end: Callable[[Turn], int]
+    rendered: Rendered, content: str, turn: Turn, stops: Stops, header_end: Callable[[Turn], int]
 ) -> tuple[int, int]:
-    start = turn.start if turn.opens_with == CONTENT else header_end(turn)
+    start = _opening(rendered, content, turn) if turn.opens_with == CONTENT else header_end(turn)
     stop = stops.find(rendered.text, turn.end, literal_after(rendered, turn))
     return start, stop[1] if stop else turn.end
+
+
+def _opening(rendered: Rendered, content: str, turn: Turn) -> int:
+    """Where the content begins: further left when the template took its opening (`<think>`) off and wrote it anew."""
+    first = next(run for run in rendered.runs if run.start == turn.start)
+    opening = content.partition(rendered.text[first.start : first.end])[0].strip()
+    before = rendered.text[: turn.start].rstrip()
+    return len(before) - len(opening) if opening and before.endswith(opening) else turn.start
 
 
 def _tagged_regions(runs: Sequence[Run]) -> dict[int, list[tuple[int, int]]]:
@@ -207,9 +216,12 @@ def _check_nothing_left_out(rendered: Rendered, conversation: Conversation) -> N
         return  # what is missing may be there, its origin lost; supervised messages are checked one by one
     seen = {(run.message, run.slot) for run in rendered.runs}
     present = {message for message, slot in seen if slot != ROLE}
+    calling = {message for message, slot in seen if slot >= ARGUMENTS}
     for i, message in enumerate(conversation.messages):
-        if i not in present and (message.content.strip() or message.extra.get("tool_calls")):
+        if i not in present and message.content.strip():
             raise BadRecord(f"the chat template leaves out message {i + 1} ({message.role})")
+        if i not in calling and message.extra.get("tool_calls"):
+            raise BadRecord(f"the chat template leaves out the function call of message {i + 1}")
     if conversation.tools and (-1, ord(TOOLS)) not in seen:
         raise BadRecord("the chat template leaves out the tools: use one that knows tools, or data without them")
 
@@ -226,7 +238,7 @@ def _check_followed(rendered: Rendered, message: Message, number: int, turns: di
         )
     if number not in turns:
         raise BadRecord(f"{where} holds no text to learn")
-    if turns[number].again:
+    if turns[number].again or (len(said) > 1 and len(text) > len(message.content)):
         raise BadRecord(f"the chat template writes {where} in two places: its loss mask would be a guess")
     inside = {run.tagged for run in said}
     if inside == {True, False}:

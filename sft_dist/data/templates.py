@@ -13,16 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sft_dist.data.builtin_templates import BUILTIN
-from sft_dist.data.provenance import REASONING
-from sft_dist.data.rendering import Rendered, compile_template, render
-from sft_dist.data.supervision import Span, Stops, Turn, find_turns, literal_after, literal_before, supervise
+from sft_dist.data.rendering import Rendered, render
+from sft_dist.data.supervision import Span, Stops, Turn, find_turns, header_start, literal_after, supervise
+from sft_dist.data.template_engine import compile_template
 from sft_dist.errors import BadRecord, ConfigError
 from sft_dist.types import Conversation, Message, TokenizedExample
 
@@ -72,9 +71,8 @@ class ChatTemplate:
         prompt_loss_weight: float = 0.0,
     ) -> TokenizedExample:
         """One conversation as token ids int32[L] and loss weights float32[L]; raises BadRecord."""
-        result = self.tokenize_batch(
-            [conversation], tokenizer, loss_on=loss_on, prompt_loss_weight=prompt_loss_weight
-        )[0]
+        batch = [conversation]
+        (result,) = self.tokenize_batch(batch, tokenizer, loss_on=loss_on, prompt_loss_weight=prompt_loss_weight)
         if isinstance(result, BadRecord):
             raise result
         return result
@@ -229,22 +227,31 @@ class BoundTemplate:
         return self.stops.find(rendered.text, last.end, len(rendered.text)) is None
 
     def _header_end(self, conversation: Conversation, rendered: Rendered, turn: Turn) -> int:
-        """Where the role header ends before a turn that opens with reasoning or a function call.
+        """Where the role header ends in front of a turn that opens with reasoning or a function call.
 
-        Compared with what the template writes in front of a model's turn (before reasoning) or of a plain answer
-        (before a call): the common beginning is header, the rest is the model's to write.
+        The header is what the template writes when it asks a model to speak, or puts before a plain answer (there with
+        an empty think block, as the case may be): the longer one that stands here. The rest is the model's to write.
         """
         earlier = conversation.messages[: turn.message]
-        start = literal_before(rendered, turn)
-        if turn.opens_with == REASONING:
-            other = self._render(_with(conversation, earlier), prompt=True)
-            other_start, other_end = _end_of_last_run(other), len(other.text)
-        else:
-            other = self._render(_with(conversation, (*earlier, Message("assistant", "."))))
-            answer = find_turns(other.runs)[turn.message]
-            other_start, other_end = literal_before(other, answer), answer.start
-        pairs = zip(rendered.text[start : turn.start], other.text[other_start:other_end], strict=False)
-        return start + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        start = header_start(rendered, turn.message, turn.start)
+        asked = self._header(Conversation(earlier, conversation.tools), prompt=True)
+        answered = self._header(Conversation((*earlier, Message("assistant", ".")), conversation.tools))
+        here = rendered.text[start : turn.start]
+        fitting = [len(header) for header in (asked, answered) if header and here.startswith(header)]
+        if not fitting:
+            raise BadRecord(f"cannot tell where the header of message {turn.message + 1} ends in this chat template")
+        return start + max(fitting)
+
+    def _header(self, conversation: Conversation, prompt: bool = False) -> str:
+        """What the template writes before the last message, or before the model speaks; empty if it refuses."""
+        try:
+            rendered = self._render(conversation, prompt)
+        except BadRecord:
+            return ""
+        number = len(conversation.messages) - (0 if prompt else 1)
+        turn = find_turns(rendered.runs).get(number)
+        end = turn.start if turn else len(rendered.text)
+        return rendered.text[header_start(rendered, number, end) : end]
 
     def example(self, frame: TokenizedExample, text: str, spans: list[Span], encoding: Any) -> TokenizedExample:
         """`frame` filled with token ids and weights."""
@@ -285,14 +292,6 @@ def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Sequence[An
 
 def _is_plain_text(conversation: Conversation) -> bool:
     return len(conversation.messages) == 1 and conversation.messages[0].role == "text"
-
-
-def _with(conversation: Conversation, messages: tuple[Message, ...]) -> Conversation:
-    return Conversation(messages, conversation.tools)
-
-
-def _end_of_last_run(rendered: Rendered) -> int:
-    return max((run.end for run in rendered.runs if not run.is_literal), default=0)
 
 
 _ID = re.compile(r".*:(\d+)(?:\+(\d+))?")

@@ -44,6 +44,7 @@ class Job:
             "LOCAL_WORLD_SIZE": str(self.num_processes),
             "SFT_RENDEZVOUS": f"file://{(self.attempt_dir / 'rendezvous').absolute()}",
             "SFT_ATTEMPT": str(self.attempt),
+            "SFT_EXIT_CODE_FILE": str((self.attempt_dir / "exit_code").absolute()),
             "SFT_RUN_LOCKED": "1",
         }
 

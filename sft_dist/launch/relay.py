@@ -59,10 +59,13 @@ class _Channel:
             self.outer, self.inner = os.pipe()
 
     def copy(self, log: BinaryIO) -> None:
-        is_read = True
+        """Until the worker's end is closed. Whole lines go to `log`, which the other channel writes to as well."""
+        is_read, pending = True, b""
         while chunk := _read(self.outer):
-            log.write(chunk)
             is_read = is_read and _write(self.target, chunk)
+            lines, newline, pending = (pending + chunk).rpartition(b"\n")
+            log.write(lines + newline)
+        log.write(pending)
 
 
 def _read(descriptor: int) -> bytes:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers.utils.logging as transformers_logging
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from sft_dist.config.schema import ModelSection
@@ -17,6 +18,8 @@ from sft_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+transformers_logging.disable_progress_bar()  # every rank would draw its own
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

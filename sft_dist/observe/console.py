@@ -31,15 +31,13 @@ class Console:
 
     def header(self, title: str, rows: list[tuple[str, str]]) -> None:
         """The facts of the run, two columns."""
-        if not self._rich:
-            return
-        table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
-        table.add_column(style="dim", no_wrap=True)
-        table.add_column(overflow="fold")
         for name, value in rows:
-            table.add_row(name, value)
             self._keep(f"{name}: {value}")
-        self._rich.print(table)
+        if self._rich and not self._rich.is_terminal:
+            for name, value in rows:
+                self._rich.print(f"{name:<12} {value}", markup=False, soft_wrap=True)
+        elif self._rich:
+            self._rich.print(_table(title, rows))
 
     def start(self, first: int, total: int) -> None:
         """Begin the progress display at step `first` of `total`; a bar only on a terminal."""
@@ -73,6 +71,15 @@ class Console:
         self.stop()
         if self._log:
             self._log.close()
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
 
 
 def _clock(seconds: float) -> str:

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sft_dist.observe.run_files import read_lines
+from sft_dist.observe.run_files import append_lines, keep_lines, read_lines
 from sft_dist.types import StepMetrics
 
 
@@ -49,16 +49,15 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def roll_back(run_dir: Path, step: int, attempt_dir: Path) -> int:
-    """Keep lines up to `step`; move later ones to the attempt's folder. Returns how many were moved.
+    """Keep what belongs to steps up to `step`; move later metrics to the attempt's folder. Returns how many moved.
 
-    With `step` 0 the evaluation of step 0 goes too: it is measured again.
+    With `step` 0 everything goes, what was measured before training too: it is measured again.
     """
-    lines = read_metrics(run_dir)
-    kept = [line for line in lines if line["step"] <= step and step > 0]
-    rolled = lines[len(kept) :] if step > 0 else lines
-    _replace(run_dir / "metrics.jsonl", kept)
+    rolled = keep_lines(run_dir / "metrics.jsonl", lambda line: 0 < step >= line["step"])
+    keep_lines(run_dir / "samples.jsonl", lambda line: 0 < step >= line["step"])
+    keep_lines(run_dir / "exact_match.jsonl", lambda line: step > 0 and line["phase"] == "before")
     if rolled:
-        _replace(attempt_dir / "rolled_back.jsonl", rolled)
+        append_lines(attempt_dir / "rolled_back.jsonl", rolled)
     return len(rolled)
 
 
@@ -71,12 +70,6 @@ def best_step(lines: Iterable[dict[str, Any]]) -> int | None:
     """The step after training started with the lowest finite validation loss."""
     scored = [(x["eval_loss"], x["step"]) for x in lines if x["kind"] == "eval" and x["step"] > 0 and math.isfinite(x["eval_loss"])]
     return min(scored)[1] if scored else None
-
-
-def _replace(path: Path, lines: list[dict[str, Any]]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    temporary.replace(path)
 
 
 def _tensorboard(run_dir: Path) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,20 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Rewrite `path` with the lines that `keep` wants, in one rename; returns the others."""
+    lines = read_lines(path)
+    dropped = [line for line in lines if not keep(line)]
+    if path.exists():
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(_line(record) for record in lines if keep(record)), encoding="utf-8")
+        temporary.replace(path)
+    return dropped
+
+
 def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        file.writelines(_line(record) for record in records)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -31,3 +42,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     data = path.read_bytes()
     return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].split(b"\n") if line]
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"

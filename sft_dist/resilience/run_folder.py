@@ -22,7 +22,7 @@ from pathlib import Path
 from sft_dist.errors import StorageError
 from sft_dist.resilience.lock import WAIT_SECONDS, RunLock
 
-EXIT_CODE_VARIABLE = "SFT_EXIT_CODE_FILE"  # a second place for the exit code: launch/worker.sh knows no run folder
+EXIT_CODE_VARIABLE = "SFT_EXIT_CODE_FILE"  # where launchers of ours wait for the code: worker.sh knows no run folder
 STOP_NAME = "stop"
 
 

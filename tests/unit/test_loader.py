@@ -60,6 +60,7 @@ def test_the_ranks_together_hold_the_step_of_one_rank(store, packing, world_size
             whole, parts = alone.step(number), [loader.step(number) for loader in loaders]
             assert {len(part.batches) for part in parts} == {-(-len(whole.batches) // world_size)}
             assert {part.digest for part in parts} == {whole.digest}
+            assert [part.indices[0] for part in parts] == list(range(world_size))
             by_index = {i: b for part in parts for i, b in zip(part.indices, part.batches, strict=True)}
             assert sorted(by_index) == list(range(len(by_index)))
             in_order = [by_index[index] for index in range(len(by_index))]

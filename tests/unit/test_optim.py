@@ -12,7 +12,7 @@ from sft_dist.optim import build_optimizer, lr_at, optimizer_tensors, set_step
 
 def rates(schedule: str, num_steps: int = 100, warmup: float = 0.1) -> list[float]:
     return [
-        lr_at(step, peak=1.0, num_steps=num_steps, schedule=schedule, warmup_fraction=warmup) for step in range(1, num_steps + 1)
+        lr_at(step, 1.0, num_steps, schedule, warmup) for step in range(1, num_steps + 1)
     ]
 
 

@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# One node's share of a run: the one place where torchrun, accelerate and deepspeed are called.
+#
+#   launch/worker.sh RECIPE.yaml [MORE.yaml ...] [key=value ...]
+#
+# SFT_LAUNCHER  local (sft-dist's own; default on one node) | torchrun (default on several) | accelerate | deepspeed
+# SFT_NPROC     processes on this node (default: one per visible GPU, else 1)
+# SFT_PYTHON    interpreter (default: .venv beside this folder, else python3)
+# SFT_NNODES, SFT_NODE_RANK, MASTER_ADDR, MASTER_PORT  for runs over several nodes
+#
+# Exits with sft-dist's codes: launchers turn every code of a worker into 0 or 1, so workers leave theirs in a file.
+# SIGTERM, SIGUSR1 and SIGINT ask for a checkpoint and an orderly stop (exit 75); a second SIGINT ends at once.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=${SFT_PYTHON:-$here/../.venv/bin/python}
+[[ -x $python ]] || python=$(command -v python3)
+nodes=${SFT_NNODES:-1}
+node=${SFT_NODE_RANK:-0}
+launcher=${SFT_LAUNCHER:-$([[ $nodes -gt 1 ]] && echo torchrun || echo local)}
+nproc=${SFT_NPROC:-$("$python" -c 'from sft_dist.launch.job import choose_num_processes as n; print(n(None))')}
+
+fail() {
+  echo "worker.sh: error: $1" >&2
+  exit 2
+}
+
+free_port() { "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+
+[[ $# -gt 0 ]] || fail "usage: worker.sh RECIPE.yaml [key=value ...]"
+if [[ $nodes -gt 1 ]]; then
+  [[ -n ${MASTER_ADDR:-} && -n ${MASTER_PORT:-} ]] ||
+    fail "SFT_NNODES=$nodes needs MASTER_ADDR and MASTER_PORT: the first node's address and a free port there"
+  [[ $launcher == torchrun || $launcher == accelerate ]] ||
+    fail "SFT_LAUNCHER=$launcher starts one node only: use torchrun or accelerate"
+fi
+
+case $launcher in
+  local) # passes signals on and translates exit codes itself
+    exec "$python" -m sft_dist.cli.main train "$@" --nproc "$nproc"
+    ;;
+  torchrun) # the stop signals are ours: torchrun would kill its workers 30 s after a SIGTERM, and die of SIGUSR1
+    command=("$python" -m torch.distributed.run --nproc-per-node "$nproc" --signals-to-handle "SIGHUP,SIGQUIT")
+    if [[ $nodes -gt 1 ]]; then
+      command+=(--nnodes "$nodes" --node-rank "$node" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+    else
+      command+=(--standalone)
+    fi
+    command+=(-m -- sft_dist.train) # after --, torchrun does not take the recipe's words for abbreviations of its own
+    ;;
+  accelerate)
+    command=("$python" -m accelerate.commands.launch --num_processes $((nproc * nodes)) --num_machines "$nodes")
+    if [[ $nodes -gt 1 ]]; then
+      command+=(--multi_gpu --machine_rank "$node" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
+    elif [[ $nproc -gt 1 ]]; then # on CPUs too: without --multi_gpu accelerate runs the script once
+      command+=(--multi_gpu --main_process_port 0)
+    fi
+    command+=(-m sft_dist.train)
+    ;;
+  deepspeed)
+    command=("$python" -m deepspeed.launcher.runner --num_gpus "$nproc" --master_port "$(free_port)")
+    command+=(--module sft_dist.train)
+    ;;
+  *) fail "SFT_LAUNCHER=$launcher: must be local, torchrun, accelerate or deepspeed" ;;
+esac
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+export SFT_EXIT_CODE_FILE=$scratch/exit_code SFT_STOP_FILE=$scratch/stop
+
+interrupts=0
+# shellcheck disable=SC2329  # called by the trap
+interrupt() {
+  : >"$SFT_STOP_FILE"
+  interrupts=$((interrupts + 1))
+  [[ $interrupts -lt 2 ]] || kill -KILL "$launcher_pid" 2>/dev/null || true
+}
+trap ': >"$SFT_STOP_FILE"' TERM USR1
+trap interrupt INT
+
+# In the background, because bash runs traps only while it waits; deaf to the stop signals, which reach workers by file.
+(
+  trap '' TERM USR1 INT
+  exec "${command[@]}" "$@"
+) &
+launcher_pid=$!
+while true; do
+  status=0
+  wait "$launcher_pid" || status=$?
+  kill -0 "$launcher_pid" 2>/dev/null || break
+done
+
+code=$(cat "$SFT_EXIT_CODE_FILE" 2>/dev/null || true)
+if [[ -n $code && ($code -ne 0 || $status -eq 0) ]]; then
+  exit "$code"
+fi
+# No word from rank 0: right on another node than the first, where only the launcher's status tells; else a failure.
+[[ $status -eq 0 && $node -gt 0 ]] && exit 0
+exit 1

@@ -1,0 +1,115 @@
+"""Where prepared data lives, under which name, and who may write it.
+
+The name is a SHA-256 over everything that decides the result: the bytes of the source files, how they are read, the
+template's text, the tokenizer, the loss and split settings, and the code itself. One changed byte is another name, so a
+cache entry is never stale and never needs a date. Processes that want the same entry at once meet at a file lock: the
+first prepares, the others wait and read. No process group is needed, and a killed process gives its lock back.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft_dist.config.schema import Recipe
+from sft_dist.errors import DataError, StorageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_NAME_DIGITS = 32  # hex digits of a cache entry's name: 128 bits
+_READERS_OF_THE_STORE = frozenset({"packing", "layout", "plan", "collate", "loader", "inspect"})
+_SETTINGS = (
+    "eval_fraction",
+    "test_fraction",
+    "seq_len",
+    "long_examples",
+    "loss_on",
+    "prompt_loss_weight",
+    "on_bad_record",
+    "max_bad_fraction",
+)
+
+
+def cache_root(recipe: Recipe) -> Path:
+    """`data.cache_dir`, by default `.sft-cache` beside the run folder."""
+    return Path(recipe.data.cache_dir) if recipe.data.cache_dir else Path(recipe.run.dir).parent / ".sft-cache"
+
+
+def cache_name(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, template_text: str, file_digests: Mapping[str, str]
+) -> str:
+    """The entry's name. `file_digests`: path -> SHA-256 of every source file's bytes."""
+    data = recipe.data
+    parts = {
+        "sources": [
+            [role, source.model_dump()]
+            for role in ("sources", "eval_sources", "test_sources")
+            for source in getattr(data, role)
+        ],
+        "files": sorted(file_digests.items()),
+        "template": template_text,
+        "tokenizer": tokenizer_digest(tokenizer),
+        "settings": {name: getattr(data, name) for name in _SETTINGS},
+        "seed": recipe.run.seed,
+        "code": code_digest(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:_NAME_DIGITS]
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, hex. Raises DataError when it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 over the whole tokenizer: vocabulary, merges, normalisation, special tokens, what it adds itself."""
+    settings: dict[str, Any] = {
+        "backend": tokenizer.backend_tokenizer.to_str(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "adds": [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")],
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def code_digest() -> str:
+    """SHA-256 over the code that turns files into rows, so that an upgrade never reads what an older version made."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.stem not in _READERS_OF_THE_STORE:
+            digest.update(path.name.encode() + path.read_bytes())
+    for package in ("tokenizers", "jinja2"):
+        digest.update(importlib.metadata.version(package).encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def only_one(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock file `path`; calls `waiting` once when another process has it, then waits.
+
+    The kernel drops the lock with its process, however that ends. Raises StorageError when the file cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab")  # noqa: SIM115 (closed below; the error belongs to opening alone)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error}); set data.cache_dir to a folder that can") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,135 @@
+"""Lists of messages as data sets write them: roles, texts, typed parts, reasoning, function calls, loss weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from sft_dist.data.strict_json import kind_of, loads
+from sft_dist.errors import BadRecord
+from sft_dist.types import Message
+
+_ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+}
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+
+
+def read_messages(turns: Iterable[Any], role_key: str, content_key: str) -> list[Message]:
+    """Messages from objects with `role_key` and `content_key` (role/content or from/value); raises BadRecord."""
+    return [_message(turn, number, role_key, content_key) for number, turn in enumerate(turns, 1)]
+
+
+def _message(turn: Any, number: int, role_key: str, content_key: str) -> Message:
+    if not isinstance(turn, Mapping) or role_key not in turn:
+        raise BadRecord(f"message {number} must be an object with {role_key!r} and {content_key!r}")
+    said = turn[role_key]
+    role = _ROLES.get(said) if isinstance(said, str) else None
+    if role is None:
+        raise BadRecord(f"message {number} has the unknown role {said!r}: known are {', '.join(_ROLES)}")
+    if turn.get(content_key) is None and not turn.get("tool_calls"):
+        raise BadRecord(f"message {number} ({role}) has no {content_key!r}")
+    text, extra = _content(turn.get(content_key), number)
+    if said == "function_call":
+        text, extra = "", {"tool_calls": _calls(loads, text, number)}
+    if turn.get("tool_calls"):
+        extra["tool_calls"] = _calls(list, turn["tool_calls"], number)
+    extra |= {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
+    reasoning = next((turn[key] for key in _REASONING_KEYS if isinstance(turn.get(key), str)), None)
+    return Message(role, text, _weight(turn, number), extra | _reasoning(reasoning))
+
+
+def _reasoning(text: str | None) -> dict[str, str]:
+    """Under the two names that templates read."""
+    return {"reasoning_content": text, "thinking": text} if text else {}
+
+
+def _content(content: Any, number: int) -> tuple[str, dict[str, Any]]:
+    """Text of a message given as a string, null, or typed parts; reasoning and calls among the parts go to extra."""
+    if content is None or isinstance(content, str):
+        return content or "", {}
+    if not isinstance(content, list):
+        raise BadRecord(f"message {number}: content must be text, it is {kind_of(content)}")
+    texts: list[str] = []
+    reasoning: list[str] = []
+    calls: list[Any] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        said = part.get("text", part.get("value", part.get("content"))) if isinstance(part, Mapping) else None
+        if kind in ("text", "tool_result") and isinstance(said, str):
+            texts.append(said)
+        elif kind in ("reasoning", "thinking") and isinstance(said, str):
+            reasoning.append(said)
+        elif kind == "tool_call":
+            calls += _calls(loads if isinstance(said, str) else lambda call: call, said, number)
+        else:
+            raise BadRecord(f"message {number} has a content part of type {kind!r}: only text is trained on")
+    extra: dict[str, Any] = _reasoning("".join(reasoning) or None)
+    return "".join(texts), extra | ({"tool_calls": calls} if calls else {})
+
+
+def _calls(parse: Callable[[Any], Any], given: Any, number: int) -> list[dict[str, Any]]:
+    """Function calls as templates expect them: type, function name, arguments as a mapping."""
+    try:
+        parsed = parse(given)
+    except (ValueError, TypeError) as error:
+        raise BadRecord(f"message {number}: the function call is not JSON: {error}") from None
+    calls = []
+    for call in parsed if isinstance(parsed, list) else [parsed]:
+        function = call.get("function", call) if isinstance(call, Mapping) else {}
+        name, arguments = function.get("name"), function.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = _arguments(arguments)
+        if not isinstance(name, str) or not isinstance(arguments, Mapping):
+            raise BadRecord(f"message {number}: a function call needs 'name' (text) and 'arguments' (object)")
+        identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        calls.append({**identity, "type": "function", "function": {"name": name, "arguments": dict(arguments)}})
+    return calls
+
+
+def _arguments(text: str) -> Any:
+    try:
+        return loads(text) if text.strip() else {}
+    except ValueError:
+        return None
+
+
+def _weight(turn: Mapping[str, Any], number: int) -> float | None:
+    """The message's own loss weight, under the names in use."""
+    for key in ("weight", "loss_weight", "train"):
+        weight = turn.get(key)
+        if weight is None:
+            continue
+        if not isinstance(weight, (bool, int, float)) or not math.isfinite(weight) or weight < 0:
+            raise BadRecord(f"message {number}: {key} must be a number from 0 up, it is {weight!r}")
+        return float(weight)
+    return None
+
+
+def read_tools(tools: Any) -> list[Mapping[str, Any]]:
+    """Function definitions in OpenAI's shape: from a list (wrapped or bare), or the same as a JSON string."""
+    if isinstance(tools, str):
+        try:
+            tools = loads(tools) if tools.strip() else []
+        except ValueError as error:
+            raise BadRecord(f"field 'tools' is not JSON: {error}") from None
+    if not isinstance(tools or [], list):
+        raise BadRecord(f"field 'tools' must be a list, it is {kind_of(tools)}")
+    for tool in tools or []:
+        if not isinstance(tool, Mapping):
+            raise BadRecord(f"a tool must be an object with name and parameters, it is {kind_of(tool)}")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools or []]

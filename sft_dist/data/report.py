@@ -1,0 +1,145 @@
+"""What became of the data: one table per source, one per split, every reject with its place.
+
+Kept in the cache entry beside the stores, so that a cached run tells the same story, and copied into the run folder as
+`prepare_report.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sft_dist.data.store import TokenStore
+
+_HISTOGRAM_BINS = 24
+_MAX_DROPPED_LISTED = 100
+
+
+@dataclass(slots=True)
+class SourceReport:
+    """Counts of one source, in records unless said otherwise."""
+
+    path: str
+    role: str  # sources | eval_sources | test_sources
+    formats: list[str] = field(default_factory=list)
+    guessed: bool = False
+    weight: float = 1.0
+    files: list[str] = field(default_factory=list)
+    records: int = 0
+    accepted: int = 0
+    rejected: int = 0  # bad records, listed in PrepareReport.rejects
+    too_long: int = 0
+    no_target: int = 0  # nothing supervised, or nothing left of it after truncation
+    truncated: int = 0
+    duplicates: int = 0  # accepted records whose content came before; kept
+    tokens: int = 0  # of accepted records
+    loss_tokens: int = 0
+
+    @property
+    def supervised_share(self) -> float:
+        return self.loss_tokens / max(self.tokens, 1)
+
+    def describe(self) -> str:
+        """One line for the terminal."""
+        counts = {
+            "bad": self.rejected,
+            "too long": self.too_long,
+            "without anything supervised": self.no_target,
+            "truncated": self.truncated,
+            "duplicates (kept)": self.duplicates,
+        }
+        rest = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
+        how = " + ".join(self.formats) + (" (recognised)" if self.guessed else "")
+        return f"{self.path}: {how}, {self.accepted:,} of {self.records:,} records used{rest}"
+
+
+@dataclass(slots=True)
+class SplitReport:
+    """One split as it is trained or evaluated; lengths in tokens."""
+
+    examples: int
+    tokens: int
+    loss_tokens: int
+    supervised_share: float
+    lengths: dict[str, float]  # min, mean, p50, p90, p99, max
+    histogram: dict[str, list[int]]  # edges[24 + 1], counts[24]
+
+    @classmethod
+    def of(cls, store: TokenStore) -> SplitReport:
+        """Statistics of a store with at least one example."""
+        lengths = store.lengths
+        edges = np.unique(np.linspace(0, int(lengths.max()) + 1, _HISTOGRAM_BINS + 1).astype(np.int64))
+        p50, p90, p99 = np.percentile(lengths, [50, 90, 99])
+        return cls(
+            examples=len(store),
+            tokens=store.num_tokens,
+            loss_tokens=int(store.num_loss_tokens.sum(dtype=np.int64)),
+            supervised_share=store.supervised_share,
+            lengths={
+                "min": int(lengths.min()),
+                "mean": float(lengths.mean()),
+                "p50": float(p50),
+                "p90": float(p90),
+                "p99": float(p99),
+                "max": int(lengths.max()),
+            },
+            histogram={"edges": edges.tolist(), "counts": np.histogram(lengths, edges)[0].tolist()},
+        )
+
+    def describe(self) -> str:
+        return f"{self.examples:,} examples, {self.tokens:,} tokens, {self.supervised_share:.1%} supervised"
+
+
+@dataclass(slots=True)
+class PrepareReport:
+    """The whole preparation."""
+
+    template: str
+    seq_len: int
+    sources: list[SourceReport] = field(default_factory=list)
+    splits: dict[str, SplitReport] = field(default_factory=dict)  # train, eval, test as far as they exist
+    rejects: list[dict[str, Any]] = field(default_factory=list)  # file, line, byte, reason
+    dropped: list[dict[str, str]] = field(default_factory=list)  # id, reason of the first too long or target-less rows
+    notices: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def drop(self, example_id: str, reason: str) -> None:
+        """List a dropped example, up to a hundred of them; the counts are in its source."""
+        if len(self.dropped) < _MAX_DROPPED_LISTED:
+            self.dropped.append({"id": example_id, "reason": reason})
+
+    def lines(self) -> list[str]:
+        """What a user reads at the start of a run."""
+        splits = [f"{name}: {split.describe()}" for name, split in self.splits.items()]
+        return [*(source.describe() for source in self.sources), *splits, *self.notices]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able; `supervised_share` of each source included."""
+        values = asdict(self)
+        for written, source in zip(values["sources"], self.sources, strict=True):
+            written["supervised_share"] = source.supervised_share
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PrepareReport:
+        """The inverse of `as_dict`."""
+        sources = [{k: v for k, v in source.items() if k != "supervised_share"} for source in values["sources"]]
+        parts = {
+            "sources": [SourceReport(**source) for source in sources],
+            "splits": {name: SplitReport(**split) for name, split in values["splits"].items()},
+        }
+        return cls(**(values | parts))
+
+    def write(self, path: str | Path) -> None:
+        """Write the report as JSON, as the run folder's `prepare_report.json`."""
+        text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: str | Path) -> PrepareReport:
+        """Read what `write` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))

@@ -1,0 +1,175 @@
+"""Launchers' settings are adopted, refused with the difference, or told; never ignored.
+
+The environments are those that accelerate 1.15 and deepspeed 0.19 were seen to set.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sft_dist.config.environment import check_launcher, check_world
+from sft_dist.config.schema import Recipe
+from sft_dist.errors import ConfigError
+
+ACCELERATE = {
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "ACCELERATE_DYNAMO_BACKEND": "NO",
+    "ACCELERATE_DYNAMO_MODE": "default",
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False",
+    "ACCELERATE_DYNAMO_USE_DYNAMIC": "False",
+    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "False",
+}
+STARTED_TWO = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_SHARDING_STRATEGY": "FULL_SHARD",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_ACTIVATION_CHECKPOINTING": "false",
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "false",
+}
+
+
+def recipe(**sections: Any) -> Recipe:
+    return Recipe.model_validate(
+        {"run": {"name": "r"}, "model": {"path": "m"}, "data": {"sources": [{"path": "d"}]}, **sections}
+    )
+
+
+def command(words: str) -> list[list[str]]:
+    return [["/venv/bin/python3", "/venv/bin/accelerate", "launch", *words.split(), "-m", "sft_dist.train", "R.yaml"]]
+
+
+def test_torchrun_and_deepspeed_ask_for_nothing() -> None:
+    for environ in (STARTED_TWO, STARTED_TWO | {"CROSS_RANK": "0", "CROSS_SIZE": "1", "LOCAL_SIZE": "2"}, {}):
+        assert check_launcher(recipe(), dict(environ)) == (recipe(), [])
+
+
+def test_plain_accelerate_leaves_the_recipe_and_tells_about_its_precision() -> None:
+    plain = ACCELERATE | STARTED_TWO
+    assert check_launcher(recipe(precision={"compute": "float32"}), dict(plain)) == (
+        recipe(precision={"compute": "float32"}),
+        [],
+    )
+    same, notices = check_launcher(recipe(), dict(plain), command("--multi_gpu --num_processes 2"))
+    assert same.precision.compute == "bfloat16"
+    assert notices == ["accelerate was given no --mixed_precision: precision.compute=bfloat16 holds"]
+
+
+@pytest.mark.parametrize("flag", ["--mixed_precision no", "--mixed-precision=no"])
+def test_a_precision_written_on_its_command_line_is_adopted(flag: str) -> None:
+    adopted, notices = check_launcher(recipe(), ACCELERATE | STARTED_TWO, command(f"--num_processes 2 {flag}"))
+    assert adopted.precision.compute == "float32"
+    assert notices == ["precision.compute=float32 taken from ACCELERATE_MIXED_PRECISION=no"]
+
+
+def test_bf16_is_adopted_silently_where_it_is_the_recipes_own() -> None:
+    environ = ACCELERATE | STARTED_TWO | {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    assert check_launcher(recipe(), environ) == (recipe(), [])
+
+
+def test_a_contradiction_is_refused_with_both_sides() -> None:
+    environ = ACCELERATE | STARTED_TWO | {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    with pytest.raises(ConfigError) as error:
+        check_launcher(recipe(precision={"compute": "float32"}), environ)
+    assert str(error.value) == (
+        "ACCELERATE_MIXED_PRECISION=bf16 means precision.compute=bfloat16, but the recipe says "
+        "precision.compute=float32: change the launcher's setting or the recipe"
+    )
+
+
+def test_fsdp_is_adopted_with_its_checkpointing() -> None:
+    environ = ACCELERATE | STARTED_TWO | FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}
+    adopted, notices = check_launcher(recipe(precision={"compute": "float32"}), environ)
+    assert adopted.parallel.strategy == "fsdp2"
+    assert adopted.memory.activation_checkpointing == "full"
+    assert [notice.split(" taken")[0] for notice in notices] == [
+        "parallel.strategy=fsdp2",
+        "memory.activation_checkpointing=full",
+    ]
+
+
+def test_fsdp_against_a_ddp_recipe_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"means parallel\.strategy=fsdp2, but the recipe says parallel\.strategy=ddp"
+    ):
+        check_launcher(recipe(parallel={"strategy": "ddp"}), ACCELERATE | STARTED_TWO | FSDP)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"ACCELERATE_MIXED_PRECISION": "fp16"},
+        {"ACCELERATE_MIXED_PRECISION": "fp8"},
+        {"ACCELERATE_USE_DEEPSPEED": "true"},
+        {"ACCELERATE_USE_MEGATRON_LM": "true"},
+        {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+        {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
+        {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"},
+        FSDP | {"FSDP_OFFLOAD_PARAMS": "true"},
+        FSDP | {"FSDP_SHARDING_STRATEGY": "SHARD_GRAD_OP"},
+        FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"},
+        FSDP | {"FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true"},
+    ],
+    ids=lambda extra: " ".join(f"{k}={v}" for k, v in extra.items() if k not in FSDP or FSDP[k] != v),
+)
+def test_what_cannot_be_had_is_refused_naming_the_variable(extra: dict[str, str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_launcher(recipe(), ACCELERATE | STARTED_TWO | extra)
+    assert any(str(error.value).startswith(f"{name}={value}: ") for name, value in extra.items())
+
+
+def test_clipping_is_adopted_or_refused() -> None:
+    environ = ACCELERATE | STARTED_TWO | {"ACCELERATE_GRADIENT_CLIPPING": "0.5"}
+    adopted, _ = check_launcher(recipe(), dict(environ))
+    assert adopted.optim.max_grad_norm == 0.5
+    with pytest.raises(ConfigError, match=r"optim\.max_grad_norm=0\.5, but the recipe says optim\.max_grad_norm=1\.0"):
+        check_launcher(recipe(optim={"max_grad_norm": 1.0}), environ)
+
+
+def test_what_has_no_effect_is_told() -> None:
+    _, notices = check_launcher(recipe(), STARTED_TWO | {"ACCELERATE_DEBUG_MODE": "true"})
+    assert notices == ["ACCELERATE_DEBUG_MODE=true has no effect here"]
+
+
+def test_use_cpu_hides_the_gpus() -> None:
+    environ = ACCELERATE | {"ACCELERATE_USE_CPU": "True", "CUDA_VISIBLE_DEVICES": "0,1"}
+    check_launcher(recipe(), environ)
+    assert environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+ONE_OF_TWO = ACCELERATE | {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("launchers", [command("--cpu --num_processes 2"), command("--cpu --num-processes=2")])
+def test_accelerate_told_two_that_started_one_is_refused(launchers: list[list[str]]) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_world(ONE_OF_TWO, launchers)
+    assert str(error.value) == (
+        "accelerate launch was told to start 2 processes and started 1 (without --multi_gpu it runs the script once): "
+        "use accelerate launch --multi_gpu --num_processes 2 -m sft_dist.train ..., or sft-dist train ... --nproc 2"
+    )
+
+
+def test_it_is_refused_too_where_only_a_config_file_says_two() -> None:
+    with pytest.raises(ConfigError, match="told to start N processes and started 1"):
+        check_world(ONE_OF_TWO, command("--config_file two.yaml"))
+
+
+def test_counts_that_agree_pass() -> None:
+    check_world(ACCELERATE | STARTED_TWO, command("--multi_gpu --num_processes 2"))
+    check_world(ACCELERATE | {"ACCELERATE_USE_CPU": "True"}, command("--cpu --num_processes 1"))
+    check_world({"MASTER_ADDR": "somewhere"}, [])
+
+
+def test_the_scripts_own_words_are_not_accelerates() -> None:
+    argv = [*command("")[0], "--num_processes", "7"]
+    check_world(ACCELERATE | {"ACCELERATE_USE_CPU": "True"}, [argv])
+
+
+def test_mpirun_without_ranks_is_refused() -> None:
+    with pytest.raises(ConfigError, match="OMPI_COMM_WORLD_SIZE=4 but RANK is not set"):
+        check_world({"OMPI_COMM_WORLD_SIZE": "4"})

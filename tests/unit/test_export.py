@@ -1,0 +1,215 @@
+"""Exports load in stock Transformers and PEFT, give the same logits bit for bit, and generate with our stop tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sft_dist.checkpoint import export as export_module
+from sft_dist.checkpoint.export import adapter_tensors, export_from_checkpoint, export_model, model_tensors
+from sft_dist.checkpoint.manager import CheckpointManager
+from sft_dist.config.schema import Recipe
+from sft_dist.errors import CheckpointError, ConfigError, StorageError
+from sft_dist.models.adapters import apply_tuning
+from sft_dist.models.load import load_model
+
+WORDS = ["<pad>", "<s>", "</s>", "<|end|>", "one", "two", "three"]
+TEMPLATE = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+ARCHITECTURE = {
+    "model_type": "llama",
+    "vocab_size": len(WORDS),
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def tiny(**changes: object) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    values = {key: value for key, value in ARCHITECTURE.items() if key != "model_type"}
+    model = LlamaForCausalLM(LlamaConfig(**values, **changes)).eval()
+    model.config.use_cache = False
+    return model
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([[1, 4, 5, 6, 4]]), use_cache=False).logits
+
+
+def export(model: nn.Module, tokenizer: PreTrainedTokenizerFast, out: Path, **options: object) -> Path:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return export_model(
+        model.state_dict(),
+        base.config,
+        tokenizer,
+        TEMPLATE,
+        base.generation_config,
+        out,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shard_bytes", [None, 1500], ids=["one file", "shards"])
+def test_a_full_export_loads_in_transformers_with_the_same_logits(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, tied: bool, dtype: torch.dtype,
+    shard_bytes: int | None,
+) -> None:  # fmt: skip
+    if shard_bytes:
+        monkeypatch.setattr(export_module, "SHARD_BYTES", shard_bytes)
+    model = tiny(tie_word_embeddings=tied).to(dtype)
+    out = export(model, tokenizer, tmp_path / "export", stop_token_ids=[3])
+    loaded, problems = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(problems.values()), problems
+    assert loaded.dtype == dtype
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.config.use_cache is True
+    assert loaded.generation_config.eos_token_id == 3
+    assert loaded.generation_config.pad_token_id == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["tie_word_embeddings"] is tied
+    assert (len(list(out.glob("*.safetensors"))) > 1) is bool(shard_bytes)
+    reloaded = AutoTokenizer.from_pretrained(out)
+    assert reloaded.apply_chat_template([{"role": "user", "content": "one"}], tokenize=False) == "one<|end|>"
+    assert tokenizer.chat_template is None and model.config.use_cache is False  # the caller's objects stay as they were
+
+
+def test_tied_weights_are_dropped_also_when_they_arrive_as_copies() -> None:
+    model = tiny(tie_word_embeddings=True)
+    copies = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for state in (model.state_dict(), copies):
+        assert "lm_head.weight" not in model_tensors(state, model.config)
+    untied = tiny(tie_word_embeddings=False)
+    assert "lm_head.weight" in model_tensors(untied.state_dict(), untied.config)
+
+
+def adapted(**changes: object) -> PeftModel:
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", **changes)  # type: ignore[arg-type]
+    model = get_peft_model(tiny(), config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3 if "lora" in name else 0.1)
+    return model
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"use_rslora": True}, {"modules_to_save": ["lm_head", "embed_tokens"]}],
+    ids=["lora", "rslora", "modules_to_save"],
+)
+def test_an_adapter_export_loads_in_peft_with_the_same_logits(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, changes: dict[str, object]
+) -> None:
+    model = adapted(**changes)
+    out = export(model, tokenizer, tmp_path / "export", peft_config=model.peft_config["default"])
+    assert not list(out.glob("model*.safetensors"))
+    loaded = PeftModel.from_pretrained(tiny(), out)
+    assert torch.equal(logits(loaded), logits(model))
+    stored = adapter_tensors(model.state_dict())
+    assert not any(".default" in name or "base_layer" in name or "original_module" in name for name in stored)
+
+
+def test_an_older_export_is_replaced_and_nothing_else_is_left(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    out = export(tiny(), tokenizer, tmp_path / "export")
+    (out / "old").write_text("")
+    export(tiny(), tokenizer, out)
+    assert not (out / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_failed_export_leaves_the_older_one(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = export(tiny(), tokenizer, tmp_path / "export")
+    before = (out / "model.safetensors").read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export_module, "save_file", full)
+    with pytest.raises(StorageError, match="No space left on device"):
+        export(tiny(), tokenizer, out)
+    assert (out / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def recipe(tokenizer_dir: Path, **sections: object) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "run": {"name": "r", "seed": 7},
+            "model": {"init": "random", "config": ARCHITECTURE, "tokenizer": str(tokenizer_dir)},
+            "precision": {"compute": "float32"},
+            "data": {"sources": [{"path": "d"}]},
+            **sections,
+        }
+    )
+
+
+def trained(run: Recipe) -> nn.Module:
+    """The run's model with every trained tensor moved."""
+    base = load_model(run.model, dtype=torch.float32, seed=7, vocab_size=len(WORDS))
+    model = apply_tuning(base, run.tuning, 7)
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize(
+    "tuning", [{}, {"freeze": ["*embed*"]}, {"method": "lora", "rank": 2}], ids=["full", "frozen", "lora"]
+)
+def test_a_checkpoint_exports_to_the_model_it_holds(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, tuning: dict[str, object]
+) -> None:
+    run = recipe(tmp_path, tuning=tuning)
+    model = trained(run)
+    state = {f"model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    CheckpointManager(tmp_path / "run").save(4, state, {"step": 4})
+    for merge in (False, True) if "method" in tuning else (False,):
+        out = export_from_checkpoint(
+            tmp_path / "run", run, tokenizer, TEMPLATE, tmp_path / f"out-{merge}", merge=merge, stop_token_ids=[2, 3]
+        )
+        if "method" in tuning and not merge:
+            base = load_model(run.model, dtype=torch.float32, seed=7, vocab_size=len(WORDS))
+            assert torch.equal(logits(PeftModel.from_pretrained(base, out)), logits(model))
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(out)
+            assert loaded.generation_config.eos_token_id == [2, 3]
+            torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-6 if merge else 0)
+
+
+def test_what_cannot_be_exported_is_told(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    run = recipe(tmp_path)
+    model = trained(run)
+    state = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    manager = CheckpointManager(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="no checkpoint yet"):
+        export_from_checkpoint(tmp_path / "run", run, tokenizer, TEMPLATE, tmp_path / "out")
+    manager.save(4, state | {"model.stranger": torch.zeros(1)}, {})
+    with pytest.raises(ConfigError, match="there is no adapter to merge"):
+        export_from_checkpoint(tmp_path / "run", run, tokenizer, TEMPLATE, tmp_path / "out", merge=True)
+    with pytest.raises(CheckpointError, match=r"model\.stranger does not fit"):
+        export_from_checkpoint(tmp_path / "run", run, tokenizer, TEMPLATE, tmp_path / "out")

@@ -1,0 +1,288 @@
+"""The local launcher against tiny workers: exit codes, dying ranks, signals, no orphans, the lock."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sft_dist.errors import ConfigError
+from sft_dist.launch.job import Job, choose_num_processes, count_gpus
+from sft_dist.launch.local import supervise
+from sft_dist.resilience.lock import RunLock
+from sft_dist.resilience.run_folder import attempt_dir
+
+# One worker: what it is told per rank as {"rank": [verb, value]}; writes its pid first.
+WORKER = """
+import json, os, pathlib, signal, sys, time
+rank, plan, run_dir = os.environ["RANK"], json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
+folder = run_dir / "logs" / f"attempt_{int(os.environ['SFT_ATTEMPT']):04d}"
+(folder / f"pid_{rank}").write_text(str(os.getpid()))
+print(f"rank {rank} speaks", flush=True)
+print(f"rank {rank} complains", file=sys.stderr, flush=True)
+stops = []
+signal.signal(signal.SIGTERM, lambda *_: stops.append("SIGTERM"))
+signal.signal(signal.SIGUSR1, lambda *_: stops.append("SIGUSR1"))
+signal.signal(signal.SIGINT, lambda *_: stops.append("SIGINT"))
+(folder / f"ready_{rank}").touch()
+verb, value = plan.get(rank, plan["all"])
+if verb == "leave":
+    if rank == "0" and value is not None:
+        (folder / "exit_code").write_text(str(value))
+elif verb == "exit":
+    sys.exit(value)
+elif verb == "kill":
+    os.kill(os.getpid(), value)
+elif verb == "ignore":
+    time.sleep(60)
+    time.sleep(60)
+elif verb == "stop":
+    while not stops:
+        time.sleep(0.01)
+    (folder / f"stopped_{rank}").write_text(stops[0])
+    if rank == "0":
+        (folder / "exit_code").write_text(str(value))
+elif verb == "environment":
+    names = [n for n in os.environ if n.startswith(("SFT_", "MASTER")) or n.endswith(("RANK", "WORLD_SIZE"))]
+    (folder / f"environment_{rank}").write_text(json.dumps({n: os.environ[n] for n in names}))
+    if rank == "0":
+        (folder / "exit_code").write_text("0")
+"""
+# What `sft-dist train` does after it has resolved the recipe: claim, supervise, release.
+LAUNCHER = """
+import json, pathlib, sys
+from sft_dist.errors import SftError
+from sft_dist.launch.job import Job
+from sft_dist.launch.local import supervise
+from sft_dist.resilience.run_folder import claim
+run_dir, num, command, wait = pathlib.Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]), float(sys.argv[4])
+try:
+    taken = claim(run_dir, sys.argv, wait_seconds=wait)
+except SftError as error:
+    print(f"sft-dist: error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+sys.exit(supervise(Job(tuple(command), num, run_dir, taken.attempt), inherited=(taken.lock.fd,), grace_seconds=1.0))
+"""
+
+
+class Launched:
+    """A launcher in a process of its own."""
+
+    def __init__(self, run_dir: Path, plan: dict[str, list[object]], num: int = 2, wait: float = 10.0) -> None:
+        self.run_dir, self.num = run_dir, num
+        command = [sys.executable, "-c", WORKER, json.dumps(plan), str(run_dir)]
+        words = [sys.executable, "-c", LAUNCHER, str(run_dir), str(num), json.dumps(command), str(wait)]
+        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    @property
+    def folder(self) -> Path:
+        return attempt_dir(self.run_dir, 1)
+
+    def wait_ready(self) -> list[int]:
+        """Until all workers have their handlers; returns their process ids."""
+        wait_for(lambda: all((self.folder / f"ready_{rank}").exists() for rank in range(self.num)))
+        return [int((self.folder / f"pid_{rank}").read_text()) for rank in range(self.num)]
+
+    def finish(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=30)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
+    """Starts launchers and leaves none of them."""
+    started: list[Launched] = []
+
+    def start(plan: dict[str, list[object]], **options: object) -> Launched:
+        started.append(Launched(tmp_path / "run", plan, **options))  # type: ignore[arg-type]
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.communicate()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.parametrize("code", [0, 65, 70, 75])
+def test_the_workers_code_is_the_launchers(launch: Callable[..., Launched], code: int) -> None:
+    started = launch({"all": ["leave", code]})
+    assert started.finish()[0] == code
+    events = [json.loads(line) for line in (started.folder / "events.jsonl").read_text().splitlines()]
+    assert [(e["event"], e.get("code"), e.get("returncodes")) for e in events] == [
+        ("start", None, None),
+        ("end", code, [0, 0]),
+    ]
+
+
+def test_workers_that_leave_no_code_have_failed(launch: Callable[..., Launched]) -> None:
+    assert launch({"all": ["leave", None]}).finish()[0] == 1
+
+
+def test_a_refusal_before_the_run_keeps_its_code_and_stays_one_line(launch: Callable[..., Launched]) -> None:
+    code, _, err = launch({"0": ["exit", 2], "all": ["ignore", 0]}).finish()
+    assert code == 2
+    assert "died" not in err
+
+
+def test_done_is_not_believed_when_a_worker_failed(launch: Callable[..., Launched]) -> None:
+    assert launch({"0": ["leave", 0], "all": ["kill", int(signal.SIGKILL)]}).finish()[0] == 1
+
+
+def test_rank_0_speaks_here_and_all_ranks_have_logs(launch: Callable[..., Launched]) -> None:
+    started = launch({"all": ["leave", 0]})
+    _, out, err = started.finish()
+    assert (out, err) == ("rank 0 speaks\n", "rank 0 complains\n")
+    for rank in (0, 1):
+        lines = (started.folder / f"rank_0000{rank}.log").read_text().splitlines()
+        assert sorted(lines) == [f"rank {rank} complains", f"rank {rank} speaks"]
+
+
+def test_workers_find_their_place_and_a_file_to_meet_at(
+    launch: Callable[..., Launched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "left over")
+    started = launch({"all": ["environment", 0]})
+    assert started.finish()[0] == 0
+    for rank in (0, 1):
+        assert json.loads((started.folder / f"environment_{rank}").read_text()) == {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "SFT_RENDEZVOUS": f"file://{started.folder / 'rendezvous'}",
+            "SFT_ATTEMPT": "1",
+            "SFT_EXIT_CODE_FILE": str(started.folder / "exit_code"),
+            "SFT_RUN_LOCKED": "1",
+        }
+
+
+@pytest.mark.parametrize(
+    ("verb", "value", "cause"), [("kill", int(signal.SIGKILL), "of SIGKILL"), ("exit", 9, "with code 9")]
+)
+def test_a_dying_rank_ends_the_others_and_shows_its_log(
+    launch: Callable[..., Launched], verb: str, value: int, cause: str
+) -> None:
+    started = launch({"1": [verb, value], "all": ["ignore", 0]})  # rank 0 does not even react to SIGTERM
+    code, _, err = started.finish()
+    assert code == 1
+    log = started.folder / "rank_00001.log"
+    assert f"rank 1 of 2 died {cause} and the others were ended; see {log}\n" in err
+    assert "  | rank 1 complains" in err
+    assert all(is_gone(int((started.folder / f"pid_{rank}").read_text())) for rank in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("sent", "received"),
+    [("SIGTERM", "SIGTERM"), ("SIGUSR1", "SIGUSR1"), ("SIGINT", "SIGINT"), ("SIGHUP", "SIGTERM")],
+)
+def test_stop_signals_reach_every_worker_once(launch: Callable[..., Launched], sent: str, received: str) -> None:
+    started = launch({"all": ["stop", 75]})
+    started.wait_ready()
+    started.process.send_signal(signal.Signals[sent])
+    assert started.finish()[0] == 75
+    assert [(started.folder / f"stopped_{rank}").read_text() for rank in (0, 1)] == [received, received]
+
+
+def test_sigkill_of_the_launcher_leaves_no_orphan_and_a_free_folder(launch: Callable[..., Launched]) -> None:
+    started = launch({"all": ["ignore", 0]})
+    workers = started.wait_ready()
+    started.process.send_signal(signal.SIGKILL)
+    started.process.wait()
+    RunLock.acquire(started.run_dir, wait_seconds=2).release()
+    assert all(is_gone(pid) for pid in workers)
+
+
+def test_a_second_launcher_is_refused_naming_the_first(launch: Callable[..., Launched]) -> None:
+    first = launch({"all": ["stop", 75]})
+    first.wait_ready()
+    code, _, err = launch({"all": ["leave", 0]}, wait=0.2).finish()
+    assert code == 73
+    assert f"held by process {first.process.pid} on " in err
+    first.process.send_signal(signal.SIGTERM)
+    assert first.finish()[0] == 75
+
+
+def test_launching_in_this_process_gives_its_signal_handlers_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    job = Job((sys.executable, "-c", "raise SystemExit(0)"), 1, tmp_path, 1)
+    job.attempt_dir.mkdir(parents=True)
+    assert supervise(job) == 1
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_on_a_terminal_rank_0_sees_a_terminal_of_the_same_size(tmp_path: Path) -> None:
+    import pty
+    import termios
+
+    outer, inner = pty.openpty()
+    termios.tcsetwinsize(inner, (33, 111))
+    program = (
+        "import pathlib, sys\n"
+        "from sft_dist.launch.job import Job\n"
+        "from sft_dist.launch.local import supervise\n"
+        "code = 'import os, sys; print(sys.stdout.isatty(), tuple(os.get_terminal_size(1)))'\n"
+        "job = Job((sys.executable, '-c', code), 1, pathlib.Path(sys.argv[1]), 1)\n"
+        "job.attempt_dir.mkdir(parents=True)\n"
+        "supervise(job)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], stdout=inner, stderr=inner, check=True)
+    os.close(inner)
+    assert os.read(outer, 1000).decode().strip() == "True (111, 33)"
+    assert (attempt_dir(tmp_path, 1) / "rank_00000.log").read_text() == "True (111, 33)\n"
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
+    code = "import time\nfor n in range(200): print('x' * 1000, flush=True)\n"
+    program = (
+        "import pathlib, sys\n"
+        "from sft_dist.launch.job import Job\n"
+        "from sft_dist.launch.local import supervise\n"
+        f"job = Job((sys.executable, '-c', {code!r}), 1, pathlib.Path(sys.argv[1]), 1)\n"
+        "job.attempt_dir.mkdir(parents=True)\n"
+        "supervise(job)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    process.wait(timeout=20)
+    assert (attempt_dir(tmp_path, 1) / "rank_00000.log").stat().st_size == 200 * 1001
+
+
+def test_process_count_is_given_or_one_per_visible_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sft_dist.launch.job._present_gpus", lambda: 8)
+    assert count_gpus({}) == 8
+    assert count_gpus({"CUDA_VISIBLE_DEVICES": "0,3"}) == 2
+    assert count_gpus({"CUDA_VISIBLE_DEVICES": "GPU-aa, GPU-bb ,GPU-cc"}) == 3
+    assert count_gpus({"CUDA_VISIBLE_DEVICES": "0,-1,2"}) == 1
+    assert count_gpus({"CUDA_VISIBLE_DEVICES": ""}) == 0
+    assert choose_num_processes(None, {"CUDA_VISIBLE_DEVICES": ""}) == 1
+    assert choose_num_processes(3, {}) == 3
+    with pytest.raises(ConfigError, match="--nproc 0"):
+        choose_num_processes(0)
+
+
+def test_the_launcher_imports_no_torch() -> None:
+    program = "import sys, sft_dist.launch.local; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

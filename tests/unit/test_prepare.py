@@ -1,0 +1,330 @@
+"""Sources become stores once; every record is accounted for; one changed byte prepares anew."""
+
+import gzip
+import json
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.decoders import ByteLevel
+from transformers import PreTrainedTokenizerFast
+
+from sft_dist.config.schema import Recipe
+from sft_dist.data import prepare as prepare_module
+from sft_dist.data.prepare import num_copies, prepare
+from sft_dist.data.report import PrepareReport
+from sft_dist.data.staging import trim
+from sft_dist.errors import BadRecord, ConfigError, DataError
+from sft_dist.types import TokenizedExample
+
+
+def byte_tokenizer(eos: str = "<|im_end|>") -> PreTrainedTokenizerFast:
+    """One token per byte, and an end token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+def records(num: int, answer: str = "answer number {}") -> list[dict[str, str]]:
+    return [{"instruction": f"question {n}", "output": answer.format(n)} for n in range(num)]
+
+
+def write_lines(path: Path, rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make_recipe(folder: Path, *sources, **data) -> Recipe:
+    given = [source if isinstance(source, dict) else {"path": str(source)} for source in sources]
+    settings = {"sources": given, "chat_template": "chatml", "seq_len": 256} | data
+    return Recipe(model={"path": "unused"}, run={"dir": str(folder / "runs" / "one")}, data=settings)
+
+
+def said(text: str) -> None:
+    """A notice nobody reads."""
+
+
+def decoded(store, tokenizer) -> list[str]:
+    return sorted(tokenizer.decode(example.input_ids) for example in store)
+
+
+def test_every_record_is_in_exactly_one_split(tmp_path, tokenizer):
+    recipe = make_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", records(50)), eval_fraction=0.1, test_fraction=0.2)
+    data = prepare(recipe, tokenizer, notice=said)
+    assert (len(data.train), len(data.eval), len(data.test)) == (35, 5, 10)
+    texts = [text for store in (data.train, data.eval, data.test) for text in decoded(store, tokenizer)]
+    assert len(set(texts)) == 50
+    assert data.report.sources[0].accepted == data.report.sources[0].records == 50
+
+
+def test_learned_is_the_answer_and_its_stop(tmp_path, tokenizer):
+    recipe = make_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", records(1)))
+    example = prepare(recipe, tokenizer, notice=said).train.example(0)
+    assert tokenizer.decode(example.input_ids[example.loss_weights > 0]) == "answer number 0<|im_end|>"
+    assert example.id == f"{tmp_path / 'a.jsonl'}:1"
+
+
+def test_the_dead_suffix_is_trimmed(tmp_path, tokenizer):
+    """ChatML writes a line end behind the stop text; nobody learns from it, so it is not stored."""
+    recipe = make_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", records(3)))
+    for example in prepare(recipe, tokenizer, notice=said).train:
+        assert example.loss_weights[-1] == 1.0
+        assert tokenizer.decode(example.input_ids).endswith("<|im_end|>")
+
+
+@given(weights=st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=20))
+def test_trimming_loses_no_target(weights):
+    whole = TokenizedExample(np.arange(len(weights), dtype=np.int32), np.array(weights, np.float32))
+    short = trim(whole)
+    assert short.input_ids.tolist() == whole.input_ids[: len(short.input_ids)].tolist()
+    assert not (whole.loss_weights[len(short.input_ids) :] > 0).any()
+    assert len(short.input_ids) == 1 or short.loss_weights[-1] > 0
+
+
+def test_long_examples_are_dropped_and_listed_or_truncated(tmp_path, tokenizer):
+    rows = [
+        *records(4),
+        {"instruction": "short", "output": "long " * 100},
+        {"instruction": "long " * 100, "output": "x"},
+    ]
+    source = write_lines(tmp_path / "a.jsonl", rows)
+    dropping = prepare(make_recipe(tmp_path, source), tokenizer, notice=said)
+    counts = dropping.report.sources[0]
+    assert (counts.records, counts.accepted, counts.too_long, counts.truncated) == (6, 4, 2, 0)
+    assert "more than data.seq_len=256" in dropping.report.dropped[0]["reason"]
+    assert dropping.report.dropped[0]["id"] == f"{source}:5"
+    cutting = prepare(make_recipe(tmp_path, source, long_examples="truncate"), tokenizer, notice=said)
+    counts = cutting.report.sources[0]
+    assert (counts.accepted, counts.too_long, counts.truncated, counts.no_target) == (5, 0, 1, 1)
+    assert cutting.train.lengths.max() == 256
+    assert (cutting.train.num_loss_tokens > 0).all()
+
+
+def test_nothing_trainable_is_an_error_with_the_counts(tmp_path, tokenizer):
+    rows = [*records(3, answer="long " * 100), {"instruction": "long " * 100, "output": "b"}]
+    recipe = make_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", rows))
+    with pytest.raises(DataError, match=r"0 trainable examples of 4 records \(4 longer than data.seq_len=256"):
+        prepare(recipe, tokenizer, notice=said)
+    assert not list((tmp_path / "runs" / ".sft-cache").glob("**/*.arrow"))
+
+
+def test_an_empty_file_is_an_error_with_the_counts(tmp_path, tokenizer):
+    with pytest.raises(DataError, match="0 trainable examples of 0 records"):
+        prepare(make_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", [])), tokenizer, notice=said)
+
+
+def test_one_example_trains_without_a_validation_split_and_says_so(tmp_path, tokenizer):
+    lines: list[str] = []
+    recipe = make_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", records(1)))
+    data = prepare(recipe, tokenizer, notice=lines.append)
+    assert (len(data.train), data.eval, data.test) == (1, None, None)
+    assert sum("no validation split" in line for line in lines) == 1
+
+
+def test_two_examples_give_one_to_validation(tmp_path, tokenizer):
+    data = prepare(make_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", records(2))), tokenizer, notice=said)
+    assert (len(data.train), len(data.eval)) == (1, 1)
+
+
+def test_duplicates_are_counted_kept_and_never_on_both_sides(tmp_path, tokenizer):
+    source = write_lines(tmp_path / "a.jsonl", records(20) + records(20))
+    data = prepare(make_recipe(tmp_path, source, eval_fraction=0.2), tokenizer, notice=said)
+    assert data.report.sources[0].duplicates == 20
+    assert len(data.train) + len(data.eval) == 40
+    assert not set(decoded(data.train, tokenizer)) & set(decoded(data.eval, tokenizer))
+
+
+def test_given_evaluation_sets_stand_beside_drawn_ones_and_overlap_is_said(tmp_path, tokenizer):
+    extra = write_lines(tmp_path / "e.jsonl", [*records(1), {"instruction": "new", "output": "new"}])
+    source = write_lines(tmp_path / "a.jsonl", records(10))
+    given = {"eval_sources": [{"path": str(extra)}], "test_sources": [{"path": str(extra)}], "eval_fraction": 0.0}
+    lines: list[str] = []
+    data = prepare(make_recipe(tmp_path, source, **given), tokenizer, notice=lines.append)
+    assert (len(data.train), len(data.eval), len(data.test)) == (10, 2, 2)
+    assert "warning: 1 of 2 eval examples are in train too" in lines
+
+
+def test_bad_records_stop_with_their_place(tmp_path, tokenizer):
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a"}\n')
+    with pytest.raises(BadRecord, match=r"a\.jsonl:2 \(byte 36\): .*output"):
+        prepare(make_recipe(tmp_path, source), tokenizer, notice=said)
+
+
+def test_bad_records_are_skipped_listed_and_within_a_budget(tmp_path, tokenizer):
+    source = tmp_path / "a.jsonl"
+    good = "".join(json.dumps(row) + "\n" for row in records(8))
+    source.write_text(good + '{"instruction": "a"}\nnot json\n')
+    skipping = {"on_bad_record": "skip", "max_bad_fraction": 0.2}
+    data = prepare(make_recipe(tmp_path, source, **skipping), tokenizer, notice=said)
+    counts = data.report.sources[0]
+    assert (counts.records, counts.accepted, counts.rejected) == (10, 8, 2)
+    assert sorted(bad["line"] for bad in data.report.rejects) == [9, 10]
+    with pytest.raises(DataError, match="2 of 10 records are bad"):
+        prepare(make_recipe(tmp_path, source, on_bad_record="skip", max_bad_fraction=0.1), tokenizer, notice=said)
+
+
+@given(num=st.integers(0, 200), weight=st.sampled_from([0.1, 0.5, 1.0, 1.3, 2.0, 2.75]), key=st.integers(0, 99))
+def test_copies_are_exact(num, weight, key):
+    copies = num_copies(num, weight, key)
+    assert copies.sum() == int(num * weight + 0.5 + 1e-9)
+    assert set(copies.tolist()) <= {int(weight), int(weight) + 1}
+
+
+def test_weights_repeat_and_thin_out_a_source(tmp_path, tokenizer):
+    twice = {"path": str(write_lines(tmp_path / "twice.jsonl", records(10))), "weight": 2.0}
+    half = {"path": str(write_lines(tmp_path / "half.jsonl", records(10, answer="half {}"))), "weight": 0.5}
+    data = prepare(make_recipe(tmp_path, twice, half, eval_fraction=0.0), tokenizer, notice=said)
+    copies = Counter(decoded(data.train, tokenizer))
+    assert sorted(copies.values()) == [1] * 5 + [2] * 10
+
+
+def test_a_second_run_reads_the_cache(tmp_path, tokenizer, monkeypatch):
+    recipe = make_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", records(5)))
+    lines: tuple[list[str], list[str]] = ([], [])
+    first = prepare(recipe, tokenizer, notice=lines[0].append)
+    monkeypatch.setattr(prepare_module, "_Preparation", None)
+    second = prepare(recipe, byte_tokenizer(), notice=lines[1].append)
+    assert second.folder == first.folder == next((tmp_path / "runs" / ".sft-cache").glob("*/"))
+    assert second.train.fingerprint == first.train.fingerprint
+    assert second.report == first.report
+    assert lines[0] == lines[1]
+
+
+def test_what_decides_the_result_decides_the_name(tmp_path, tokenizer):
+    source = write_lines(tmp_path / "a.jsonl", records(5))
+
+    def name(tokenizer=tokenizer, **data):
+        return prepare(make_recipe(tmp_path, source, **data), tokenizer, notice=said).folder.name
+
+    base = name()
+    assert base == name()
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}")
+    names = [base, name(chat_template=str(template)), name(byte_tokenizer(eos="</s>")), name(seq_len=255)]
+    names += [name(loss_on="all"), name(prompt_loss_weight=0.5), name(eval_fraction=0.5), name(test_fraction=0.2)]
+    template.write_text(template.read_text() + " ")
+    names.append(name(chat_template=str(template)))
+    content = source.read_bytes()
+    source.write_bytes(content.replace(b"number 3", b"number 8"))
+    names.append(name())
+    assert len(set(names)) == len(names)
+    source.write_bytes(content)
+    assert name() == base
+
+
+def test_a_killed_preparation_is_swept_up(tmp_path, tokenizer):
+    recipe = make_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", records(5)))
+    folder = prepare(recipe, tokenizer, notice=said).folder
+    leftover = folder.parent / f".tmp-{folder.name}-0123456789abcdef"
+    folder.rename(leftover)
+    assert prepare(recipe, tokenizer, notice=said).folder == folder
+    assert not leftover.exists()
+
+
+@pytest.mark.parametrize("victim", ["train/examples.arrow", "eval/meta.json", "report.json"])
+def test_a_damaged_entry_is_said_and_made_again(tmp_path, tokenizer, victim):
+    recipe = make_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", records(5)))
+    first = prepare(recipe, tokenizer, notice=said)
+    path = first.folder / victim
+    path.write_bytes(path.read_bytes()[:-9])
+    lines: list[str] = []
+    again = prepare(recipe, tokenizer, notice=lines.append)
+    assert "is damaged: preparing the data again" in lines[0]
+    assert again.train.fingerprint == first.train.fingerprint
+
+
+def test_the_report_survives_json_and_adds_up(tmp_path, tokenizer):
+    recipe = make_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", records(40)), eval_fraction=0.1)
+    data = prepare(recipe, tokenizer, notice=said)
+    data.report.write(tmp_path / "prepare_report.json")
+    assert PrepareReport.read(tmp_path / "prepare_report.json") == data.report
+    written = json.loads((tmp_path / "prepare_report.json").read_text())
+    for name, store in (("train", data.train), ("eval", data.eval)):
+        split = written["splits"][name]
+        assert split["examples"] == len(store) == sum(split["histogram"]["counts"])
+        assert split["tokens"] == store.lengths.sum()
+        assert split["lengths"]["max"] == store.lengths.max()
+        assert len(split["histogram"]["edges"]) == len(split["histogram"]["counts"]) + 1
+    source = written["sources"][0]
+    assert source["tokens"] == sum(split["tokens"] for split in written["splits"].values())
+    assert 0 < source["supervised_share"] < 1
+    assert source["formats"] == ["alpaca"] and source["guessed"]
+
+
+def test_files_of_one_folder_may_differ_in_format(tmp_path, tokenizer):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_lines(folder / "a.jsonl", records(3))
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    with gzip.open(folder / "b.json.gz", "wt") as file:
+        json.dump([{"messages": turns}], file)
+    seen: list[tuple[int, int]] = []
+    data = prepare(
+        make_recipe(tmp_path, folder), tokenizer, notice=said, progress=lambda done, total: seen.append((done, total))
+    )
+    assert data.report.sources[0].formats == ["alpaca", "messages"]
+    assert data.report.sources[0].accepted == 4
+    assert seen and all(0 <= done <= total for done, total in seen)
+
+
+def test_no_template_anywhere_is_a_configuration_error(tmp_path, tokenizer):
+    recipe = make_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", records(1)), chat_template="auto")
+    with pytest.raises(ConfigError, match="chat_template"):
+        prepare(recipe, tokenizer, notice=said)
+
+
+def test_splits_depend_on_content_not_on_place(tmp_path, tokenizer):
+    """The held-out texts are the same when the file is written in another order."""
+    held = []
+    for name, rows in (("a", records(30)), ("b", records(30)[::-1])):
+        source = write_lines(tmp_path / f"{name}.jsonl", rows)
+        data = prepare(make_recipe(tmp_path, source, eval_fraction=0.2), tokenizer, notice=said)
+        held.append(decoded(data.eval, tokenizer))
+    assert held[0] == held[1]
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_share_the_work(tmp_path):
+    """Both get the same store; the slow preparation runs in one of them only."""
+    write_lines(tmp_path / "a.jsonl", records(5))
+    code = textwrap.dedent(f"""
+        import os, sys, time
+        from pathlib import Path
+        from sft_dist.data import prepare as module
+        from tests.unit.test_prepare import byte_tokenizer, make_recipe
+        folder = Path({str(tmp_path)!r})
+        original = module._Preparation.write
+        def slow(self, target):
+            with open(folder / "prepared", "a") as file:
+                file.write("x")
+            while len(list(folder.glob("here-*"))) < 2:
+                time.sleep(0.05)
+            time.sleep(1)  # from there the other needs milliseconds to the lock
+            original(self, target)
+        module._Preparation.write = slow
+        (folder / f"here-{{os.getpid()}}").touch()
+        data = module.prepare(make_recipe(folder, folder / "a.jsonl"), byte_tokenizer(), notice=print)
+        print("FINGERPRINT", data.train.fingerprint)
+    """)
+    root = Path(__file__).resolve().parents[2]
+    run = lambda: subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root)  # noqa: E731
+    shown = [process.communicate(timeout=120)[0] for process in [run(), run()]]
+    assert (tmp_path / "prepared").read_text() == "x"
+    fingerprints = {line for text in shown for line in text.splitlines() if line.startswith("FINGERPRINT")}
+    assert len(fingerprints) == 1
+    assert sum("another process is preparing this data" in text for text in shown) == 1
