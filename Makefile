@@ -30,6 +30,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "$(PYTHON) cannot create virtual environments: apt-get install python3-venv" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
+	@echo "Installing $(TORCH) and the project under constraints.txt: a few minutes, about 3 GB on a machine without CUDA"
 	$(BIN)/python -m pip install --quiet $(TORCH) -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' -c constraints.txt
 	@touch $@
@@ -41,7 +42,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/shellcheck $(SCRIPTS)
 
 test: $(STAMP)

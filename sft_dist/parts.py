@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sft_dist.certify import Check, certify
-from sft_dist.config.auto import Choices, Facts, choose
+from sft_dist.config.auto import Choices, Facts, choose, compute_dtype
 from sft_dist.config.identity import identity, refuse_changes
 from sft_dist.config.schema import Recipe
 from sft_dist.data.loader import Loader
@@ -98,7 +98,9 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
     Raises ConfigError or CertificateError with the way out.
     """
     recipe = inputs.recipe
-    compute, master = DTYPES[recipe.precision.compute], DTYPES[recipe.precision.master]
+    recorded = broadcast_json(read_fingerprint(run_dir) if place.is_main else None)
+    compute_name = recorded["choices"]["compute"] if recorded else compute_dtype(recipe, place.device.type)
+    compute, master = DTYPES[compute_name], DTYPES[recipe.precision.master]
     packed_rows = recipe.data.packing != "padded"
     base_dtype = master if recipe.tuning.method == "full" else compute
     model = load_model(recipe.model, dtype=base_dtype, seed=recipe.run.seed, vocab_size=len(inputs.tokenizer))
@@ -110,7 +112,6 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
         if parameter.requires_grad:
             parameter.data = parameter.data.to(master)
 
-    recorded = broadcast_json(read_fingerprint(run_dir) if place.is_main else None)
     shape = decoder_shape(tuned)
     choices = _choices(recipe, recorded, tuned, inputs.data.train, place)
     if choices.activation_checkpointing == "full":
@@ -206,7 +207,7 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
     return [
         ("run", f"{recipe.run.name} in {recipe.run.dir}, attempt {attempt}, seed {recipe.run.seed}"),
         ("model", f"{recipe.model.path or recipe.model.config['model_type']} ({recipe.model.init}), {count(total)} parameters, "  # type: ignore[index]
-                  f"{count(trained)} trained ({recipe.tuning.method}), compute {recipe.precision.compute}, master {recipe.precision.master}"),
+                  f"{count(trained)} trained ({recipe.tuning.method}), compute {choices.compute}, master {recipe.precision.master}"),
         ("data", f"{len(store):,} examples, {int(store.lengths.sum()):,} tokens, {share:.1%} supervised, "
                  f"{len(parts.inputs.data.eval or ()):,} held out, template {parts.inputs.data.template.name}"),
         ("engine", f"{parts.engine.name}, {place.world_size} process(es) on {place.device.type}, {place.num_threads} thread(s) each"),

@@ -76,7 +76,12 @@ CONVERSATIONS = {
     "system": [("system", "Short."), ("user", "Hi"), ("assistant", "Hello!"), ("user", "Bye"), ("assistant", "Bye!")],
     "unicode": [("user", "Как дела? 漢字"), ("assistant", "Да 🎉 – e\u0301 ü\u2028\u00a0ﬁ \U0001f469\u200d\U0001f467")],
     "spaces": [("user", " q \n"), ("assistant", "  2 before, 1 after "), ("user", "x"), ("assistant", "\n\nlines\n")],
-    "look-alike": [("user", "user"), ("assistant", "user: assistant <b>B</b> [INST]"), ("user", "B"), ("assistant", "B")],
+    "look-alike": [
+        ("user", "user"),
+        ("assistant", "user: assistant <b>B</b> [INST]"),
+        ("user", "B"),
+        ("assistant", "B"),
+    ],
 }
 
 SPECIAL_TOKENS = [

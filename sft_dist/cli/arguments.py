@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sft_dist.config.loader import load_recipe
 from sft_dist.config.overrides import split_arguments
@@ -12,7 +12,10 @@ from sft_dist.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints travel as ConfigError instead of ending the process."""
+    """argparse whose complaints travel as ConfigError instead of ending the process, and that guesses no options."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}: see {self.prog} --help")

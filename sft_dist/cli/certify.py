@@ -23,13 +23,14 @@ def run(args: argparse.Namespace) -> int:
     from sft_kernels import choose_head
 
     from sft_dist.certify import certify
+    from sft_dist.config.auto import compute_dtype
     from sft_dist.models import attention
     from sft_dist.models.load import DTYPES, load_config, load_model
     from sft_dist.models.packed import PackedCausalLM
 
     recipe = read_recipe(args.items)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = DTYPES[recipe.precision.compute]
+    dtype = DTYPES[compute_dtype(recipe, device.type)]
     config = load_config(recipe.model)
     backend = attention.choose_backend(recipe.model.attention, config, device, dtype)
     model = load_model(recipe.model, dtype=dtype, seed=recipe.run.seed, vocab_size=0).to(device)

@@ -166,17 +166,13 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
 
 
 def _choices(recipe: Recipe, store: TokenStore, world_size: int) -> Choices:
-    """What `auto` becomes here, from the architecture alone (no weights are read); a started run's own record wins."""
+    """What `auto` becomes for a new run on this machine, from the architecture alone: no weights are read."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from sft_dist.config.auto import Choices, Facts, choose
+    from sft_dist.config.auto import Facts, choose
     from sft_dist.models.load import load_config
-    from sft_dist.parts import read_fingerprint
 
-    recorded = read_fingerprint(Path(recipe.run.dir))
-    if recorded is not None:
-        return Choices(**recorded["choices"])
     config = load_config(recipe.model)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
@@ -270,10 +266,10 @@ def _plan_table(figures: dict[str, Any], recipe: Recipe) -> Any:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     per_step = figures["micro_batches_per_step"]
-    batch = f"{per_step} micro-batches" if per_step else f"{figures['examples_per_step']} examples"
+    batch = f"micro-batches: {per_step}" if per_step else f"examples: {figures['examples_per_step']}, in micro-batches"
     rows = {
         "steps": f"{figures['steps']:,} ({figures['steps_per_epoch']:,} per epoch)",
-        "a step": f"{batch} of {figures['packs_per_micro_batch']} x {recipe.data.seq_len} tokens, "
+        "a step": f"{batch} of {figures['packs_per_micro_batch']} x {recipe.data.seq_len} tokens; "
         f"{figures['mean_tokens_per_step']:,.0f} real tokens on average",
         "an epoch": f"{figures['examples']:,} examples in {figures['packs_per_epoch']:,} packs",
         "efficiency": f"{figures['efficiency']:.2%} of the token slots hold tokens",

@@ -64,7 +64,7 @@ def _run(arguments: list[str]) -> int:
 
 def _parser(arguments: Sequence[str]) -> Parser:
     """The parser of all verbs, of which only the asked one knows its options."""
-    parser = Parser(prog="sft-dist", description="Supervised fine-tuning on instruction data.", allow_abbrev=False)
+    parser = Parser(prog="sft-dist", description="Supervised fine-tuning on instruction data.")
     parser.add_argument("--version", action="version", version=f"sft-dist {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     subparsers = parser.add_subparsers(required=True, metavar="VERB")

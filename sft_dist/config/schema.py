@@ -49,7 +49,7 @@ class ModelSection(Section):
 
 
 class PrecisionSection(Section):
-    compute: Literal["float32", "bfloat16"] = "bfloat16"
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs, float32 on CPUs
     master: Literal["float32", "bfloat16"] = "float32"
 
     @model_validator(mode="after")
@@ -220,7 +220,8 @@ NOT_YET: dict[str, str] = {
     "data.sources.*.repeat": "repetition: use weight",
     "run.deterministic=elastic": "bit-exact runs at any world size",
     **dict.fromkeys(
-        [f"tuning.method={name}" for name in ("dora", "qlora", "prefix", "prompt", "bitfit")], "other adapters than LoRA"
+        [f"tuning.method={name}" for name in ("dora", "qlora", "prefix", "prompt", "bitfit")],
+        "other methods than LoRA",
     ),
     "data.long_examples=split": "splitting long examples",
     **dict.fromkeys([f"parallel.strategy={name}" for name in ("zero1", "zero2", "zero3")], "DeepSpeed ZeRO"),

@@ -213,10 +213,6 @@ def _join(environment: jinja2.Environment, value: Iterable[Any], d: str = "", at
     return Traced(str(d)).join(map(str, items))
 
 
-def _replace(value: Any, old: str, new: str, count: int | None = None) -> Traced:  # Jinja's own parameter names
-    return Traced(str(value)).replace(str(old), str(new), -1 if count is None else count)
-
-
 def _title(value: Any) -> Traced:
     return provenance.same_length(do_title(value), Traced(str(value)))
 
@@ -230,7 +226,6 @@ def _format(value: Any, *args: Any, **kwargs: Any) -> Traced:
 _FILTERS: dict[str, Callable[..., Any]] = {
     "format": _format,
     "join": _join,
-    "replace": _replace,
     "title": _title,
     "tojson": _tojson,
 }

@@ -209,6 +209,11 @@ class BoundTemplate:
         if _is_plain_text(conversation):
             return rendered.text, [Span(0, len(rendered.text), 1.0)]
         if self._ends_without_stop(rendered, conversation):
+            if not self.eos_token:
+                raise ConfigError(
+                    f"data.chat_template={self.template.name}: it ends answers with nothing and the tokenizer has no "
+                    "end token, so no model would learn to stop; choose chatml, phi3 or llama3"
+                )
             rendered = rendered.with_literal(self.eos_token)
         found = supervise(
             rendered,

@@ -7,12 +7,12 @@ spelled once in exactly one category: "odd one out" has a single right answer.
 from __future__ import annotations
 
 CATEGORIES: dict[str, tuple[str, ...]] = {
-    "animals": ("cat", "dog", "horse", "mouse", "goat", "wolf", "bear", "otter", "eagle", "snail"),
-    "fruits": ("apple", "cherry", "fig", "grape", "kiwi", "lemon", "mango", "pear", "plum", "quince"),
-    "colours": ("red", "blue", "green", "yellow", "black", "white", "pink", "violet", "amber", "ivory"),
-    "tools": ("hammer", "saw", "drill", "chisel", "rasp", "wrench", "axe", "shovel", "level", "tongs"),
-    "places": ("river", "forest", "island", "harbour", "village", "desert", "meadow", "canyon", "beach", "jungle"),
-    "clothes": ("jacket", "scarf", "glove", "shirt", "vest", "dress", "boot", "hat", "coat", "sock"),
+    "animals": ("cat", "dog", "horse", "mouse", "goat", "wolf", "otter"),
+    "fruits": ("apple", "cherry", "fig", "kiwi", "lemon", "mango", "plum"),
+    "colours": ("red", "blue", "green", "yellow", "black", "white", "pink"),
+    "tools": ("hammer", "saw", "drill", "chisel", "wrench", "axe", "shovel"),
+    "places": ("river", "forest", "island", "harbour", "village", "desert", "canyon"),
+    "clothes": ("jacket", "scarf", "glove", "shirt", "boot", "hat", "coat"),
 }
 
 NOUNS: tuple[str, ...] = tuple(word for words in CATEGORIES.values() for word in words)
@@ -35,6 +35,5 @@ _OPPOSITE_PAIRS = (
 OPPOSITES: dict[str, str] = {a: b for pair in _OPPOSITE_PAIRS for a, b in (pair, pair[::-1])}
 ADJECTIVES: tuple[str, ...] = tuple(OPPOSITES)
 
-PEOPLE: tuple[str, ...] = ("Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jan", "Kim", "Lea")
+PEOPLE: tuple[str, ...] = ("Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Kim")
 ORDINALS: tuple[str, ...] = ("first", "second", "third", "fourth")
-NUMBER_WORDS: tuple[str, ...] = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -32,6 +32,8 @@ signal.signal(signal.SIGTERM, lambda *_: stops.append("SIGTERM"))
 signal.signal(signal.SIGUSR1, lambda *_: stops.append("SIGUSR1"))
 signal.signal(signal.SIGINT, lambda *_: stops.append("SIGINT"))
 (folder / f"ready_{rank}").touch()
+while len(list(folder.glob("ready_*"))) < int(os.environ["WORLD_SIZE"]):
+    time.sleep(0.01)
 verb, value = plan.get(rank, plan["all"])
 if verb == "leave":
     if rank == "0" and value is not None:
@@ -207,6 +209,9 @@ def test_stop_signals_reach_every_worker_once(launch: Callable[..., Launched], s
 def test_sigkill_of_the_launcher_leaves_no_orphan_and_a_free_folder(launch: Callable[..., Launched]) -> None:
     started = launch({"all": ["ignore", 0]})
     workers = started.wait_ready()
+    for pid in workers:  # the folder stays taken until the last of them is gone
+        opened = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+        assert str(started.run_dir / "lock") in opened
     started.process.send_signal(signal.SIGKILL)
     started.process.wait()
     RunLock.acquire(started.run_dir, wait_seconds=2).release()

@@ -19,8 +19,8 @@ def chat_lengths(num: int, capacity: int) -> np.ndarray:
     return np.clip(drawn, 1, capacity).astype(np.int64)
 
 
-def best_fit_decreasing_by_definition(lengths: list[int], capacity: int) -> int:
-    """Number of packs of textbook BFD, quadratic."""
+def best_fit_decreasing_by_definition(lengths: list[int], capacity: int) -> list[int]:
+    """Free tokens of each pack of textbook BFD, ascending; quadratic."""
     spaces: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [space for space in spaces if space >= length]
@@ -28,7 +28,7 @@ def best_fit_decreasing_by_definition(lengths: list[int], capacity: int) -> int:
             spaces[spaces.index(min(fitting))] -= length
         else:
             spaces.append(capacity - length)
-    return len(spaces)
+    return sorted(spaces)
 
 
 def fewest_packs(lengths: tuple[int, ...], spaces: tuple[int, ...], capacity: int) -> int:
@@ -54,9 +54,10 @@ def test_every_document_once_and_no_pack_over_capacity(name, lengths):
 
 
 @given(lengths=lengths_lists)
-def test_as_many_packs_as_textbook_best_fit_decreasing(lengths):
+def test_packs_are_as_full_as_textbook_best_fit_decreasing_makes_them(lengths):
     packs = pack_best_fit(np.array(lengths, dtype=np.int64), CAPACITY)
-    assert len(packs) == best_fit_decreasing_by_definition(lengths, CAPACITY)
+    spaces = sorted(CAPACITY - sum(lengths[index] for index in pack) for pack in packs)
+    assert spaces == best_fit_decreasing_by_definition(lengths, CAPACITY)
 
 
 @given(lengths=lengths_lists)

@@ -86,6 +86,15 @@ def test_the_dead_suffix_is_trimmed(tmp_path, tokenizer):
         assert tokenizer.decode(example.input_ids).endswith("<|im_end|>")
 
 
+def test_the_dead_suffix_does_not_make_an_example_too_long(tmp_path, tokenizer):
+    source = write_lines(tmp_path / "a.jsonl", records(1))
+    length = int(prepare(make_recipe(tmp_path, source), tokenizer, notice=said).train.lengths[0])
+    fitting = prepare(make_recipe(tmp_path, source, seq_len=length), tokenizer, notice=said)
+    assert (len(fitting.train), fitting.report.sources[0].truncated) == (1, 0)
+    with pytest.raises(DataError, match="1 longer than"):
+        prepare(make_recipe(tmp_path, source, seq_len=length - 1), tokenizer, notice=said)
+
+
 @given(weights=st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=20))
 def test_trimming_loses_no_target(weights):
     whole = TokenizedExample(np.arange(len(weights), dtype=np.int32), np.array(weights, np.float32))

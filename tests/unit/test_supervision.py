@@ -10,7 +10,7 @@ from template_cases import byte_tokenizer
 
 from sft_dist.data.supervision import Stops, message_weights
 from sft_dist.data.templates import ChatTemplate, resolve_template, spans
-from sft_dist.errors import BadRecord
+from sft_dist.errors import BadRecord, ConfigError
 from sft_dist.types import Conversation, Message
 
 BYTES = byte_tokenizer()
@@ -146,6 +146,10 @@ def test_a_template_without_any_stop_gets_the_end_token() -> None:
     text = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '\\n' if not loop.last }}{% endfor %}"
     assert said(of(text), QUESTION, ANSWER) == ["No.</s>"]
     assert of(text).stop_token_ids(BYTES) == [BYTES.eos_token_id]
+    endless = byte_tokenizer()
+    endless.eos_token = None
+    with pytest.raises(ConfigError, match="no model would learn to stop"):
+        of(text).tokenize(Conversation((QUESTION, ANSWER)), endless, loss_on="assistant")
 
 
 def test_a_template_that_writes_only_some_answers_in_tags_follows_the_rule_for_the_others() -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from template_cases import (
     BUILTIN,
     CONVERSATIONS,
@@ -64,6 +66,29 @@ def test_golden_builtin(name: str) -> None:
 @pytest.mark.parametrize("name", UNTAGGED)
 def test_golden(shared: Path, name: str) -> None:
     check_golden(name, template_of(name, shared), BYTES)
+
+
+OWN_WHITE_SPACE = ("chujiezheng/granite-3.0-instruct", "chujiezheng/qwen2.5-instruct")
+
+
+@pytest.mark.parametrize("name", [n for n in UNTAGGED if n.startswith("chujiezheng") and n not in OWN_WHITE_SPACE])
+def test_golden_condensed(shared: Path, name: str) -> None:
+    """The same templates as their authors use them: without line breaks and indentation."""
+    template = template_of(name, shared)
+    condensed = ChatTemplate(name, template.text.replace("    ", "").replace("\n", ""))
+    write, middle, last = UNTAGGED[name]
+    turns = CONVERSATIONS["multi"]
+    example = condensed.tokenize(conversation(turns), BYTES, loss_on="assistant")
+    assert said(example, BYTES) == [write("B b") + middle, write("D.\n\n- d") + last.strip("\n")]
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+@given(answers=st.lists(st.text(alphabet="aB <|/>\n\u2028é漢🎉#:[]{}%", min_size=1), min_size=1, max_size=4))
+def test_golden_whatever_is_said(name: str, answers: list[str]) -> None:
+    answers = [f"{answer}." for answer in answers]
+    turns = [turn for answer in answers for turn in (("user", answer[::-1]), ("assistant", answer))]
+    example = template_of(name).tokenize(conversation(turns), BYTES, loss_on="assistant")
+    assert said(example, BYTES) == golden(name, turns)
 
 
 @pytest.mark.parametrize("name", BUILTIN)

@@ -1,0 +1,278 @@
+"""The skills: how to draw an input, what to ask about it, and the right answer.
+
+A task is drawn as facts (flat strings) and becomes a conversation. The facts alone decide every answer, so
+`checks` can judge an answer without the code that made it.
+
+    facts = {"words": "plum fig kiwi"}
+    turns = [("Sort these words: plum fig kiwi", "fig kiwi plum")]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from sft_dist.generate.phrasings import FIRST, NEXT
+from sft_dist.generate.words import ADJECTIVES, CATEGORIES, CATEGORY_OF, NOUNS, OPPOSITES, ORDINALS, PEOPLE
+
+Facts = dict[str, str]
+Turn = tuple[str, str]  # what the user says, what the assistant should answer
+
+
+@dataclass(frozen=True)
+class Skill:
+    """`draw` makes an input, `converse` the turns about it. `share` is its weight in the training mix."""
+
+    draw: Callable[[Random], Facts]
+    converse: Callable[[Facts, Random], list[Turn]]
+    share: float = 1.0
+
+
+LIST_OPERATIONS: dict[str, Callable[[list[str]], str]] = {
+    "copy": " ".join,
+    "reverse": lambda words: " ".join(words[::-1]),
+    "sort": lambda words: " ".join(sorted(words)),
+    "capitals": lambda words: " ".join(words).upper(),
+    "count": lambda words: str(len(words)),
+}
+
+
+def at_position(words: list[str], position: str) -> str:
+    """The word at an ordinal ("second") or the last one."""
+    return words[-1] if position == "last" else words[ORDINALS.index(position)]
+
+
+def _positions(words: list[str]) -> tuple[str, ...]:
+    return (*ORDINALS[: len(words) - 1], "last")
+
+
+def _draw_words(low: int, high: int) -> Callable[[Random], Facts]:
+    return lambda rng: {"words": " ".join(rng.sample(NOUNS, rng.randint(low, high)))}
+
+
+def _ask_first(name: str, solve: Callable[[Facts], str]) -> Callable[[Facts, Random], list[Turn]]:
+    return lambda facts, rng: [(rng.choice(FIRST[name]).format(**facts), solve(facts))]
+
+
+def _list_skill(name: str, low: int, high: int) -> Skill:
+    solve = LIST_OPERATIONS[name]
+    return Skill(_draw_words(low, high), _ask_first(name, lambda facts: solve(facts["words"].split())))
+
+
+# position, member: one question about one list
+
+
+def _draw_position(rng: Random) -> Facts:
+    words = rng.sample(NOUNS, rng.randint(3, 5))
+    return {"words": " ".join(words), "position": rng.choice(_positions(words))}
+
+
+def _draw_member(rng: Random) -> Facts:
+    words = rng.sample(NOUNS, rng.randint(3, 5))
+    return {"words": " ".join(words), "word": _word_inside_or_not(words, rng)}
+
+
+def _word_inside_or_not(words: list[str], rng: Random) -> str:
+    return rng.choice(words if rng.random() < 0.5 else [word for word in NOUNS if word not in words])
+
+
+# numbers
+
+
+def _draw_sum(rng: Random) -> Facts:
+    total = rng.randint(20, 99)
+    a = rng.randint(10, total - 10)
+    return {"a": str(a), "b": str(total - a)}
+
+
+def _draw_pair(rng: Random) -> Facts:
+    a, b = rng.sample(range(10, 100), 2)
+    return {"a": str(a), "b": str(b)}
+
+
+# categories
+
+
+def _draw_odd(rng: Random) -> Facts:
+    same, other = rng.sample(list(CATEGORIES), 2)
+    words = [*rng.sample(CATEGORIES[same], 3), rng.choice(CATEGORIES[other])]
+    rng.shuffle(words)
+    return {"words": " ".join(words)}
+
+
+def _odd(facts: Facts) -> str:
+    words = facts["words"].split()
+    kinds = [CATEGORY_OF[word] for word in words]
+    return next(word for word, kind in zip(words, kinds, strict=True) if kinds.count(kind) == 1)
+
+
+def _draw_pick(rng: Random) -> Facts:
+    category = rng.choice(list(CATEGORIES))
+    others = [word for word in NOUNS if CATEGORY_OF[word] != category]
+    words = [*rng.sample(CATEGORIES[category], rng.randint(1, 3)), *rng.sample(others, 2)]
+    rng.shuffle(words)
+    return {"words": " ".join(words), "category": category}
+
+
+def _pick(facts: Facts) -> str:
+    return " ".join(word for word in facts["words"].split() if CATEGORY_OF[word] == facts["category"])
+
+
+# look-up in a story
+
+
+def _draw_story(rng: Random) -> Facts:
+    count = rng.randint(2, 4)
+    people, things = rng.sample(PEOPLE, count), rng.sample(NOUNS, count)
+    asked = rng.randrange(count)
+    story = " ".join(f"{person} has the {thing}." for person, thing in zip(people, things, strict=True))
+    return {"story": story, "person": people[asked], "thing": things[asked]}
+
+
+def _draw_who(rng: Random) -> Facts:
+    facts = _draw_story(rng)
+    return {"story": facts["story"], "thing": facts["thing"]}
+
+
+def _draw_what(rng: Random) -> Facts:
+    facts = _draw_story(rng)
+    return {"story": facts["story"], "person": facts["person"]}
+
+
+def _owners(story: str) -> dict[str, str]:
+    words = story.replace(".", "").split()
+    return dict(zip(words[::4], words[3::4], strict=True))
+
+
+def _who(facts: Facts) -> str:
+    return next(person for person, thing in _owners(facts["story"]).items() if thing == facts["thing"])
+
+
+def _draw_story_chat(rng: Random) -> Facts:
+    facts = _draw_story(rng)
+    owners = list(_owners(facts["story"]).items())
+    rng.shuffle(owners)
+    asked = [rng.choice((f"who_has {thing}", f"what_has {person}")) for person, thing in owners]
+    return {"story": facts["story"], "asked": ", ".join(asked)}
+
+
+def _story_chat(facts: Facts, rng: Random) -> list[Turn]:
+    turns: list[Turn] = []
+    for number, question in enumerate(facts["asked"].split(", ")):
+        kind, about = question.split()
+        fill = {"story": facts["story"], "thing": about, "person": about}
+        wording = rng.choice((NEXT if number else FIRST)[kind])
+        turns.append((wording.format(**fill), _who(fill) if kind == "who_has" else _owners(facts["story"])[about]))
+    return turns
+
+
+# follow-ups: each turn works on the answer before it
+
+
+def _draw_follow_up(rng: Random) -> Facts:
+    operations = [rng.choice(("copy", "reverse", "sort"))]
+    for _ in range(rng.randint(1, 3)):
+        operations.append(rng.choice([name for name in ("copy", "reverse", "sort") if name != operations[-1]]))
+    if rng.random() < 0.6:
+        operations[-1] = rng.choice(("capitals", "count"))
+    words = rng.sample(NOUNS, rng.randint(2, 5))
+    return {"words": " ".join(words), "operations": " ".join(operations)}
+
+
+def _follow_up(facts: Facts, rng: Random) -> list[Turn]:
+    current, turns = facts["words"], []
+    for number, name in enumerate(facts["operations"].split()):
+        wording = rng.choice((NEXT if number else FIRST)[name]).format(words=facts["words"])
+        current = LIST_OPERATIONS[name](current.split())
+        turns.append((wording, current))
+    return turns
+
+
+# a list given once, then several questions about it
+
+
+def _draw_list_chat(rng: Random) -> Facts:
+    words = rng.sample(NOUNS, rng.randint(3, 5))
+    questions = []
+    for kind in rng.sample(("position", "position", "member", "member", "count"), rng.randint(2, 4)):
+        about = {
+            "position": lambda: rng.choice(_positions(words)),
+            "member": lambda: _word_inside_or_not(words, rng),
+            "count": lambda: "",
+        }[kind]()
+        questions.append(f"{kind} {about}".strip())
+    return {"words": " ".join(words), "asked": ", ".join(questions)}
+
+
+def _list_chat(facts: Facts, rng: Random) -> list[Turn]:
+    words = facts["words"].split()
+    turns = [(rng.choice(FIRST["list"]).format(**facts), facts["words"])]
+    for question in facts["asked"].split(", "):
+        kind, _, about = question.partition(" ")
+        turns.append((rng.choice(NEXT[kind]).format(position=about, word=about), _about_list(words, kind, about)))
+    return turns
+
+
+def _about_list(words: list[str], kind: str, about: str) -> str:
+    if kind == "position":
+        return at_position(words, about)
+    return str(len(words)) if kind == "count" else ("yes" if about in words else "no")
+
+
+# what the user said about themselves
+
+
+def _draw_recall(rng: Random) -> Facts:
+    return {"person": rng.choice(PEOPLE), "thing": rng.choice(NOUNS), "asked": rng.choice(("name", "liking"))}
+
+
+def _recall(facts: Facts, rng: Random) -> list[Turn]:
+    answer = facts["person"] if facts["asked"] == "name" else facts["thing"]
+    return [
+        (rng.choice(FIRST["hello"]).format(**facts), f"Nice to meet you, {facts['person']}."),
+        (rng.choice(NEXT[facts["asked"]]), answer),
+    ]
+
+
+def _draw_opposites(rng: Random) -> Facts:
+    return {"words": " ".join(rng.sample(ADJECTIVES, rng.randint(2, 3)))}
+
+
+SKILLS: dict[str, Skill] = {
+    "copy": _list_skill("copy", 2, 5),
+    "reverse": _list_skill("reverse", 2, 5),
+    "sort": _list_skill("sort", 2, 4),
+    "capitals": _list_skill("capitals", 2, 4),
+    "count": _list_skill("count", 2, 6),
+    "position": Skill(
+        _draw_position,
+        _ask_first("position", lambda facts: at_position(facts["words"].split(), facts["position"])),
+    ),
+    "member": Skill(
+        _draw_member,
+        _ask_first("member", lambda facts: "yes" if facts["word"] in facts["words"].split() else "no"),
+    ),
+    "add": Skill(_draw_sum, _ask_first("add", lambda facts: str(int(facts["a"]) + int(facts["b"])))),
+    "larger": Skill(_draw_pair, _ask_first("larger", lambda facts: max(facts["a"], facts["b"], key=int))),
+    "odd_one_out": Skill(_draw_odd, _ask_first("odd_one_out", _odd)),
+    "pick": Skill(_draw_pick, _ask_first("pick", _pick)),
+    "opposites": Skill(
+        _draw_opposites,
+        _ask_first("opposites", lambda facts: " ".join(OPPOSITES[word] for word in facts["words"].split())),
+        share=0.5,
+    ),
+    "who_has": Skill(_draw_who, _ask_first("who_has", _who)),
+    "what_has": Skill(_draw_what, _ask_first("what_has", lambda facts: _owners(facts["story"])[facts["person"]])),
+    "story_chat": Skill(_draw_story_chat, _story_chat, share=2.0),
+    "follow_up": Skill(_draw_follow_up, _follow_up, share=4.0),
+    "list_chat": Skill(_draw_list_chat, _list_chat, share=2.0),
+    "recall": Skill(_draw_recall, _recall, share=0.5),
+}
+
+
+def input_key(name: str, facts: Facts) -> tuple[str, ...]:
+    """What makes two inputs the same, whatever the wording: sums and comparisons do not depend on the order."""
+    if name in ("add", "larger"):
+        return (name, *sorted(facts.values()))
+    return (name, *(f"{field}={value}" for field, value in sorted(facts.items())))

@@ -1,0 +1,243 @@
+"""The four entries reach the same worker: same losses to the last bit, no orphans, a dead run's folder free at once.
+
+Each entry is killed (SIGKILL of the launcher alone) in the middle of a run and started again with the same command. Its
+trajectory, half from before the kill and half from after, must equal that of one uninterrupted `sft-dist train`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from sft_dist.resilience.orphan import ancestors
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_STEPS = 300
+KILL_AFTER = 130  # steps, with a checkpoint every 100
+TRAJECTORY = ("step", "loss", "grad_norm", "lr", "num_tokens", "num_loss_tokens", "batch_digest")
+WORDS = "one two three four five six seven eight nine ten".split()
+TEMPLATE = "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' </s> ' }}{% endfor %}"
+RECIPE = """
+run: {name: entries, seed: 5}
+model:
+  init: random
+  tokenizer: tokenizer
+  config: {model_type: llama, vocab_size: 16, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2,
+           num_attention_heads: 2, num_key_value_heads: 1, max_position_embeddings: 128}
+precision: {compute: float32}
+tuning: {method: full}
+data: {sources: [{path: data.jsonl}], seq_len: 64, eval_fraction: 0.05, cache_dir: cache}
+batch: {tokens_per_micro_batch: 128, tokens_per_step: 512}
+optim: {lr: 1e-3, max_steps: %d}
+checkpoint: {every_steps: 100}
+eval: {every_steps: 1000, generate: 0}
+"""
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def local() -> list[str]:
+    return ["-m", "sft_dist", "train"]
+
+
+def torchrun() -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sft_dist.train"]
+
+
+def accelerate() -> list[str]:
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    return [*launch, "-m", "sft_dist.train"]
+
+
+def deepspeed() -> list[str]:
+    port = ["--master_port", str(free_port())]
+    return ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", *port, "--module", "sft_dist.train"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe, a tokenizer and 200 short conversations; runs go below it."""
+    folder = tmp_path_factory.mktemp("entries")
+    vocabulary = ["<pad>", "</s>", "<user>", "<assistant>", *WORDS, "?", "!"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "tokenizer")
+    with (folder / "data.jsonl").open("w") as file:
+        for number in range(200):
+            words = [WORDS[(number * (k + 3) + k) % 10] for k in range(2 + number % 17)]
+            turns = [("user", " ".join(words) + " ?"), ("assistant", " ".join(reversed(words)))]
+            file.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
+    (folder / "recipe.yaml").write_text(RECIPE % NUM_STEPS)
+    return folder
+
+
+class Run:
+    """One launcher in a process of its own, with everything it starts."""
+
+    def __init__(self, project: Path, name: str, command: list[str], *settings: str, nproc: bool = False) -> None:
+        self.run_dir = project / "runs" / name
+        words = [
+            sys.executable,
+            *command,
+            "recipe.yaml",
+            f"run.dir=runs/{name}",
+            *settings,
+            *(["--nproc", "2"] * nproc),
+        ]
+        search = os.pathsep.join(str(path) for path in (ROOT, ROOT / "kernels"))
+        self.output = project / f"{name}.out"
+        with self.output.open("a") as out:
+            self.process = subprocess.Popen(
+                words,
+                cwd=project,
+                env=os.environ | {"PYTHONPATH": search, "CUDA_VISIBLE_DEVICES": ""},
+                stdout=out,
+                stderr=out,
+            )
+
+    def wait(self) -> int:
+        return self.process.wait(timeout=300)
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + 240
+        while num_lines(self.run_dir / "metrics.jsonl") < step:
+            assert self.process.poll() is None, self.output.read_text()[-4000:]
+            assert time.monotonic() < deadline, self.output.read_text()[-4000:]
+            time.sleep(0.02)
+
+    def descendants(self) -> list[int]:
+        """Every process below the launcher, workers and launchers in between."""
+        pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+        return [pid for pid in pids if any(above.pid == self.process.pid for above in ancestors(pid))]
+
+    def clean_up(self) -> None:
+        below = self.descendants() if self.process.poll() is None else []
+        for pid in [self.process.pid, *below]:
+            if not is_gone(pid):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def start(project: Path) -> Iterator[Callable[..., Run]]:
+    """Starts launchers and leaves nothing of them."""
+    started: list[Run] = []
+
+    def begin(name: str, command: list[str], *settings: str, **options: Any) -> Run:
+        started.append(Run(project, name, command, *settings, **options))
+        return started[-1]
+
+    yield begin
+    for run in started:
+        run.clean_up()
+
+
+def num_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def wait_until_gone(pids: list[int], seconds: float) -> list[int]:
+    """Those that are still there after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while (left := [pid for pid in pids if not is_gone(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left
+
+
+def trajectory(run_dir: Path) -> list[tuple[Any, ...]]:
+    """What defines a run's numbers, floats as they were written: equal text is equal bits."""
+    lines = [json.loads(line, parse_float=str) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(line[key] for key in TRAJECTORY) for line in lines if line["kind"] == "step"]
+
+
+def weights(run_dir: Path) -> str:
+    return hashlib.sha256((run_dir / "export" / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def reference(project: Path) -> Path:
+    """The uninterrupted run, by our own launcher."""
+    run = Run(project, "reference", local(), nproc=True)
+    try:
+        assert run.wait() == 0, run.output.read_text()[-4000:]
+    finally:
+        run.clean_up()
+    assert [line[0] for line in trajectory(run.run_dir)] == list(range(1, NUM_STEPS + 1))
+    return run.run_dir
+
+
+@pytest.mark.parametrize("entry", [local, torchrun, accelerate, deepspeed], ids=lambda entry: entry.__name__)
+def test_killed_and_started_again_each_entry_gives_the_same_bits(
+    entry: Callable[[], list[str]], start: Callable[..., Run], reference: Path
+) -> None:
+    name, options = entry.__name__, {"nproc": entry is local}
+    first = start(name, entry(), **options)
+    first.wait_for_step(KILL_AFTER)
+    below = first.descendants()
+    assert len(below) >= 2
+    first.process.kill()  # the launcher alone
+    first.process.wait()
+    assert wait_until_gone(below, 5.0) == []
+
+    second = start(name, entry(), **options)  # the folder is free at once
+    assert second.wait() == 0, second.output.read_text()[-4000:]
+    attempts = [
+        json.loads(line)["attempt"] for line in (second.run_dir / "metrics.jsonl").read_text().splitlines()[:200]
+    ]
+    assert set(attempts) == {1, 2}
+    assert trajectory(second.run_dir) == trajectory(reference)
+    assert weights(second.run_dir) == weights(reference)
+    assert (second.run_dir / "logs" / "attempt_0002" / "exit_code").read_text() == "0\n"
+
+
+def test_accelerate_told_two_processes_that_starts_one_is_refused(start: Callable[..., Run]) -> None:
+    run = start(
+        "one-of-two", ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "sft_dist.train"]
+    )
+    assert run.wait() != 0
+    assert "accelerate launch was told to start 2 processes and started 1" in run.output.read_text()
+
+
+@pytest.mark.parametrize("launcher", ["local", "torchrun", "accelerate", "deepspeed"])
+def test_worker_sh_translates_the_exit_code_and_stops_on_a_signal(
+    launcher: str, project: Path, start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFT_LAUNCHER", launcher)
+    monkeypatch.setenv("SFT_NPROC", "2")
+    monkeypatch.setenv("SFT_PYTHON", sys.executable)
+    starter = ["-c", "import os, sys; os.execv(sys.argv[1], sys.argv[1:])", str(ROOT / "launch" / "worker.sh")]
+    run = start(f"worker-{launcher}", starter)
+    run.wait_for_step(20)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.wait() == 75, run.output.read_text()[-4000:]
+    again = start(f"worker-{launcher}", starter, "optim.stop_after_step=1")
+    assert again.wait() == 75, again.output.read_text()[-4000:]
+    wrong = start(f"worker-{launcher}", starter, "optim.lrr=1")
+    assert wrong.wait() == 2, wrong.output.read_text()[-4000:]
