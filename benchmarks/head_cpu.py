@@ -144,7 +144,7 @@ def page(lines: list[str], repeats: int) -> str:
         "",
         f"`python benchmarks/head_cpu.py`, {datetime.date.today()}, {machine()}, {versions}, fp32,",
         f"{repeats} interleaved repeats. Milliseconds are median / minimum; ratios are peer time / our time, of",
-        "medians / of minima: above 1 we are faster. Losses agree to 1e-5 and both gradients to 1e-4 (asserted in the run).",
+        "medians / of minima: above 1 we are faster. Losses agree to 1e-5, both gradients to 1e-4 (asserted).",
         "`trl` is the head of TRL's SFTTrainer as it runs on a CPU.",
         "",
         "| T x D x V | supervised | ours, ms | plain, ms | trl, ms | plain / ours | trl / ours |",

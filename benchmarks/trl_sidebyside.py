@@ -1,6 +1,6 @@
 """One fine-tune, twice: this project and TRL's SFTTrainer, on a CPU, end to end.
 
-    python benchmarks/trl_sidebyside.py [--steps 40] [--repeats 3] [--out benchmarks/results/trl_sidebyside.md]
+    python benchmarks/trl_sidebyside.py [--steps 20] [--repeats 3] [--out benchmarks/results/trl_sidebyside.md]
 
 Same weights, same token ids and labels (prepared once, handed to both), packing on for both (`best_fit` here, `bfd`
 there), sdpa, fp32, AdamW, constant learning rate, same tokens per step, same number of steps and threads. Every run is
@@ -41,7 +41,7 @@ VERSIONS = ("torch", "transformers", "trl", "accelerate")
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--part", choices=sorted(PARTS), help=argparse.SUPPRESS)  # what a child process does
@@ -78,7 +78,7 @@ def compare(work: Path, steps: int, repeats: int) -> str:
 
 
 def child(part: str, work: Path, run: Path, steps: int) -> float:
-    """Run one part in a process of its own; returns its peak resident memory in MiB. Raises with the tail of its log."""
+    """Run one part in a process of its own; returns its peak resident memory in MiB."""
     command = [sys.executable, __file__, "--part", part, "--work", str(work), "--run", str(run), "--steps", str(steps)]
     log = run / f"{part}.log"
     with log.open("w") as stream:
@@ -257,9 +257,10 @@ def page(runs: dict[str, list[dict[str, Any]]], judged: dict[str, float], steps:
         [
             "# End to end beside TRL's SFTTrainer",
             "",
-            f"`python benchmarks/trl_sidebyside.py`, {datetime.date.today()}, {os.cpu_count()} cores {platform.machine()},",
-            f"{versions}. stories260K, rasbt instruction data (alpaca template), fp32, sdpa, packing on,",
-            f"{PACKS} x {SEQ_LEN} tokens a step, {steps} steps, {len(runs['ours'])} interleaved runs, each in its own process.",
+            f"`python benchmarks/trl_sidebyside.py`, {datetime.date.today()}, {os.cpu_count()} cores,",
+            f"{platform.machine()}, {versions}. stories260K, rasbt instruction data (alpaca template), fp32, sdpa,",
+            f"packing on, {PACKS} x {SEQ_LEN} tokens a step, {steps} steps, {len(runs['ours'])} interleaved runs, each in a",
+            "process of its own.",
             "",
             "| | ours (median / best) | TRL (median / best) | ratio ours : TRL (medians / bests) |",
             "|---|---|---|---|",

@@ -1,3 +1,3 @@
-"""Distributed supervised fine-tuning that proves itself right. Importing this package imports neither torch nor transformers."""
+"""Distributed supervised fine-tuning that proves itself right. Importing it imports neither torch nor transformers."""
 
 __version__ = "0.1.0"

@@ -1,6 +1,6 @@
-"""The certificate: a proof, on this model, this attention kernel and this batch layout, that packing changes nothing.
+"""The certificate: a proof on this model, this attention kernel and this batch layout that packing changes nothing.
 
-    layout        what collate built: positions restart, labels stay inside their document, the mask is the mask asked for
+    layout        what collate built: positions restart, labels stay inside documents, the mask is the one asked for
     boundaries    changing other documents does not move a document's hidden states          (the real model)
     alone         a document packed among others has the hidden states it has alone          (the real model)
     loss          packed loss equals the documents one by one through stock transformers     (2-layer float32 copy)
@@ -35,7 +35,15 @@ TOLERANCE_LOSS = {torch.float32: 1e-6, torch.bfloat16: 1e-2}  # relative
 TOLERANCE_GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 5e-2}  # norm of difference over norm
 COPY_VOCABULARY = 512
 # Names under which architectures keep dropout rates.
-DROPOUTS = ("dropout", "attention_dropout", "hidden_dropout", "embedding_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
+DROPOUTS = (
+    "dropout",
+    "attention_dropout",
+    "hidden_dropout",
+    "embedding_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+)
 
 WAY_OUT = {
     "best_fit": "set data.packing=padded",
@@ -80,9 +88,17 @@ class Documents:
 
 
 def certify(
-    hidden_states: Callable[[PackedBatch], Tensor], config: PretrainedConfig, *, head: Head, backend: str | None, packing: str,
-    device: torch.device, dtype: torch.dtype, seed: int = 0, make_batch: Collate = collate,
-) -> list[Check]:  # fmt: skip
+    hidden_states: Callable[[PackedBatch], Tensor],
+    config: PretrainedConfig,
+    *,
+    head: Head,
+    backend: str | None,
+    packing: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    make_batch: Collate = collate,
+) -> list[Check]:
     """Run all checks; raise CertificateError naming the first that fails.
 
     `hidden_states` is the real model's, on every rank at once when it is sharded. `backend` is the attention kernel, or
@@ -95,9 +111,14 @@ def certify(
     try:
         checks += check_hidden_states(build, documents, hidden_states, vocabulary, device, dtype)
         checks += check_copy(build, documents, config, head=head, backend=backend, device=device, seed=seed)
-    except (TypeError, ValueError) as error:  # a forward that does not take positions or segments, or refuses packing itself
+    except (
+        TypeError,
+        ValueError,
+    ) as error:  # a forward that does not take positions or segments, or refuses packing itself
         cause = str(error).strip().splitlines()[0]
-        raise CertificateError(f"certificate: {config.model_type} cannot take packed rows ({cause}); {WAY_OUT[packing]}") from error
+        raise CertificateError(
+            f"certificate: {config.model_type} cannot take packed rows ({cause}); {WAY_OUT[packing]}"
+        ) from error
     for check in checks:
         if not check.passed:
             raise CertificateError(refusal(check, config, backend, packing))
@@ -108,8 +129,9 @@ def refusal(check: Check, config: PretrainedConfig, backend: str | None, packing
     """What failed, by how much, and the way out."""
     kernel = f"attention {backend}" if backend else "its own attention"
     return (
-        f"certificate: {check.name} differ by {check.figure:.1e} (allowed {check.limit:.0e}) for {config.model_type} with "
-        f"{kernel}, data.packing={packing}: documents would see each other or the loss would be wrong; {WAY_OUT[packing]}"
+        f"certificate: {check.name} differ by {check.figure:.1e} (allowed {check.limit:.0e}) for {config.model_type} "
+        f"with {kernel}, data.packing={packing}: documents would see each other or the loss would be wrong; "
+        f"{WAY_OUT[packing]}"
     )
 
 
@@ -177,9 +199,13 @@ def check_layout(build: Builder, documents: Documents) -> Check:
 
 
 def check_hidden_states(
-    build: Builder, documents: Documents, hidden_states: Callable[[PackedBatch], Tensor], vocabulary: int,
-    device: torch.device, dtype: torch.dtype,
-) -> list[Check]:  # fmt: skip
+    build: Builder,
+    documents: Documents,
+    hidden_states: Callable[[PackedBatch], Tensor],
+    vocabulary: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Check]:
     """The two probes of the real model: other documents changed, and each document alone."""
     batch = build(documents)
     places = locate(batch, documents)
@@ -203,7 +229,14 @@ def check_hidden_states(
 
 @torch.enable_grad()
 def check_copy(
-    build: Builder, documents: Documents, config: PretrainedConfig, *, head: Head, backend: str | None, device: torch.device, seed: int
+    build: Builder,
+    documents: Documents,
+    config: PretrainedConfig,
+    *,
+    head: Head,
+    backend: str | None,
+    device: torch.device,
+    seed: int,
 ) -> list[Check]:
     """Packed loss and gradients of a small copy against stock transformers, one document at a time.
 
@@ -217,9 +250,15 @@ def check_copy(
 
 
 def _compare_copy(
-    build: Builder, documents: Documents, config: PretrainedConfig, head: Head, backend: str | None, device: torch.device,
-    seed: int, dtype: torch.dtype,
-) -> list[Check]:  # fmt: skip
+    build: Builder,
+    documents: Documents,
+    config: PretrainedConfig,
+    head: Head,
+    backend: str | None,
+    device: torch.device,
+    seed: int,
+    dtype: torch.dtype,
+) -> list[Check]:
     stock = small_copy(config, seed).to(device)
     ours = copy.deepcopy(stock)
     if backend is not None:
@@ -233,7 +272,11 @@ def _compare_copy(
     precision = str(dtype).removeprefix("torch.")
     return [
         Check(f"loss: {precision} loss packed and one by one", difference, TOLERANCE_LOSS[dtype]),
-        Check(f"gradients: {precision} gradients packed and one by one", gradient_distance(ours, stock), TOLERANCE_GRADIENT[dtype]),
+        Check(
+            f"gradients: {precision} gradients packed and one by one",
+            gradient_distance(ours, stock),
+            TOLERANCE_GRADIENT[dtype],
+        ),
     ]
 
 
@@ -246,10 +289,8 @@ def stock_loss(model: nn.Module, example: TokenizedExample, device: torch.device
 
 
 def gradient_distance(ours: nn.Module, stock: nn.Module) -> float:
-    """Largest |g - g_ref| / |g_ref| over parameters, with a floor of 1e-3 of the typical norm for gradients that are zero."""
-    pairs = [
-        (zero_if_none(a), zero_if_none(b)) for a, b in zip(ours.parameters(), stock.parameters(), strict=True)
-    ]
+    """Largest |g - g_ref| / |g_ref| over parameters; gradients that are zero count against 1e-3 of the typical norm."""
+    pairs = [(zero_if_none(a), zero_if_none(b)) for a, b in zip(ours.parameters(), stock.parameters(), strict=True)]
     floor = 1e-3 * float(np.median([b.norm().item() for _, b in pairs]))
     return max((a - b).norm().item() / max(b.norm().item(), floor, 1e-12) for a, b in pairs)
 
@@ -259,7 +300,7 @@ def zero_if_none(parameter: nn.Parameter) -> Tensor:
 
 
 def small_copy(config: PretrainedConfig, seed: int) -> nn.Module:
-    """The architecture with 2 layers (one of each kind it has), a small vocabulary and a short window, float32, random."""
+    """The architecture with 2 layers (one of each kind), a small vocabulary, a short window, random float32 weights."""
     small = copy.deepcopy(config)
     text = small.get_text_config()
     _shorten(text)
@@ -280,7 +321,7 @@ def small_copy(config: PretrainedConfig, seed: int) -> nn.Module:
 
 
 def _shorten(text: PretrainedConfig) -> None:
-    """Two layers, or one of each kind where layers differ. Architectures that derive their kinds keep their own order."""
+    """Two layers, or one of each kind where layers differ; architectures that derive their kinds keep their order."""
     kinds = list(getattr(text, "layer_types", None) or [])
     distinct = sorted(set(kinds), key=kinds.index)
     text.num_hidden_layers = max(2, len(distinct))

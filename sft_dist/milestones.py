@@ -49,7 +49,9 @@ def evaluate(parts: Parts, step: int, run_dir: Path, log: MetricsLog | None) -> 
     write_samples(parts, step, run_dir)
     if parts.heldout is None:
         return []
-    loss, num_loss_tokens = heldout_loss(parts.engine, parts.heldout.loader, parts.heldout.plan.num_steps, parts.place.device)
+    loss, num_loss_tokens = heldout_loss(
+        parts.engine, parts.heldout.loader, parts.heldout.plan.num_steps, parts.place.device
+    )
     if log is not None:
         log.evaluation(step, loss, num_loss_tokens)
     return [loss]
@@ -102,7 +104,8 @@ def answer(parts: Parts, prompts: Sequence[Prompt]) -> list[Answer]:
             synced=parts.engine.shards_parameters,
         )
     return [
-        Answer(p.id, p.text, p.reference, text, exact_match(text, p.reference)) for p, text in zip(prompts, texts, strict=True)
+        Answer(p.id, p.text, p.reference, text, exact_match(text, p.reference))
+        for p, text in zip(prompts, texts, strict=True)
     ]
 
 
@@ -135,11 +138,17 @@ def export(parts: Parts, run_dir: Path) -> None:
         return
     model, template, tokenizer = parts.engine.model, parts.inputs.data.template, parts.inputs.tokenizer
     lm = causal_lm(model)
+    peft_config = model.peft_config["default"] if is_adapter(model) else None  # type: ignore[index]
     export_model(
-        state, lm.config, tokenizer, template.text, lm.generation_config, run_dir / "export",
-        peft_config=model.peft_config["default"] if is_adapter(model) else None,
+        state,
+        lm.config,
+        tokenizer,
+        template.text,
+        lm.generation_config,
+        run_dir / "export",
+        peft_config=peft_config,
         stop_token_ids=template.stop_token_ids(tokenizer),
-    )  # fmt: skip
+    )
 
 
 def finish(run_dir: Path) -> dict[str, Any]:

@@ -22,7 +22,9 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], optim: OptimSection,
     decayed = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
     others = [parameter for parameter in parameters.values() if parameter.ndim < 2]
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=optim.betas, eps=optim.eps, fused=True)
+    optimizer = torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=lr, betas=optim.betas, eps=optim.eps, fused=True
+    )
     for parameter in parameters.values():
         moments: dict[str, Tensor] = {name: torch.zeros_like(parameter) for name in MOMENTS}
         optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device), **moments}

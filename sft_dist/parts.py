@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sft_kernels import choose_head
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -40,6 +39,7 @@ from sft_dist.parallel.build import build_engine
 from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime
+from sft_kernels import choose_head
 
 PAD_MULTIPLE_CPU = 8
 VERSIONED = ("torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors")
@@ -115,7 +115,7 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
     shape = decoder_shape(tuned)
     choices = _choices(recipe, recorded, tuned, inputs.data.train, place)
     if choices.activation_checkpointing == "full":
-        causal_lm(tuned).gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        causal_lm(tuned).gradient_checkpointing_enable({"use_reentrant": False})
     plan = train_plan(recipe, choices, inputs.data.train)
     fingerprint = make_fingerprint(inputs, choices, plan)
     if recorded is not None:
@@ -128,12 +128,20 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
     engine = build_engine(choices.strategy, packed, decoder_layers(causal_lm(tuned)), place, compute)
     with engine.evaluating():
         checks = certify(
-            packed.hidden_states, model.config, head=head, backend=backend.name if packed_rows else None,
-            packing=recipe.data.packing, device=place.device, dtype=compute, seed=recipe.run.seed,
-        )  # fmt: skip
+            packed.hidden_states,
+            model.config,
+            head=head,
+            backend=backend.name if packed_rows else None,
+            packing=recipe.data.packing,
+            device=place.device,
+            dtype=compute,
+            seed=recipe.run.seed,
+        )
     split = lambda store, plan: Split(plan, _loader(recipe, inputs, choices, place, store, plan))  # noqa: E731
     heldout = inputs.data.eval
-    attention_used = (backend.name, backend.reason) if packed_rows else ("the architecture's own", "data.packing=padded")
+    attention_used = (
+        (backend.name, backend.reason) if packed_rows else ("the architecture's own", "data.packing=padded")
+    )
     return Parts(
         recipe=recipe,
         place=place,
@@ -184,9 +192,9 @@ def heldout_plan(recipe: Recipe, choices: Choices, store: TokenStore) -> PackPla
 def decoder_shape(model: nn.Module) -> Shape:
     """The numbers that decide a step's FLOPs, read before the engine shards anything."""
     lm = causal_lm(model)
-    text = lm.config.get_text_config()  # type: ignore[union-attr,operator]
+    text = lm.config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    edges = {id(lm.get_input_embeddings().weight), id(lm.get_output_embeddings().weight)}  # type: ignore[operator,union-attr]
+    edges = {id(lm.get_input_embeddings().weight), id(lm.get_output_embeddings().weight)}
     return Shape(
         num_matrix_parameters=sum(p.numel() for p in lm.parameters() if p.ndim == 2 and id(p) not in edges),
         num_layers=text.num_hidden_layers,
@@ -206,21 +214,44 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
     share = store.num_loss_tokens.sum() / store.lengths.sum()
     return [
         ("run", f"{recipe.run.name} in {recipe.run.dir}, attempt {attempt}, seed {recipe.run.seed}"),
-        ("model", f"{recipe.model.path or recipe.model.config['model_type']} ({recipe.model.init}), {count(total)} parameters, "  # type: ignore[index]
-                  f"{count(trained)} trained ({recipe.tuning.method}), compute {choices.compute}, master {recipe.precision.master}"),
-        ("data", f"{len(store):,} examples, {int(store.lengths.sum()):,} tokens, {share:.1%} supervised, "
-                 f"{len(parts.inputs.data.eval or ()):,} held out, template {parts.inputs.data.template.name}"),
-        ("engine", f"{parts.engine.name}, {place.world_size} process(es) on {place.device.type}, {place.num_threads} thread(s) each"),
-        ("batch", batch_equation(choices.packs_per_micro_batch, recipe.data.seq_len, choices.micro_batches_per_step, place.world_size)),
-        ("plan", f"{plan.num_steps} optimizer steps, packing {recipe.data.packing}, {plan.efficiency:.1%} of slots filled"),
-        ("optimizer", f"{recipe.optim.name}, lr {choices.lr:g} {recipe.optim.schedule}, activation checkpointing {choices.activation_checkpointing}"),
+        (
+            "model",
+            f"{parts.engine.model.config.model_type} {recipe.model.path or ''} ({recipe.model.init}), "  # type: ignore[union-attr]
+            f"{count(total)} parameters, {count(trained)} trained ({recipe.tuning.method}), "
+            f"compute {choices.compute}, master {recipe.precision.master}",
+        ),
+        (
+            "data",
+            f"{len(store):,} examples, {int(store.lengths.sum()):,} tokens, {share:.1%} supervised, "
+            f"{len(parts.inputs.data.eval or ()):,} held out, template {parts.inputs.data.template.name}",
+        ),
+        (
+            "engine",
+            f"{parts.engine.name}, {place.world_size} process(es) on {place.device.type}, "
+            f"{place.num_threads} thread(s) each",
+        ),
+        (
+            "batch",
+            batch_equation(
+                choices.packs_per_micro_batch, recipe.data.seq_len, choices.micro_batches_per_step, place.world_size
+            ),
+        ),
+        (
+            "plan",
+            f"{plan.num_steps} optimizer steps, packing {recipe.data.packing}, {plan.efficiency:.1%} of slots filled",
+        ),
+        (
+            "optimizer",
+            f"{recipe.optim.name}, lr {choices.lr:g} {recipe.optim.schedule}, "
+            f"activation checkpointing {choices.activation_checkpointing}",
+        ),
         *parts.kernels,
         ("certificate", certificate_line([(c.name, c.figure, c.limit) for c in parts.checks])),
-    ]  # fmt: skip
+    ]
 
 
 def make_fingerprint(inputs: Inputs, choices: Choices, plan: PackPlan) -> dict[str, Any]:
-    """What must not change between attempts (`recipe`, `inputs`), the choices made for `auto`, and versions for the record."""
+    """What must not change between attempts (`recipe`, `inputs`), what `auto` became, and versions for the record."""
     data, template = inputs.data, inputs.data.template
     return {
         "recipe": identity(inputs.recipe),
@@ -242,7 +273,9 @@ def read_fingerprint(run_dir: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _choices(recipe: Recipe, recorded: dict[str, Any] | None, model: nn.Module, store: TokenStore, place: Runtime) -> Choices:
+def _choices(
+    recipe: Recipe, recorded: dict[str, Any] | None, model: nn.Module, store: TokenStore, place: Runtime
+) -> Choices:
     """New runs choose; resumed runs keep what was chosen, whatever the world size is now.
 
     Rank 0's memory decides for all, so that ranks on unlike machines still agree.
@@ -252,7 +285,7 @@ def _choices(recipe: Recipe, recorded: dict[str, Any] | None, model: nn.Module, 
         if recipe.parallel.strategy != "auto":
             values["strategy"] = recipe.parallel.strategy
         return Choices(**values)
-    config = causal_lm(model).config.get_text_config()  # type: ignore[union-attr,operator]
+    config = causal_lm(model).config.get_text_config()
     facts = Facts(
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -274,7 +307,9 @@ def _memory_bytes(place: Runtime) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // place.local_world_size
 
 
-def _loader(recipe: Recipe, inputs: Inputs, choices: Choices, place: Runtime, store: TokenStore, plan: PackPlan) -> Loader:
+def _loader(
+    recipe: Recipe, inputs: Inputs, choices: Choices, place: Runtime, store: TokenStore, plan: PackPlan
+) -> Loader:
     """Rows have one fixed size on GPUs (kernels and allocator like that); on CPUs padding would only cost time."""
     fixed = place.device.type == "cuda" and recipe.data.packing != "padded"
     return Loader(

@@ -29,13 +29,13 @@ import torch.distributed as dist
 from sft_dist import milestones
 from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.config.auto import FEW_STEPS, cadence
+from sft_dist.config.environment import check_launcher
 from sft_dist.config.identity import check_recipe
 from sft_dist.config.loader import load_recipe, load_resolved
 from sft_dist.config.overrides import split_arguments
 from sft_dist.config.schema import Recipe
 from sft_dist.data.loader import LoadedStep
 from sft_dist.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, SftError
-from sft_dist.config.environment import check_launcher
 from sft_dist.job import Job
 from sft_dist.observe.metrics import read_metrics, rises, roll_back
 from sft_dist.observe.perf import peak_flops, peak_memory_gib, step_flops
@@ -59,14 +59,23 @@ class StepResult:
 
 
 def train_step(
-    engine: Engine, optimizer: torch.optim.Optimizer, loaded: LoadedStep, *, lr: float, max_norm: float, seed: int,
-    device: torch.device, stop: bool,
-) -> StepResult:  # fmt: skip
+    engine: Engine,
+    optimizer: torch.optim.Optimizer,
+    loaded: LoadedStep,
+    *,
+    lr: float,
+    max_norm: float,
+    seed: int,
+    device: torch.device,
+    stop: bool,
+) -> StepResult:
     """One optimizer step. The loss is the sum over the global batch divided once by its global weight."""
     divisor = loaded.step.loss_weight_sum
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for round_, (index, batch) in enumerate(zip(loaded.indices, loaded.batches, strict=True)):
-        torch.manual_seed(seed_for(seed, loaded.step.step, index))  # dropout depends on the micro-batch, not on the rank
+        torch.manual_seed(
+            seed_for(seed, loaded.step.step, index)
+        )  # dropout depends on the micro-batch, not on the rank
         with engine.accumulate(round_ == len(loaded.batches) - 1):
             micro_sum = engine.forward(batch.to(device))
             (micro_sum / divisor).backward()
@@ -103,9 +112,15 @@ def loop(parts: Parts, job: Job, manager: CheckpointManager, first: int) -> bool
         loaded = parts.train.loader.step(step)
         lr = lr_at(step, parts.choices.lr, num_steps, recipe.optim.schedule, recipe.optim.warmup_fraction)
         result = train_step(
-            parts.engine, parts.optimizer, loaded, lr=lr, max_norm=recipe.optim.max_grad_norm, seed=recipe.run.seed,
-            device=parts.place.device, stop=bool(job.stop),
-        )  # fmt: skip
+            parts.engine,
+            parts.optimizer,
+            loaded,
+            lr=lr,
+            max_norm=recipe.optim.max_grad_norm,
+            seed=recipe.run.seed,
+            device=parts.place.device,
+            stop=bool(job.stop),
+        )
         metrics = measure(parts, loaded, result, lr, job.attempt, time.perf_counter() - started)
         refuse_nonfinite(metrics, loaded)
         job.record(metrics, num_steps, due=step % log_every == 0 or step in (first, num_steps))
@@ -131,7 +146,9 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
         job.console.header("sft-dist train", header_rows(parts, job.attempt))
         num_steps = parts.train.plan.num_steps
         if num_steps < FEW_STEPS:
-            job.console.say(f"warning: only {num_steps} optimizer steps; lower batch.tokens_per_step or raise optim.epochs")
+            job.console.say(
+                f"warning: only {num_steps} optimizer steps; lower batch.tokens_per_step or raise optim.epochs"
+            )
         if done == 0:
             milestones.check_answers(parts, "before", job.run_dir)
             milestones.evaluate(parts, 0, job.run_dir, job.log)
@@ -166,7 +183,9 @@ def resume(parts: Parts, job: Job, manager: CheckpointManager) -> int:
     return step
 
 
-def measure(parts: Parts, loaded: LoadedStep, result: StepResult, lr: float, attempt: int, seconds: float) -> StepMetrics:
+def measure(
+    parts: Parts, loaded: LoadedStep, result: StepResult, lr: float, attempt: int, seconds: float
+) -> StepMetrics:
     """One line of metrics.jsonl; counts are global."""
     step, place = loaded.step, parts.place
     peak = peak_flops(place.device)
@@ -200,7 +219,7 @@ def refuse_nonfinite(metrics: StepMetrics, loaded: LoadedStep) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The worker: `--resolved RUN_DIR/config.yaml` from our launcher, else recipes and key=value as on the command line.
+    """The worker: `--resolved RUN_DIR/config.yaml` from our launcher, else recipes and settings as users write them.
 
     Returns 0 on an orderly end; the code itself (75 for "run again to continue") goes to logs/attempt_N/exit_code,
     because torchrun would turn any other into 1.

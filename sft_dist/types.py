@@ -24,7 +24,9 @@ class Message:
     role: str
     content: str
     weight: float | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)  # tool_calls, name, reasoning_content: handed to the template
+    extra: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # tool_calls, name, reasoning_content: handed to the template
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,17 +110,16 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on `device`; host-known integers stay on the host."""
-        move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
         return PackedBatch(
-            input_ids=move(self.input_ids),
-            labels=move(self.labels),
-            loss_weights=move(self.loss_weights),
-            position_ids=move(self.position_ids),
-            cu_seqlens=move(self.cu_seqlens),
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            loss_weights=self.loss_weights.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            cu_seqlens=None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=True),
             max_seqlen=self.max_seqlen,
             num_tokens=self.num_tokens,
             num_loss_tokens=self.num_loss_tokens,
-            attention_mask=move(self.attention_mask),
+            attention_mask=None if self.attention_mask is None else self.attention_mask.to(device, non_blocking=True),
         )
 
 

@@ -1,4 +1,4 @@
-"""Tiny configurations of real architectures: two layers, a few thousand weights, every feature that packing can break."""
+"""Tiny configurations of real architectures: two layers, few weights, every feature that packing can break."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ PACKABLE: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "mistral": {"sliding_window": 8},
     "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 8},
-    "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": {
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "phi3": {"sliding_window": None},
     "granite": {"logits_scaling": 4.0},
     "cohere": {"logit_scale": 0.25},

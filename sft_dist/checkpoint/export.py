@@ -97,10 +97,10 @@ def export_from_checkpoint(
     lm = causal_lm(model)
     return export_model(
         model.state_dict(),
-        lm.config,  # type: ignore[arg-type]
+        lm.config,
         tokenizer,
         template_text,
-        lm.generation_config,  # type: ignore[arg-type]
+        lm.generation_config,
         out,
         peft_config=model.peft_config["default"] if is_adapter(model) else None,  # type: ignore[index]
         stop_token_ids=stop_token_ids,

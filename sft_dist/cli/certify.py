@@ -20,13 +20,13 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit 0 when every check passes; a failing one is an error that names the way out."""
     import torch
-    from sft_kernels import choose_head
 
     from sft_dist.certify import certify
     from sft_dist.config.auto import compute_dtype
     from sft_dist.models import attention
     from sft_dist.models.load import DTYPES, load_config, load_model
     from sft_dist.models.packed import PackedCausalLM
+    from sft_kernels import choose_head
 
     recipe = read_recipe(args.items)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,13 +40,22 @@ def run(args: argparse.Namespace) -> int:
     name, head, _ = choose_head(recipe.kernels.head, device)
     packed = PackedCausalLM(model, head).eval()
     checks = certify(
-        torch.no_grad()(packed.hidden_states), model.config, head=head, backend=backend.name if is_packed else None,
-        packing=recipe.data.packing, device=device, dtype=dtype, seed=recipe.run.seed,
-    )  # fmt: skip
+        torch.no_grad()(packed.hidden_states),
+        model.config,
+        head=head,
+        backend=backend.name if is_packed else None,
+        packing=recipe.data.packing,
+        device=device,
+        dtype=dtype,
+        seed=recipe.run.seed,
+    )
     if args.json:
         print(json.dumps([asdict(check) | {"passed": check.passed} for check in checks], indent=2))
         return 0
-    print(f"{model.config.model_type}, attention {backend.name if is_packed else 'of its own'}, head {name}, packing {recipe.data.packing}")
+    print(
+        f"{model.config.model_type}, attention {backend.name if is_packed else 'of its own'}, head {name}, "
+        f"packing {recipe.data.packing}"
+    )
     for check in checks:
         print(f"  passed  {check.figure:8.1e} <= {check.limit:.0e}  {check.name}")
     return 0

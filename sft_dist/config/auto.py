@@ -35,7 +35,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """The numbers a run works with. `micro_batches_per_step` counts all ranks; None when a step is a number of examples."""
+    """The numbers a run works with. `micro_batches_per_step` is global; None when a step is a number of examples."""
 
     packs_per_micro_batch: int
     micro_batches_per_step: int | None

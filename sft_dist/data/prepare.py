@@ -27,12 +27,12 @@ from sft_dist.data.folder import atomic_folder, remove_unfinished
 from sft_dist.data.permutation import derive_key, permute
 from sft_dist.data.report import PrepareReport, SourceReport, SplitReport
 from sft_dist.data.sources import Record, source_files
-from sft_dist.data.splits import assign_splits
+from sft_dist.data.splits import split_keys
 from sft_dist.data.staging import Stager
 from sft_dist.data.store import TokenStore, open_store, write_store
 from sft_dist.data.templates import ChatTemplate, resolve_template
 from sft_dist.errors import DataError
-from sft_dist.types import Conversation, Message, TokenizedExample
+from sft_dist.types import TokenizedExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -189,8 +189,8 @@ class _Preparation:
             [np.zeros(0, "<U5"), *(np.full(o.last - o.first, given.get(o.role, "")) for o in self._origins)]
         )
         drawn = np.flatnonzero(names == "")
-        stand_ins = [_stand_in(self._contents[row]) for row in drawn.tolist()]
-        names[drawn] = assign_splits(stand_ins, data.eval_fraction, data.test_fraction, seed)
+        keys = [self._contents[row] for row in drawn.tolist()]
+        names[drawn] = split_keys(keys, data.eval_fraction, data.test_fraction, seed)
         if data.eval_fraction and "eval" not in names and len(drawn):
             self._report.notices.append("fewer than 2 different examples: no validation split")
         return names
@@ -244,8 +244,3 @@ def _text_bytes(path: Path) -> int:
     with open(path, "rb") as file:
         file.seek(-4, 2)
         return int.from_bytes(file.read(4), "little")
-
-
-def _stand_in(content: bytes) -> Conversation:
-    """A conversation that says no more than a key: splits need to know what is equal, and keys fit into memory."""
-    return Conversation((Message("key", content.hex()),))

@@ -38,9 +38,16 @@ def prompts_from_store(store: TokenStore, tokenizer: PreTrainedTokenizerBase, nu
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, max_new_tokens: int,
-    stop_token_ids: Sequence[int], stop_strings: Sequence[str], batch_size: int, synced: bool,
-) -> list[str]:  # fmt: skip
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    stop_token_ids: Sequence[int],
+    stop_strings: Sequence[str],
+    batch_size: int,
+    synced: bool,
+) -> list[str]:
     """One greedy answer per prompt, in order, without stop token or stop text.
 
     `model` has `.generate` and, inside, the Hugging Face model (a PackedCausalLM, or that model itself). `synced` keeps
@@ -49,20 +56,27 @@ def generate(
     lm = causal_lm(model.model if hasattr(model, "hidden_states") else model)  # type: ignore[arg-type]
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, *stop_token_ids) if i is not None)
     settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(stop_token_ids) or None, pad_token_id=pad_id,
-        stop_strings=list(stop_strings) or None, use_cache=True,
-    )  # fmt: skip
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=list(stop_token_ids) or None,
+        pad_token_id=pad_id,
+        stop_strings=list(stop_strings) or None,
+        use_cache=True,
+    )
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))  # like lengths waste little padding
     with stock_attention(lm):
-        device = lm.get_input_embeddings().weight.device  # type: ignore[operator,union-attr]
+        device = lm.get_input_embeddings().weight.device
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             ids, mask = _left_padded([prompts[index].ids for index in chosen], pad_id)
             output = model.generate(  # type: ignore[operator]
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings, synced_gpus=synced,
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=settings,
+                synced_gpus=synced,
                 tokenizer=tokenizer,
-            )  # fmt: skip
+            )
             for index, row in zip(chosen, output[:, ids.shape[1] :].tolist(), strict=True):
                 answers[index] = _cut(row, tokenizer, stop_token_ids, stop_strings)
     return answers
@@ -106,7 +120,9 @@ def _left_padded(rows: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor, 
     return ids, mask
 
 
-def _cut(row: list[int], tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], stop_strings: Sequence[str]) -> str:
+def _cut(
+    row: list[int], tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], stop_strings: Sequence[str]
+) -> str:
     """The text before the first stop."""
     ends = [position for position, token in enumerate(row) if token in set(stop_ids)]
     text = tokenizer.decode(row[: ends[0]] if ends else row, skip_special_tokens=True)

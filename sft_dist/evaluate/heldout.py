@@ -12,7 +12,8 @@ from sft_dist.parallel.engine import Engine
 def heldout_loss(engine: Engine, loader: Loader, num_steps: int, device: torch.device) -> tuple[float, int]:
     """(loss per supervised token, number of supervised tokens) over all ranks.
 
-    `num_steps` steps of an evaluation plan cover the split once. No random number is drawn, so evaluating changes nothing in the training that follows.
+    `num_steps` steps of an evaluation plan cover the split once. No random number is drawn, so
+    evaluating changes nothing in the training that follows.
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     divisor, num_loss_tokens = 0.0, 0

@@ -19,7 +19,7 @@ FIRST: dict[str, tuple[str, ...]] = {
     "position": (
         "What is the {position} word? {words}",
         "Give me the {position} word of this list: {words}",
-        "Only the {position} word, please: {words}",
+        "Say only the {position} word: {words}",
     ),
     "member": ("Is {word} in this list? {words}", "Does this list have {word}? {words}"),
     "add": (
@@ -32,8 +32,8 @@ FIRST: dict[str, tuple[str, ...]] = {
     "odd_one_out": ("Which word does not belong? {words}", "Find the odd one out: {words}"),
     "pick": ("Which of these are {category}? {words}", "Take only the {category}: {words}"),
     "opposites": ("What is the opposite of each word? {words}", "Write the opposites: {words}"),
-    "who_has": ("{story} Who has the {thing}?", "Who has the {thing}? {story}"),
-    "what_has": ("{story} What does {person} have?", "What does {person} have? {story}"),
+    "who_has": ("{story} Who has the {thing}?", "{story} Who is it that has the {thing}?"),
+    "what_has": ("{story} What does {person} have?", "{story} Which thing does {person} have?"),
     "hello": ("Hello, I am {person} and I like the {thing}.", "My name is {person}. I like the {thing}."),
     "list": ("Here is a list: {words}", "Remember this list: {words}"),
 }
@@ -43,7 +43,7 @@ NEXT: dict[str, tuple[str, ...]] = {
     "reverse": ("Now reverse your answer.", "And backwards?"),
     "sort": ("Now sort your answer.", "And from a to z?"),
     "capitals": ("Now in capitals.", "Shout your answer."),
-    "position": ("What is the {position} word?", "Only the {position} word, please."),
+    "position": ("What is the {position} word?", "Say only the {position} word."),
     "count": ("How many words are in it?", "Count the words."),
     "member": ("Is {word} in the list?", "Does it have {word}?"),
     "who_has": ("Who has the {thing}?", "And who has the {thing}?"),

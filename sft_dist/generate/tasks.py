@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from random import Random
 
 from sft_dist.generate.phrasings import FIRST, NEXT
-from sft_dist.generate.words import ADJECTIVES, CATEGORIES, CATEGORY_OF, NOUNS, OPPOSITES, ORDINALS, PEOPLE
+from sft_dist.generate.words import ADJECTIVES, CATEGORIES, CATEGORY_OF, NOUNS, OPPOSITES, ORDINALS, PEOPLE, THINGS
 
 Facts = dict[str, str]
 Turn = tuple[str, str]  # what the user says, what the assistant should answer
@@ -124,7 +124,7 @@ def _pick(facts: Facts) -> str:
 
 def _draw_story(rng: Random) -> Facts:
     count = rng.randint(2, 4)
-    people, things = rng.sample(PEOPLE, count), rng.sample(NOUNS, count)
+    people, things = rng.sample(PEOPLE, count), rng.sample(THINGS, count)
     asked = rng.randrange(count)
     story = " ".join(f"{person} has the {thing}." for person, thing in zip(people, things, strict=True))
     return {"story": story, "person": people[asked], "thing": things[asked]}
@@ -224,7 +224,7 @@ def _about_list(words: list[str], kind: str, about: str) -> str:
 
 
 def _draw_recall(rng: Random) -> Facts:
-    return {"person": rng.choice(PEOPLE), "thing": rng.choice(NOUNS), "asked": rng.choice(("name", "liking"))}
+    return {"person": rng.choice(PEOPLE), "thing": rng.choice(THINGS), "asked": rng.choice(("name", "liking"))}
 
 
 def _recall(facts: Facts, rng: Random) -> list[Turn]:
@@ -271,8 +271,23 @@ SKILLS: dict[str, Skill] = {
 }
 
 
-def input_key(name: str, facts: Facts) -> tuple[str, ...]:
-    """What makes two inputs the same, whatever the wording: sums and comparisons do not depend on the order."""
-    if name in ("add", "larger"):
-        return (name, *sorted(facts.values()))
-    return (name, *(f"{field}={value}" for field, value in sorted(facts.items())))
+def input_keys(skill: str, facts: Facts) -> list[tuple[str, ...]]:
+    """What each turn asks for, whatever the wording: two turns with the same key need the same knowledge.
+
+    The last key is that of the conversation's last turn, the one a held-out example is judged by.
+    """
+    if skill in ("add", "larger"):  # the order of the numbers does not matter
+        return [(skill, *sorted(facts.values()))]
+    if skill == "follow_up":
+        done = facts["operations"].split()
+        later = [(skill, facts["words"], *done[: number + 1]) for number in range(1, len(done))]
+        return [(done[0], facts["words"]), *later]
+    if skill == "story_chat":
+        asked = facts["asked"].split(", ")
+        later = [(skill, facts["story"], *asked[: number + 1]) for number in range(1, len(asked))]
+        kind, about = asked[0].split()
+        return [(kind, facts["story"], about), *later]
+    if skill == "list_chat":
+        asked = facts["asked"].split(", ")
+        return [("list", facts["words"]), *((skill, facts["words"], *asked[: n + 1]) for n in range(len(asked)))]
+    return [(skill, *facts.values())]

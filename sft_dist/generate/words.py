@@ -16,6 +16,7 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
 }
 
 NOUNS: tuple[str, ...] = tuple(word for words in CATEGORIES.values() for word in words)
+THINGS: tuple[str, ...] = tuple(word for kind in ("animals", "fruits", "tools", "clothes") for word in CATEGORIES[kind])
 CATEGORY_OF: dict[str, str] = {word: category for category, words in CATEGORIES.items() for word in words}
 
 _OPPOSITE_PAIRS = (

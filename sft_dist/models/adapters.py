@@ -38,7 +38,9 @@ def _freeze(model: PreTrainedModel, patterns: list[str]) -> PreTrainedModel:
     for pattern in patterns:
         matched = [parameter for name, parameter in model.named_parameters() if fnmatch.fnmatch(name, pattern)]
         if not matched:
-            raise ConfigError(f"tuning.freeze: {pattern!r} matches no parameter; names look like {next(iter(dict(model.named_parameters())))}")
+            raise ConfigError(
+                f"tuning.freeze: {pattern!r} matches no parameter; names look like {next(model.named_parameters())[0]}"
+            )
         for parameter in matched:
             parameter.requires_grad_(False)
     return model
@@ -47,7 +49,7 @@ def _freeze(model: PreTrainedModel, patterns: list[str]) -> PreTrainedModel:
 def _with_lora(model: PreTrainedModel, tuning: TuningSection, seed: int) -> nn.Module:
     config = LoraConfig(
         r=tuning.rank,
-        lora_alpha=tuning.alpha,  # type: ignore[arg-type]  # PEFT takes floats
+        lora_alpha=tuning.alpha,
         lora_dropout=tuning.dropout,
         target_modules=tuning.targets,
         modules_to_save=tuning.modules_to_save or None,

@@ -1,8 +1,9 @@
 """Segment-aware attention: documents packed in one row never see each other.
 
-Reaches any model of transformers through its public attention interface, one name per kernel. The batch carries explicit `cu_seqlens`, so nothing is inferred from position ids and nothing is recomputed per layer. Which
-kernel runs is one choice made at start-up (`choose_backend`); a kernel that meets a feature it lacks (soft cap,
-attention sinks) refuses in `choose_backend`, not in the middle of a run.
+Reaches any model of transformers through its public attention interface, one name per kernel. The batch carries
+explicit `cu_seqlens`, so nothing is inferred from position ids and nothing is recomputed per layer. Which kernel runs
+is one choice made at start-up (`choose_backend`); a kernel that lacks a feature of the architecture (soft cap,
+attention sinks) is refused there, not in the middle of a run.
 
 Shapes: query [1, Hq, T, D], key and value [1, Hk, T, D] as transformers hands them; output [1, T, Hq, D].
 """
@@ -13,6 +14,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,19 +36,35 @@ class BackendChoice:
 
 
 def sdpa_segments(
-    query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: list[int], scale: float, window: int | None,
-    softcap: float | None, sinks: Tensor | None, dropout: float, **_: Any,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cu_seqlens: list[int],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout: float,
+    **_: Any,
+) -> Tensor:
     """One scaled-dot-product call per document. [1, H, T, D] -> [1, T, Hq, D]. The reference, and the CPU's fast path:
     attention costs the sum of squared document lengths instead of the square of the row."""
     pieces = []
-    for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+    for start, end in pairwise(cu_seqlens):
         q, k, v = (t[:, :, start:end] for t in (query, key, value))
         if softcap is None and sinks is None:
             length = end - start
             mask = None if window is None or length <= window else _window_mask(length, window, query.device)
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=q.shape[1] != k.shape[1],
             )
         else:
             out = _eager(q, k, v, scale=scale, window=window, softcap=softcap, sinks=sinks, dropout=dropout)
@@ -55,7 +73,15 @@ def sdpa_segments(
 
 
 def varlen(
-    query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None, **_: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None,
+    **_: Any,
 ) -> Tensor:
     """torch.nn.attention.varlen (the FlashAttention built into PyTorch), CUDA only."""
     from torch.nn.attention.varlen import varlen_attn
@@ -63,33 +89,66 @@ def varlen(
     q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))  # [T, H, D]
     k, v = _repeat_kv(k, q.shape[1]), _repeat_kv(v, q.shape[1])  # torch 2.11 has no enable_gqa
     left = -1 if window is None else window - 1
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(left, 0)).unsqueeze(0)
+    out = varlen_attn(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(left, 0)
+    )
+    assert isinstance(out, Tensor)  # a tuple only when auxiliary outputs are asked for
+    return out[None]
 
 
 def flash(
-    query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None,
-    softcap: float | None, dropout: float, **_: Any,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    dropout: float,
+    **_: Any,
+) -> Tensor:
     """flash-attn's varlen kernel, CUDA only. Understands grouped heads, windows and soft caps."""
     from flash_attn import flash_attn_varlen_func
 
     q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
     left = -1 if window is None else window - 1
     out = flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p=dropout, softmax_scale=scale, causal=True,
-        window_size=(left, 0), softcap=softcap or 0.0,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        dropout_p=dropout,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(left, 0),
+        softcap=softcap or 0.0,
+    )
     return out.unsqueeze(0)
 
 
 def flex(
-    query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, scale: float, window: int | None, softcap: float | None, **_: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    **_: Any,
 ) -> Tensor:
     """FlexAttention with a document mask, CUDA only (its CPU kernel has no backward)."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     total = query.shape[2]
-    document = torch.searchsorted(cu_seqlens[1:], torch.arange(total, device=query.device, dtype=cu_seqlens.dtype), right=True)
+    document = torch.searchsorted(
+        cu_seqlens[1:], torch.arange(total, device=query.device, dtype=cu_seqlens.dtype), right=True
+    )
 
     def visible(_batch: Tensor, _head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         seen = (document[q_idx] == document[kv_idx]) & (q_idx >= kv_idx)
@@ -100,7 +159,13 @@ def flex(
 
     mask = create_block_mask(visible, None, None, total, total, device=query.device)
     out = _compiled_flex()(
-        query, key, value, score_mod=None if softcap is None else capped, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else capped,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     return out.transpose(1, 2)
 
@@ -109,7 +174,12 @@ BACKENDS: dict[str, Kernel] = {"flash": flash, "varlen": varlen, "flex": flex, "
 
 # Names under which transformers knows the kernels. None contains "flash", "sdpa" or "flex": transformers gives those
 # words a meaning of their own (it would build masks or refuse float32).
-INTERFACE_NAMES = {"flash": "sft_segment_fa", "varlen": "sft_segment_vl", "flex": "sft_segment_fx", "sdpa": "sft_segment_sd"}
+INTERFACE_NAMES = {
+    "flash": "sft_segment_fa",
+    "varlen": "sft_segment_vl",
+    "flex": "sft_segment_fx",
+    "sdpa": "sft_segment_sd",
+}
 
 
 def unavailable_reason(name: str, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -128,21 +198,21 @@ def unavailable_reason(name: str, config: PretrainedConfig, device: torch.device
         return "package flash-attn is not installed"
     if name == "varlen" and softcap is not None:
         return "has no soft cap"
-    if name == "varlen" and getattr(text, "attention_dropout", 0.0):
+    if name == "varlen" and text.to_dict().get("attention_dropout"):
         return "has no attention dropout"
-    if name == "flex" and getattr(text, "attention_dropout", 0.0):
+    if name == "flex" and text.to_dict().get("attention_dropout"):
         return "has no attention dropout"
     return None
 
 
 def choose_backend(requested: str, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> BackendChoice:
-    """The requested kernel, or with `auto` the first that can run. Raises ConfigError when the request cannot be met."""
+    """The requested kernel, or with `auto` the first that can run. Raises ConfigError when a request cannot be met."""
     if requested != "auto":
         reason = unavailable_reason(requested, config, device, dtype)
         if reason:
             raise ConfigError(f"model.attention={requested}: {reason}; use model.attention=auto")
         return BackendChoice(requested, "asked for")
-    passed_over = []
+    passed_over: list[str] = []
     for name in BACKENDS:
         reason = unavailable_reason(name, config, device, dtype)
         if reason is None:
@@ -161,29 +231,50 @@ def install(model: nn.Module, backend: str) -> None:
     try:
         model.set_attn_implementation(name)  # type: ignore[operator]
     except ValueError as error:
-        raise ConfigError(f"model: this architecture does not take another attention ({error}); use data.packing=padded") from error
+        raise ConfigError(
+            f"model: this architecture does not take another attention ({error}); use data.packing=padded"
+        ) from error
     if model.config._attn_implementation != name:  # type: ignore[union-attr]
         raise ConfigError("model: this architecture ignores the attention interface; use data.packing=padded")
 
 
 def segment_attention(
-    kernel: Kernel, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
-    dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
-    cu_seq_lens_q: Any = None, max_length_q: int | None = None, segments: list[int] | None = None, **_: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    kernel: Kernel,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Any = None,
+    max_length_q: int | None = None,
+    segments: list[int] | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
     """What transformers calls in each layer. Refuses to run without explicit segments: a silent plain-causal
     fallback is the bug this module exists to rule out."""
     if cu_seq_lens_q is None or max_length_q is None:
-        raise RuntimeError(f"{type(module).__name__}: segment attention was called without cu_seqlens; pass a PackedBatch")
+        raise RuntimeError(
+            f"{type(module).__name__}: segment attention was called without cu_seqlens; pass a PackedBatch"
+        )
     if not getattr(module, "is_causal", True):
         raise RuntimeError(f"{type(module).__name__}: only causal attention can be packed")
     out = kernel(
-        query, key, value,
+        query,
+        key,
+        value,
         cu_seqlens=segments or cu_seq_lens_q.tolist() if kernel is sdpa_segments else cu_seq_lens_q,
         max_seqlen=max_length_q,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window, softcap=softcap, sinks=s_aux, dropout=dropout if module.training else 0.0,
-    )  # fmt: skip
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+        dropout=dropout if module.training else 0.0,
+    )
     return out.contiguous(), None
 
 
@@ -207,9 +298,17 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
 
 
 def _eager(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None, dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout: float,
 ) -> Tensor:
-    """Plain attention for what SDPA lacks: soft caps (Gemma 2) and learned sinks (gpt-oss). [1, H, L, D] -> [1, H, L, D]."""
+    """Plain attention for what SDPA lacks: soft caps (Gemma 2), learned sinks (gpt-oss). [1, H, L, D] -> the same."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = (q @ k.transpose(-1, -2) * scale).float()

@@ -31,7 +31,9 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     """
     path = model.tokenizer or model.path
     if path is None:
-        raise ConfigError("model.tokenizer is missing: init: random without model.path needs a tokenizer folder or hub id")
+        raise ConfigError(
+            "model.tokenizer is missing: init: random without model.path needs a tokenizer folder or hub id"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=_revision(model, path), trust_remote_code=model.trust_remote_code
@@ -67,12 +69,17 @@ def load_model(model: ModelSection, *, dtype: torch.dtype, seed: int, vocab_size
         network = _load_pretrained(model, dtype)
     rows = network.get_input_embeddings().weight.shape[0]
     if vocab_size > rows:
-        raise ConfigError(f"model: the tokenizer has {vocab_size} ids but the embedding only {rows} rows; use the model's own tokenizer")
+        raise ConfigError(
+            f"model: the tokenizer has {vocab_size} ids but the embedding only {rows} rows: "
+            f"use the model's own tokenizer"
+        )
     network.config.use_cache = False  # a cache object makes transformers drop document boundaries silently
     return network.train()
 
 
-def build_random(config: PretrainedConfig, *, dtype: torch.dtype, seed: int, trust_remote_code: bool = False) -> PreTrainedModel:
+def build_random(
+    config: PretrainedConfig, *, dtype: torch.dtype, seed: int, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Random weights, a pure function of (config, seed); the global RNG is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from sft_dist.errors import ConfigError
 from sft_dist.types import PackedBatch
@@ -56,7 +58,7 @@ class PackedCausalLM(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """The Hugging Face `generate`, reached through the wrapper so that engines can gather sharded weights first."""
-        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+        return causal_lm(self.model).generate(*args, **kwargs)
 
     def _autocast(self, device_type: str) -> torch.autocast:
         enabled = self._autocast_dtype is not None
@@ -77,27 +79,30 @@ def attention_arguments(batch: PackedBatch) -> dict[str, Any]:
     }
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
+def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The PreTrainedModel inside a PeftModel, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator,return-value]
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The repeated blocks: the longest ModuleList directly in the decoder."""
-    lists = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]  # type: ignore[operator,union-attr]
-    return list(max(lists, key=len))
+    lists = [list(module) for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len)
 
 
-def output_projection(model: nn.Module) -> nn.Linear:
+def output_projection(model: PreTrainedModel) -> nn.Linear:
     """The module that turns hidden states into logits; PEFT's `modules_to_save` copy when there is one.
 
     Raises ConfigError when it is not a plain matrix (an adapter on the head): the supervised-only head reads a matrix.
     """
-    projection = model.get_output_embeddings()  # type: ignore[operator]
+    projection = model.get_output_embeddings()
     if hasattr(projection, "modules_to_save"):
         projection = projection.modules_to_save[projection.active_adapters[0]]
     if not isinstance(projection, nn.Linear):
-        raise ConfigError(f"model: output head is a {type(projection).__name__}, not a linear layer; leave lm_head out of tuning.targets")
+        raise ConfigError(
+            f"model: output head is a {type(projection).__name__}, not a linear layer: "
+            f"leave lm_head out of tuning.targets"
+        )
     return projection
 
 

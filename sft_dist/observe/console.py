@@ -1,4 +1,4 @@
-"""What rank 0 tells the user: a header, plain lines or a progress bar, and a copy of every line in the attempt's log."""
+"""What rank 0 tells the user: a header, plain lines or a progress bar, and a copy of each line in the log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sft_dist.types import StepMetrics
@@ -21,7 +21,7 @@ class Console:
         self._rich = RichConsole(file=sys.stdout, highlight=False) if speaks else None
         self._log = log_file.open("a", encoding="utf-8") if log_file else None
         self._progress: Progress | None = None
-        self._task = None
+        self._task = TaskID(0)
 
     def say(self, text: str) -> None:
         """One plain line."""
@@ -42,7 +42,13 @@ class Console:
     def start(self, first: int, total: int) -> None:
         """Begin the progress display at step `first` of `total`; a bar only on a terminal."""
         if self._rich and self._rich.is_terminal:
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+            )
             self._progress = Progress(*columns, console=self._rich, transient=True)
             self._progress.start()
             self._task = self._progress.add_task("train", total=total, completed=first, note="")
@@ -50,10 +56,13 @@ class Console:
     def step(self, metrics: StepMetrics, num_steps: int, seconds_left: float, *, due: bool) -> None:
         """Move the bar; where there is none, print a line when `due`."""
         note = f"loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  {metrics.tokens_per_second:,.0f} tokens/s"
-        if self._progress is not None and self._task is not None:
+        if self._progress is not None:
             self._progress.update(self._task, completed=metrics.step, note=note)
         elif due:
-            self.say(f"step {metrics.step}/{num_steps}  {note}  grad norm {metrics.grad_norm:.3f}  {_clock(seconds_left)} left")
+            self.say(
+                f"step {metrics.step}/{num_steps}  {note}  grad norm {metrics.grad_norm:.3f}  "
+                f"{_clock(seconds_left)} left"
+            )
 
     def _keep(self, text: str) -> None:
         if self._log:
@@ -67,7 +76,9 @@ class Console:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
         if self._log:
             self._log.close()

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def batch_equation(packs_per_micro_batch: int, seq_len: int, micro_batches_per_step: int | None, world_size: int) -> str:
+def batch_equation(
+    packs_per_micro_batch: int, seq_len: int, micro_batches_per_step: int | None, world_size: int
+) -> str:
     """The step in the field's words: per-device batch x accumulation x world size."""
     micro = f"{packs_per_micro_batch} x {seq_len} tokens per device"
     if micro_batches_per_step is None:

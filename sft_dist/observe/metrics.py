@@ -68,7 +68,11 @@ def rises(losses: list[float], patience: int) -> bool:
 
 def best_step(lines: Iterable[dict[str, Any]]) -> int | None:
     """The step after training started with the lowest finite validation loss."""
-    scored = [(x["eval_loss"], x["step"]) for x in lines if x["kind"] == "eval" and x["step"] > 0 and math.isfinite(x["eval_loss"])]
+    scored = [
+        (x["eval_loss"], x["step"])
+        for x in lines
+        if x["kind"] == "eval" and x["step"] > 0 and math.isfinite(x["eval_loss"])
+    ]
     return min(scored)[1] if scored else None
 
 

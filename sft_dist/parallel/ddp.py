@@ -27,9 +27,17 @@ def build_ddp(packed: nn.Module, world_size: int) -> Engine:
     return _engine(packed, replica, accumulate)
 
 
-def _engine(packed: nn.Module, forward: nn.Module, accumulate: Callable[[bool], AbstractContextManager[None]]) -> Engine:
+def _engine(
+    packed: nn.Module, forward: nn.Module, accumulate: Callable[[bool], AbstractContextManager[None]]
+) -> Engine:
     return Engine(
-        "ddp", packed, forward, accumulate, shards_parameters=False, reshard=_nothing_to_reshard, trained=trained_parameters(packed)
+        "ddp",
+        packed,
+        forward,
+        accumulate,
+        shards_parameters=False,
+        reshard=_nothing_to_reshard,
+        trained=trained_parameters(packed),
     )
 
 

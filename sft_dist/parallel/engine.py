@@ -60,7 +60,8 @@ class Engine:
 
 def trained_parameters(packed: nn.Module) -> dict[str, nn.Parameter]:
     """What the optimizer moves, by name in the Hugging Face (or PEFT) model."""
-    return {name: parameter for name, parameter in packed.model.named_parameters() if parameter.requires_grad}  # type: ignore[operator,union-attr]
+    model: nn.Module = packed.model  # type: ignore[assignment]
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

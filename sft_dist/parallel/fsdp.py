@@ -21,7 +21,10 @@ from sft_dist.parallel.engine import Engine, trained_parameters
 def build_fsdp(
     packed: nn.Module, layers: Sequence[nn.Module], world_size: int, device: torch.device, compute_dtype: torch.dtype
 ) -> Engine:
-    """Shard `packed` in place, each of `layers` as a group of its own. Parameters keep their dtype, forward and backward run in `compute_dtype`, sums in fp32."""
+    """Shard `packed` in place, each of `layers` as a group of its own.
+
+    Parameters keep their dtype, forward and backward run in `compute_dtype`, gradient sums in fp32.
+    """
     mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("dp_shard",))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in layers:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,14 +60,21 @@ def runtime() -> Iterator[Runtime]:
     rendezvous = os.environ.get("SFT_RENDEZVOUS")
     if rendezvous is None and "MASTER_ADDR" not in os.environ:
         if world_size > 1:
-            raise ConfigError(f"WORLD_SIZE={world_size} but no MASTER_ADDR: start workers with sft-dist, torchrun, accelerate or deepspeed")
-        store: dict[str, object] = {"store": dist.HashStore()}
+            raise ConfigError(
+                f"WORLD_SIZE={world_size} but no MASTER_ADDR: "
+                f"start workers with sft-dist, torchrun, accelerate or deepspeed"
+            )
+        meeting: dict[str, Any] = {"store": dist.HashStore()}
     else:
-        store = {"init_method": rendezvous or "env://"}
+        meeting = {"init_method": rendezvous or "env://"}
     dist.init_process_group(
-        _backend(device), rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT,
-        device_id=device if device.type == "cuda" else None, **store,
-    )  # fmt: skip
+        _backend(device),
+        rank=rank,
+        world_size=world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+        **meeting,
+    )
     try:
         yield Runtime(rank, world_size, local_rank, local_world_size, device, num_threads)
     finally:

@@ -27,7 +27,9 @@ def run_ranks(script: Path, world_size: int, folder: Path, arguments: Sequence[s
     return outputs
 
 
-def _start(script: Path, rank: int, world_size: int, rendezvous: Path, arguments: Sequence[str]) -> subprocess.Popen[str]:
+def _start(
+    script: Path, rank: int, world_size: int, rendezvous: Path, arguments: Sequence[str]
+) -> subprocess.Popen[str]:
     environment = os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -38,5 +40,9 @@ def _start(script: Path, rank: int, world_size: int, rendezvous: Path, arguments
         "PYTHONPATH": os.pathsep.join(str(path) for path in (ROOT, ROOT / "kernels", ROOT / "tests")),
     }
     return subprocess.Popen(
-        [sys.executable, str(script), *arguments], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, str(script), *arguments],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )

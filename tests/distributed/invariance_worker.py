@@ -1,4 +1,4 @@
-"""One rank: the same eight documents as one global batch, cut in every way; loss and gradients of each cut to a file."""
+"""One rank: eight documents as one global batch, cut in every way; loss and gradients of each cut go to a file."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 import torch.distributed as dist
 from architectures import tiny_config
 from safetensors.torch import save_file
-from sft_kernels import choose_head
 
 from sft_dist.certify import Documents
+from sft_dist.config.schema import TuningSection
 from sft_dist.data.collate import collate
 from sft_dist.models import attention
 from sft_dist.models.adapters import apply_tuning
 from sft_dist.models.load import build_random
 from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers
-from sft_dist.config.schema import TuningSection
 from sft_dist.parallel.build import build_engine
 from sft_dist.parallel.engine import Engine, full_tensor
 from sft_dist.parallel.runtime import Runtime, runtime
 from sft_dist.types import TokenizedExample
+from sft_kernels import choose_head
 
 LENGTHS = (3, 29, 1, 14, 8, 40, 2, 17)
 

@@ -1,4 +1,4 @@
-"""The same global batch gives the same loss and gradients however it is cut over ranks, accumulation and micro-batches."""
+"""The same global batch gives the same loss and gradients however it is cut over ranks and micro-batches."""
 
 from __future__ import annotations
 

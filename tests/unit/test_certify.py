@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from architectures import NOT_PACKABLE, PACKABLE, tiny_config
-from sft_kernels import choose_head
 from torch import Tensor
 
 from sft_dist import certify as module
@@ -20,6 +19,7 @@ from sft_dist.models import attention
 from sft_dist.models.load import build_random
 from sft_dist.models.packed import PackedCausalLM
 from sft_dist.types import IGNORE_INDEX, PackedBatch
+from sft_kernels import choose_head
 
 CPU = torch.device("cpu")
 HEAD = choose_head("reference", CPU)[1]
@@ -38,7 +38,16 @@ def run(model_type: str, packing: str = "best_fit", make_batch: Callable[..., Pa
     def hidden(batch: PackedBatch) -> Tensor:
         return packed.hidden_states(batch)
 
-    return certify(hidden, config, head=HEAD, backend=backend, packing=packing, device=CPU, dtype=torch.float32, make_batch=make_batch)
+    return certify(
+        hidden,
+        config,
+        head=HEAD,
+        backend=backend,
+        packing=packing,
+        device=CPU,
+        dtype=torch.float32,
+        make_batch=make_batch,
+    )
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "none", "padded"])

@@ -11,9 +11,7 @@ from sft_dist.optim import build_optimizer, lr_at, optimizer_tensors, set_step
 
 
 def rates(schedule: str, num_steps: int = 100, warmup: float = 0.1) -> list[float]:
-    return [
-        lr_at(step, 1.0, num_steps, schedule, warmup) for step in range(1, num_steps + 1)
-    ]
+    return [lr_at(step, 1.0, num_steps, schedule, warmup) for step in range(1, num_steps + 1)]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -23,7 +21,9 @@ def test_warms_up_linearly_to_the_peak(schedule: str) -> None:
     assert max(values) == 1.0
 
 
-@pytest.mark.parametrize(("schedule", "middle", "last"), [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0), ("constant", 1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("schedule", "middle", "last"), [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0), ("constant", 1.0, 1.0)]
+)
 def test_decays_as_named(schedule: str, middle: float, last: float) -> None:
     values = rates(schedule)
     assert values[55] == pytest.approx(middle, abs=0.02)

@@ -1,0 +1,101 @@
+"""What a run leaves behind, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import lines, train, trajectory, write_recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    train(write_recipe(folder), "log.trackers=[tensorboard]")
+    return folder / "run"
+
+
+def test_folder_has_what_the_interface_promises(finished: Path) -> None:
+    for name in ("config.yaml", "fingerprint.json", "metrics.jsonl", "samples.jsonl", "summary.json", "report.html"):
+        assert (finished / name).stat().st_size > 0, name
+    assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["step-00000009", "step-00000012"]
+    assert (finished / "logs/attempt_0001/exit_code").read_text().strip() == "0"
+    assert any((finished / "tensorboard").iterdir())
+
+
+def test_metrics_have_one_complete_line_for_every_step(finished: Path) -> None:
+    steps = lines(finished, "step")
+    assert [record["step"] for record in steps] == list(range(1, 13))
+    fields = {
+        "kind", "step", "attempt", "loss", "grad_norm", "lr", "num_tokens", "num_loss_tokens", "batch_digest",
+        "step_seconds", "tokens_per_second", "mfu", "peak_memory_gib",
+    }  # fmt: skip
+    assert all(record.keys() == fields for record in steps)
+    assert all(math.isfinite(record["loss"]) and record["num_loss_tokens"] > 0 for record in steps)
+
+
+def test_loss_falls(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["loss_last"] < summary["loss_first"]
+    assert summary["eval_loss_last"] < summary["eval_loss_first"]
+
+
+def test_export_loads_in_stock_transformers_with_template_and_stop_token(finished: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(finished / "export")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "export")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Say 7 twice."}], tokenize=False, add_generation_prompt=True
+    )
+    assert "Say 7 twice." in text
+    assert model.generation_config.eos_token_id in (tokenizer.eos_token_id, [tokenizer.eos_token_id])
+    with torch.no_grad():
+        assert torch.isfinite(model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits).all()
+
+
+def test_finished_run_says_so_and_exits_0(finished: Path) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert "is finished" in train(finished.parent / "run.yaml", "log.trackers=[tensorboard]")
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_changed_recipe_is_refused_by_key_and_both_values(finished: Path) -> None:
+    printed = train(finished.parent / "run.yaml", "optim.lr=0.5", code=2)
+    assert "optim.lr=0.5" in printed
+    assert "0.001" in printed
+    assert "Traceback" not in printed
+
+
+def test_changed_data_is_refused(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    train(recipe, "optim.stop_after_step=1", code=75)
+    data = tmp_path / "data.json"
+    data.write_text(data.read_text().replace("10 10", "10 11"))
+    assert "data.train" in train(recipe, code=2)
+
+
+def test_nothing_to_train_exits_65_with_counts(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    printed = train(recipe, "data.seq_len=16", "batch.tokens_per_micro_batch=16", "batch.tokens_per_step=32", code=65)
+    assert "60" in printed
+    assert "Traceback" not in printed
+
+
+def test_padded_and_unpacked_rows_train_too(tmp_path: Path) -> None:
+    for packing in ("padded", "none"):
+        train(write_recipe(tmp_path, packing, data={"packing": packing}, optim={"max_steps": 3}))
+        assert len(trajectory(tmp_path / packing)) == 3
+
+
+def test_early_stopping_exports_the_best_checkpoint(tmp_path: Path) -> None:
+    changes = {"eval": {"every_steps": 1, "early_stopping": 2}, "optim": {"lr": 2.0, "schedule": "constant"}}
+    printed = train(write_recipe(tmp_path, **changes))
+    assert "early stopping" in printed
+    scored = {record["step"]: record["eval_loss"] for record in lines(tmp_path / "run", "eval") if record["step"]}
+    assert f"exporting step {min(scored, key=scored.__getitem__)}" in printed
+    assert len(scored) < 12
