@@ -90,10 +90,11 @@ def export_from_checkpoint(
     folder = find(run_dir, step)
     if merge and recipe.tuning.method == "full":
         raise ConfigError(f"--merge: {run_dir} tuned all weights (tuning.method=full), there is no adapter to merge")
-    model = _rebuild(recipe, len(tokenizer), torch.float32 if merge else None)
+    compute = _compute_dtype(Path(run_dir), recipe)
+    model = _rebuild(recipe, len(tokenizer), compute=compute, base=torch.float32 if merge else None)
     _fill(model, folder)
     if merge:
-        model = model.merge_and_unload().to(DTYPES[recipe.precision.compute])  # type: ignore[operator]
+        model = model.merge_and_unload().to(compute)  # type: ignore[operator]
     lm = causal_lm(model)
     return export_model(
         model.state_dict(),
@@ -208,11 +209,18 @@ def _replace(partial: Path, out: Path) -> None:
     shutil.rmtree(former, ignore_errors=True)
 
 
-def _rebuild(recipe: Recipe, vocab_size: int, dtype: torch.dtype | None) -> nn.Module:
-    """The run's model as it was before its first step; `dtype` overrides that of the base."""
-    master, compute = DTYPES[recipe.precision.master], DTYPES[recipe.precision.compute]
-    base = dtype or (master if recipe.tuning.method == "full" else compute)
-    model = load_model(recipe.model, dtype=base, seed=recipe.run.seed, vocab_size=vocab_size)
+def _compute_dtype(run_dir: Path, recipe: Recipe) -> torch.dtype:
+    """The dtype the run computed in: what `auto` meant is in its fingerprint."""
+    record = run_dir / "fingerprint.json"
+    chosen = json.loads(record.read_text())["choices"]["compute"] if record.is_file() else recipe.precision.compute
+    return DTYPES.get(chosen, torch.float32)
+
+
+def _rebuild(recipe: Recipe, vocab_size: int, *, compute: torch.dtype, base: torch.dtype | None) -> nn.Module:
+    """The run's model as it was before its first step; `base` overrides the dtype of the untrained weights."""
+    master = DTYPES[recipe.precision.master]
+    dtype = base or (master if recipe.tuning.method == "full" else compute)
+    model = load_model(recipe.model, dtype=dtype, seed=recipe.run.seed, vocab_size=vocab_size)
     tuned = apply_tuning(model, recipe.tuning, recipe.run.seed)
     for parameter in tuned.parameters():
         if parameter.requires_grad:

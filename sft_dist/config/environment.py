@@ -199,18 +199,24 @@ def _is_on(environ: Mapping[str, str], name: str) -> bool:
 
 
 def _is_accelerate(argv: Sequence[str]) -> bool:
-    return any(
-        word.rsplit("/", 1)[-1] in ("accelerate", "accelerate-launch") or "accelerate.commands" in word
-        for word in argv[:4]
-    )
+    return bool(_own_words(argv))
 
 
 def _option(argv: Sequence[str], name: str) -> str | None:
-    """The value of `--name V` or `--name=V`, hyphens and underscores alike, before the script's own arguments."""
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    """The value of `--name V` or `--name=V` among accelerate's own words, hyphens and underscores alike."""
+    words = _own_words(argv)
+    for word, following in zip(words, [*words[1:], ""], strict=True):
         flag, separator, value = word.partition("=")
         if flag.startswith("--") and flag[2:].replace("-", "_") == name:
             return value if separator else following
-        if word in ("-m", "--module") or word.endswith(".py"):
-            return None
     return None
+
+
+def _own_words(argv: Sequence[str]) -> list[str]:
+    """Accelerate's command line from its own name to the script's; empty when it is not accelerate's."""
+    names = [word.rsplit("/", 1)[-1] for word in argv]
+    programs = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli")
+    start = next((i for i, name in enumerate(names[:6]) if name in programs), len(names))
+    words = list(argv[start:])
+    end = next((i for i, word in enumerate(words) if word in ("-m", "--module") or word.endswith(".py")), len(words))
+    return words[:end]

@@ -55,9 +55,9 @@ def _ask_first(name: str, solve: Callable[[Facts], str]) -> Callable[[Facts, Ran
     return lambda facts, rng: [(rng.choice(FIRST[name]).format(**facts), solve(facts))]
 
 
-def _list_skill(name: str, low: int, high: int) -> Skill:
+def _list_skill(name: str, low: int, high: int, share: float = 1.0) -> Skill:
     solve = LIST_OPERATIONS[name]
-    return Skill(_draw_words(low, high), _ask_first(name, lambda facts: solve(facts["words"].split())))
+    return Skill(_draw_words(low, high), _ask_first(name, lambda facts: solve(facts["words"].split())), share)
 
 
 # position, member: one question about one list
@@ -194,15 +194,13 @@ def _follow_up(facts: Facts, rng: Random) -> list[Turn]:
 
 def _draw_list_chat(rng: Random) -> Facts:
     words = rng.sample(NOUNS, rng.randint(3, 5))
-    questions = []
-    for kind in rng.sample(("position", "position", "member", "member", "count"), rng.randint(2, 4)):
-        about = {
-            "position": lambda: rng.choice(_positions(words)),
-            "member": lambda: _word_inside_or_not(words, rng),
-            "count": lambda: "",
-        }[kind]()
-        questions.append(f"{kind} {about}".strip())
-    return {"words": " ".join(words), "asked": ", ".join(questions)}
+    elsewhere = rng.sample([word for word in NOUNS if word not in words], 2)
+    questions = [
+        *(f"position {position}" for position in rng.sample(_positions(words), 2)),
+        *(f"member {word}" for word in (*rng.sample(words, 2), *elsewhere)),
+        "count",
+    ]
+    return {"words": " ".join(words), "asked": ", ".join(rng.sample(questions, rng.randint(2, 4)))}
 
 
 def _list_chat(facts: Facts, rng: Random) -> list[Turn]:
@@ -240,33 +238,34 @@ def _draw_opposites(rng: Random) -> Facts:
 
 
 SKILLS: dict[str, Skill] = {
-    "copy": _list_skill("copy", 2, 5),
+    "copy": _list_skill("copy", 2, 5, share=0.5),
     "reverse": _list_skill("reverse", 2, 5),
     "sort": _list_skill("sort", 2, 4),
-    "capitals": _list_skill("capitals", 2, 4),
-    "count": _list_skill("count", 2, 6),
+    "capitals": _list_skill("capitals", 2, 4, share=0.5),
+    "count": _list_skill("count", 2, 6, share=0.5),
     "position": Skill(
         _draw_position,
         _ask_first("position", lambda facts: at_position(facts["words"].split(), facts["position"])),
+        share=1.5,
     ),
     "member": Skill(
         _draw_member,
         _ask_first("member", lambda facts: "yes" if facts["word"] in facts["words"].split() else "no"),
+        share=1.5,
     ),
-    "add": Skill(_draw_sum, _ask_first("add", lambda facts: str(int(facts["a"]) + int(facts["b"])))),
+    "add": Skill(_draw_sum, _ask_first("add", lambda facts: str(int(facts["a"]) + int(facts["b"]))), share=2.5),
     "larger": Skill(_draw_pair, _ask_first("larger", lambda facts: max(facts["a"], facts["b"], key=int))),
     "odd_one_out": Skill(_draw_odd, _ask_first("odd_one_out", _odd)),
     "pick": Skill(_draw_pick, _ask_first("pick", _pick)),
     "opposites": Skill(
         _draw_opposites,
         _ask_first("opposites", lambda facts: " ".join(OPPOSITES[word] for word in facts["words"].split())),
-        share=0.5,
     ),
     "who_has": Skill(_draw_who, _ask_first("who_has", _who)),
     "what_has": Skill(_draw_what, _ask_first("what_has", lambda facts: _owners(facts["story"])[facts["person"]])),
-    "story_chat": Skill(_draw_story_chat, _story_chat, share=2.0),
-    "follow_up": Skill(_draw_follow_up, _follow_up, share=4.0),
-    "list_chat": Skill(_draw_list_chat, _list_chat, share=2.0),
+    "story_chat": Skill(_draw_story_chat, _story_chat, share=3.0),
+    "follow_up": Skill(_draw_follow_up, _follow_up, share=3.0),
+    "list_chat": Skill(_draw_list_chat, _list_chat, share=3.0),
     "recall": Skill(_draw_recall, _recall, share=0.5),
 }
 

@@ -113,8 +113,9 @@ def _frame(size: tuple[float, float], title: str, xlabel: str = "step") -> tuple
 
 def _mark(axes: Axes, resumes: Sequence[int]) -> None:
     """A dotted line where a run was resumed; none when there are so many that they would hide the curve."""
-    for step in resumes if len(resumes) <= MAX_MARKED_RESUMES else ():
-        axes.axvline(step, color=MUTED, linewidth=0.8, linestyle=":")
+    if 0 < len(resumes) <= MAX_MARKED_RESUMES:
+        for number, step in enumerate(resumes):
+            axes.axvline(step, color=MUTED, linewidth=0.8, linestyle=":", label="" if number else "resumed")
 
 
 def _png(figure: Figure) -> bytes:

@@ -43,7 +43,6 @@ TEMPLATE = Path(__file__).with_name("report.html")
 READ_FILES = (
     "config.yaml",
     "fingerprint.json",
-    "header.json",
     "prepare_report.json",
     "metrics.jsonl",
     "samples.jsonl",

@@ -219,6 +219,12 @@ def test_killed_and_started_again_each_entry_gives_the_same_bits(
     assert (second.run_dir / "logs" / "attempt_0002" / "exit_code").read_text() == "0\n"
 
 
+def test_a_finished_run_says_so_and_is_0(project: Path, start: Callable[..., Run], reference: Path) -> None:
+    again = start("reference", local(), nproc=True)
+    assert again.wait() == 0, again.output.read_text()[-4000:]
+    assert "is finished" in again.output.read_text()
+
+
 def test_accelerate_told_two_processes_that_starts_one_is_refused(start: Callable[..., Run]) -> None:
     run = start(
         "one-of-two", ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "sft_dist.train"]

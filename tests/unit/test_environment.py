@@ -55,8 +55,8 @@ def test_plain_accelerate_leaves_the_recipe_and_tells_about_its_precision() -> N
         [],
     )
     same, notices = check_launcher(recipe(), dict(plain), command("--multi_gpu --num_processes 2"))
-    assert same.precision.compute == "bfloat16"
-    assert notices == ["accelerate was given no --mixed_precision: precision.compute=bfloat16 holds"]
+    assert same == recipe()
+    assert notices == ["accelerate was given no --mixed_precision: precision.compute=auto holds"]
 
 
 @pytest.mark.parametrize("flag", ["--mixed_precision no", "--mixed-precision=no"])
@@ -66,9 +66,13 @@ def test_a_precision_written_on_its_command_line_is_adopted(flag: str) -> None:
     assert notices == ["precision.compute=float32 taken from ACCELERATE_MIXED_PRECISION=no"]
 
 
-def test_bf16_is_adopted_silently_where_it_is_the_recipes_own() -> None:
+def test_bf16_is_adopted_and_told_unless_it_is_the_recipes_own() -> None:
     environ = ACCELERATE | STARTED_TWO | {"ACCELERATE_MIXED_PRECISION": "bf16"}
-    assert check_launcher(recipe(), environ) == (recipe(), [])
+    adopted, notices = check_launcher(recipe(), dict(environ))
+    assert adopted.precision.compute == "bfloat16"
+    assert notices == ["precision.compute=bfloat16 taken from ACCELERATE_MIXED_PRECISION=bf16"]
+    own = recipe(precision={"compute": "bfloat16"})
+    assert check_launcher(own, dict(environ)) == (own, [])
 
 
 def test_a_contradiction_is_refused_with_both_sides() -> None:
@@ -144,7 +148,22 @@ def test_use_cpu_hides_the_gpus() -> None:
 ONE_OF_TWO = ACCELERATE | {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
-@pytest.mark.parametrize("launchers", [command("--cpu --num_processes 2"), command("--cpu --num-processes=2")])
+BY_MODULE = [
+    "python3",
+    "-m",
+    "accelerate.commands.launch",
+    "--cpu",
+    "--num_processes",
+    "2",
+    "-m",
+    "sft_dist.train",
+    "R",
+]
+
+
+@pytest.mark.parametrize(
+    "launchers", [command("--cpu --num_processes 2"), command("--cpu --num-processes=2"), [BY_MODULE]]
+)
 def test_accelerate_told_two_that_started_one_is_refused(launchers: list[list[str]]) -> None:
     with pytest.raises(ConfigError) as error:
         check_world(ONE_OF_TWO, launchers)
