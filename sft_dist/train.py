@@ -224,14 +224,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns 0 on an orderly end; the code itself (75 for "run again to continue") goes to logs/attempt_N/exit_code,
     because torchrun would turn any other into 1.
     """
+    is_main = read_place()[0] == 0
     try:
         code, folder = run_worker(sys.argv[1:] if argv is None else argv)
-        if folder is not None:
+        if is_main:
             write_exit_code(folder, code)
         return 0
     except SftError as error:
-        if read_place()[0] == 0:
+        if is_main:
             print(f"sft-dist: error: {error}", file=sys.stderr, flush=True)
+            write_exit_code(None, error.exit_code)
         return error.exit_code
 
 

@@ -20,8 +20,10 @@ from sft_dist.checkpoint.export import export_model
 from sft_dist.cli import main as cli
 from sft_dist.config.loader import load_recipe
 from sft_dist.data.prepare import prepare
-from sft_dist.evaluate.dialogue import Streamer
+from sft_dist.data.templates import ChatTemplate
+from sft_dist.evaluate.dialogue import Dialogue, Streamer
 from sft_dist.evaluate.stopping import StopText
+from sft_dist.models.speaker import Speaker
 
 WORDS = [
     "<pad>",
@@ -259,14 +261,16 @@ def test_a_stop_text_of_several_tokens_ends_a_row_once_it_is_complete(tokenizer:
     assert criterion(rows[:, :3], None).tolist() == [False, False, False]
 
 
-def test_chat_ends_at_a_stop_text_of_several_tokens(export: Path, tokenizer: PreTrainedTokenizerFast, say) -> None:  # type: ignore[no-untyped-def]
-    """A template that ends answers with two plain words."""
+def test_a_dialogue_ends_at_a_stop_text_of_several_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     model, words = network(), WORDS[5:]
     for stop in (f"{one} {two}" for one in words for two in words):
         full = greedy(model, tokenizer, f"<user> plum fig {stop} <assistant>", 12)
         answer = full.split(stop)[0].strip()
         if answer and answer != full:
             break
-    Path("t.jinja").write_text(TEMPLATE.replace("</s>", stop))
     assert answer and answer != full
-    assert say("plum fig\n", str(export), "--template", "t.jinja", "--max-new-tokens", "12")[:2] == (0, [answer])
+    template = ChatTemplate("words", TEMPLATE.replace("</s>", stop), stop_text=stop)
+    dialogue = Dialogue(Speaker(model, tokenizer), template, model.generation_config, max_new_tokens=12)
+    shown: list[str] = []
+    assert dialogue.reply("plum fig", shown.append) == answer
+    assert "".join(shown) == answer and len(shown) > 1
