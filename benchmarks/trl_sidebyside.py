@@ -70,15 +70,15 @@ def compare(work: Path, steps: int, repeats: int) -> str:
         for side, results in runs.items():
             folder = work / f"{side}-{number}"
             folder.mkdir()
-            peak_mib = child(side, work, folder, steps)
-            results.append(json.loads((folder / "result.json").read_text()) | {"peak_mib": peak_mib})
+            used = child(side, work, folder, steps)
+            results.append(json.loads((folder / "result.json").read_text()) | used)
             print(f"{side} {number}: {rate(results[-1]['steps'], 'tokens'):,.0f} tokens/s", flush=True)
     child("judge", work, work, steps)
     return page(runs, json.loads((work / "judged.json").read_text()), steps)
 
 
-def child(part: str, work: Path, run: Path, steps: int) -> float:
-    """Run one part in a process of its own; returns its peak resident memory in MiB."""
+def child(part: str, work: Path, run: Path, steps: int) -> dict[str, float]:
+    """Run one part in a process of its own; returns its peak resident memory and CPU time, start and end included."""
     command = [sys.executable, __file__, "--part", part, "--work", str(work), "--run", str(run), "--steps", str(steps)]
     log = run / f"{part}.log"
     with log.open("w") as stream:
@@ -89,7 +89,7 @@ def child(part: str, work: Path, run: Path, steps: int) -> float:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"{part} left with {process.returncode}:\n{log.read_text()[-2000:]}")
-    return usage.ru_maxrss / 1024
+    return {"peak_mib": usage.ru_maxrss / 1024, "cpu_seconds": usage.ru_utime + usage.ru_stime}
 
 
 # --- what the children do ---------------------------------------------------------------------------------------------
@@ -240,11 +240,12 @@ def page(runs: dict[str, list[dict[str, Any]]], judged: dict[str, float], steps:
         "tokens/s": lambda run: rate(run["steps"], "tokens"),
         "supervised tokens/s": lambda run: rate(run["steps"], "supervised"),
         "peak RSS, MiB": lambda run: run["peak_mib"],
+        "CPU seconds of the process": lambda run: run["cpu_seconds"],
     }
     lines = []
     for name, figure in figures.items():
         ours, trl = ([figure(run) for run in runs[side]] for side in ("ours", "trl"))
-        best = min if "RSS" in name else max
+        best = max if "tokens" in name else min
         medians, bests = ((f(ours), f(trl)) for f in (statistics.median, best))
         cells = [f"{m:,.0f} / {b:,.0f}" for m, b in zip(medians, bests, strict=True)]
         lines.append(

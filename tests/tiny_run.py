@@ -16,7 +16,15 @@ from transformers import PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 240
 TRAJECTORY = ("step", "loss", "grad_norm", "lr", "num_tokens", "num_loss_tokens", "batch_digest")
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SFT_RENDEZVOUS")
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "SFT_RENDEZVOUS",
+)
 
 
 def write_tokenizer(folder: Path) -> Path:
@@ -63,7 +71,9 @@ def write_recipe(folder: Path, name: str = "run", **changes: dict[str, Any]) -> 
 def environment(**extra: str) -> dict[str, str]:
     """This process's environment without a launcher's variables, without GPUs and hubs."""
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-    return kept | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"} | extra
+    return (
+        kept | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"} | extra
+    )
 
 
 def start(*arguments: str, **extra: str) -> subprocess.Popen[str]:

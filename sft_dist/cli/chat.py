@@ -62,7 +62,7 @@ def _open(args: argparse.Namespace) -> Dialogue:
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu else torch.float32
     speaker = load_speaker(args.model, dtype=dtype, device=torch.device("cuda" if on_gpu else "cpu"))
-    template = resolve_template(args.template, speaker.tokenizer)  # type: ignore[arg-type]
+    template = resolve_template(args.template, speaker.tokenizer)
     if (Path(args.model) / "generation_config.json").is_file():  # an adapter's stop tokens are its own, not the base's
         generation = GenerationConfig.from_pretrained(args.model)
     else:

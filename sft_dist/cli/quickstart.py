@@ -20,7 +20,7 @@ from sft_dist.config.schema import Recipe
 from sft_dist.errors import EXIT_DONE, ConfigError, StorageError
 
 RECIPE = "configs/quickstart.yaml"
-NUM_TRAIN = 100_000  # conversations
+NUM_TRAIN = 45_000  # conversations
 NUM_TEST = 540  # thirty for each skill
 CPU_PROCESSES = 2
 BEFORE_A_CONFIG = {"lock", "logs"}  # what a run leaves that ended before it wrote its config.yaml
@@ -36,6 +36,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("items", nargs="*", metavar="key=value", help=f"settings over those of {RECIPE}")
     parser.add_argument("--nproc", type=int, metavar="N", help="worker processes (default: all visible GPUs, else 2)")
+    parser.add_argument(
+        "--examples", type=int, default=NUM_TRAIN, metavar="N", help="training conversations (default: %(default)s)"
+    )
     parser.set_defaults(func=run)
 
 
@@ -44,9 +47,11 @@ def run(args: argparse.Namespace) -> int:
     files, overrides = split_arguments(args.items)
     if files:
         raise ConfigError(f"{files[0]}: quickstart has its own recipe: sft-dist train {files[0]}")
+    if args.examples < 1:
+        raise ConfigError(f"--examples {args.examples}: must be at least 1")
     started = time.monotonic()
     recipe = load_recipe([RECIPE], overrides)
-    renew(recipe)
+    renew(recipe, args.examples)
     from sft_dist.launch import local
     from sft_dist.launch.job import count_gpus
 
@@ -57,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def renew(recipe: Recipe) -> None:
+def renew(recipe: Recipe, num_train: int) -> None:
     """Clear the run folder of an earlier quickstart and write the data; the folder is held meanwhile.
 
     Raises ConfigError when the folder holds anything else, LockedError when a run is still at work in it.
@@ -73,20 +78,20 @@ def renew(recipe: Recipe) -> None:
                     shutil.rmtree(entry)
                 elif entry.name != LOCK_NAME:
                     entry.unlink()
-            _write_data(recipe)
+            _write_data(recipe, num_train)
         except OSError as error:
             raise StorageError(f"{error.filename}: {error.strerror}: make room or make it writable") from error
 
 
-def _write_data(recipe: Recipe) -> None:
+def _write_data(recipe: Recipe, num_train: int) -> None:
     """The recipe's training file, held-out file and tokenizer."""
     from sft_dist.generate.skills import write_skills
 
     folder = Path(recipe.data.sources[0].path).parent
     started = time.monotonic()
-    write_skills(folder, seed=recipe.run.seed, num_train=NUM_TRAIN, num_test=NUM_TEST)
+    write_skills(folder, seed=recipe.run.seed, num_train=num_train, num_test=NUM_TEST)
     print(
-        f"{folder}: {NUM_TRAIN:,} generated conversations to train on, {NUM_TEST} held out, "
+        f"{folder}: {num_train:,} generated conversations to train on, {NUM_TEST} held out, "
         f"{time.monotonic() - started:.0f} s",
         flush=True,
     )

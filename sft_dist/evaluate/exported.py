@@ -48,7 +48,7 @@ def measure(speaker: Speaker, path: str, recipe: Recipe, num: int, notice: Calla
     """
     data = prepare(
         recipe.model_copy(update={"model": ModelSection(path=path)}),
-        speaker.tokenizer,  # type: ignore[arg-type]  # load_tokenizer gives fast ones only
+        speaker.tokenizer,
         notice=notice,
     )
     split, store = _held_out(data)
@@ -115,8 +115,8 @@ def _matches(speaker: Speaker, data: PreparedData, store: TokenStore, recipe: Re
         tokenizer,
         prompts,
         max_new_tokens=recipe.eval.max_new_tokens,
-        stop_token_ids=data.template.stop_token_ids(tokenizer),  # type: ignore[arg-type]
-        stop_strings=data.template.stop_strings(tokenizer),  # type: ignore[arg-type]
+        stop_token_ids=data.template.stop_token_ids(tokenizer),
+        stop_strings=data.template.stop_strings(tokenizer),
         batch_size=GENERATION_BATCH,
         synced=False,
     )

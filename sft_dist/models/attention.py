@@ -35,12 +35,45 @@ class BackendChoice:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """How the documents of one row are gathered into a few dense batches, computed once per row for all layers.
+
+    Documents of like length are right-padded together: under a causal mask no real position sees the padding behind it.
+    """
+
+    groups: tuple[tuple[Tensor, int, int], ...]  # (token index int64[n * length], n documents, length)
+    inverse: Tensor  # int64[T]: where each token of the row stands in the groups' outputs, laid end to end
+
+    @staticmethod
+    def of(cu_seqlens: Tensor) -> Segments:
+        """From the edges int32[N + 1] of a row's documents. Lengths share a group up to the next power of two.
+
+        Waits for the device when the edges are not on the CPU.
+        """
+        device, edges = cu_seqlens.device, cu_seqlens.tolist()
+        spans: dict[int, list[tuple[int, int]]] = {}
+        for start, end in pairwise(edges):
+            spans.setdefault((end - start - 1).bit_length(), []).append((start, end))
+        groups, inverse, offset = [], torch.empty(edges[-1], dtype=torch.int64), 0
+        for members in spans.values():
+            starts, ends = torch.tensor(members).T
+            length = int((ends - starts).max())
+            steps = torch.arange(length)
+            index = torch.minimum(starts[:, None] + steps, ends[:, None] - 1)  # padding repeats the last token
+            real = starts[:, None] + steps < ends[:, None]
+            inverse[index[real]] = (offset + torch.arange(index.numel()).view_as(index))[real]
+            groups.append((index.flatten().to(device), len(members), length))
+            offset += index.numel()
+        return Segments(tuple(groups), inverse.to(device))
+
+
 def sdpa_segments(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
-    cu_seqlens: list[int],
+    segments: Segments,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -48,13 +81,14 @@ def sdpa_segments(
     dropout: float,
     **_: Any,
 ) -> Tensor:
-    """One scaled-dot-product call per document. [1, H, T, D] -> [1, T, Hq, D]. The reference, and the CPU's fast path:
-    attention costs the sum of squared document lengths instead of the square of the row."""
+    """Scaled-dot-product attention per group of documents. [1, H, T, D] -> [1, T, Hq, D].
+
+    The reference, and the CPU's fast path: it costs the sum of squared document lengths instead of the row's square.
+    """
     pieces = []
-    for start, end in pairwise(cu_seqlens):
-        q, k, v = (t[:, :, start:end] for t in (query, key, value))
+    for index, num_documents, length in segments.groups:
+        q, k, v = (_gather(t, index, num_documents, length) for t in (query, key, value))
         if softcap is None and sinks is None:
-            length = end - start
             mask = None if window is None or length <= window else _window_mask(length, window, query.device)
             out = F.scaled_dot_product_attention(
                 q,
@@ -68,8 +102,13 @@ def sdpa_segments(
             )
         else:
             out = _eager(q, k, v, scale=scale, window=window, softcap=softcap, sinks=sinks, dropout=dropout)
-        pieces.append(out.transpose(1, 2))
-    return torch.cat(pieces, dim=1)
+        pieces.append(out.transpose(1, 2).flatten(0, 1))  # [n * length, Hq, D]
+    return torch.cat(pieces).index_select(0, segments.inverse)[None]
+
+
+def _gather(t: Tensor, index: Tensor, num_documents: int, length: int) -> Tensor:
+    """[1, H, T, D] -> [n, H, length, D], one document a row."""
+    return t[0].index_select(1, index).unflatten(1, (num_documents, length)).transpose(0, 1)
 
 
 def varlen(
@@ -89,9 +128,7 @@ def varlen(
     q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))  # [T, H, D]
     k, v = _repeat_kv(k, q.shape[1]), _repeat_kv(v, q.shape[1])  # torch 2.11 has no enable_gqa
     left = -1 if window is None else window - 1
-    out = varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(left, 0)
-    )
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(left, 0))
     assert isinstance(out, Tensor)  # a tuple only when auxiliary outputs are asked for
     return out[None]
 
@@ -252,7 +289,7 @@ def segment_attention(
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Any = None,
     max_length_q: int | None = None,
-    segments: list[int] | None = None,
+    segments: Segments | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer. Refuses to run without explicit segments: a silent plain-causal
@@ -267,7 +304,8 @@ def segment_attention(
         query,
         key,
         value,
-        cu_seqlens=segments or cu_seq_lens_q.tolist() if kernel is sdpa_segments else cu_seq_lens_q,
+        cu_seqlens=cu_seq_lens_q,
+        segments=segments,
         max_seqlen=max_length_q,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
@@ -308,7 +346,7 @@ def _eager(
     sinks: Tensor | None,
     dropout: float,
 ) -> Tensor:
-    """Plain attention for what SDPA lacks: soft caps (Gemma 2), learned sinks (gpt-oss). [1, H, L, D] -> the same."""
+    """Plain attention for what SDPA lacks: soft caps (Gemma 2), learned sinks (gpt-oss). [n, H, L, D] -> the same."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = (q @ k.transpose(-1, -2) * scale).float()
@@ -317,7 +355,7 @@ def _eager(
     length = q.shape[2]
     scores = scores.masked_fill(~_window_mask(length, window or length, q.device), float("-inf"))
     if sinks is not None:  # a sink takes part in the softmax and contributes no value
-        sink = sinks.float().reshape(1, -1, 1, 1).expand(1, q.shape[1], length, 1)
+        sink = sinks.float().reshape(1, -1, 1, 1).expand(q.shape[0], q.shape[1], length, 1)
         probabilities = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
     else:
         probabilities = scores.softmax(dim=-1)

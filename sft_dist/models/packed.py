@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sft_dist.errors import ConfigError
+from sft_dist.models.attention import INTERFACE_NAMES, Segments
 from sft_dist.types import PackedBatch
 
 Head = Callable[..., Tensor]
@@ -51,9 +52,10 @@ class PackedCausalLM(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """The decoder's last hidden states: [1, T, D] packed, [B, S, D] padded."""
-        decoder = causal_lm(self.model).base_model
-        return decoder(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **attention_arguments(batch)
+        lm = causal_lm(self.model)
+        arguments = attention_arguments(batch, lm.config._attn_implementation)
+        return lm.base_model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **arguments
         ).last_hidden_state
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -65,8 +67,8 @@ class PackedCausalLM(nn.Module):
         return torch.autocast(device_type, dtype=self._autocast_dtype if enabled else torch.bfloat16, enabled=enabled)
 
 
-def attention_arguments(batch: PackedBatch) -> dict[str, Any]:
-    """What the attention layers need to keep documents apart: segments when packed, a mask when padded."""
+def attention_arguments(batch: PackedBatch, implementation: str) -> dict[str, Any]:
+    """What the attention layers need to keep documents apart: edges when packed, a mask when padded."""
     if batch.cu_seqlens is None:
         return {"attention_mask": batch.attention_mask}
     return {
@@ -75,7 +77,7 @@ def attention_arguments(batch: PackedBatch) -> dict[str, Any]:
         "cu_seq_lens_k": batch.cu_seqlens,
         "max_length_q": batch.max_seqlen,
         "max_length_k": batch.max_seqlen,
-        "segments": batch.cu_seqlens.tolist() if batch.cu_seqlens.device.type == "cpu" else None,
+        "segments": Segments.of(batch.cu_seqlens) if implementation == INTERFACE_NAMES["sdpa"] else None,
     }
 
 

@@ -52,7 +52,9 @@ def check_learned(run_dir: Path, factor: float) -> None:
 def test_full_fine_tune_on_alpaca_records_with_two_processes(shared: Path, tmp_path: Path) -> None:
     train(write(shared, tmp_path, "rasbt_instruction_data.json"), "--nproc", "2")
     check_learned(tmp_path / "run", factor=0.75)
-    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(tmp_path / "run/export")(torch.tensor([[1, 5]])).logits).all()
+    assert torch.isfinite(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run/export")(torch.tensor([[1, 5]])).logits
+    ).all()
 
 
 def test_lora_on_alpaca_records_with_one_process(shared: Path, tmp_path: Path) -> None:

@@ -107,8 +107,9 @@ def test_each_mutation_of_the_batch_is_caught(mutate: Callable[[PackedBatch], Pa
 
 
 def test_attention_that_ignores_segments_is_caught_by_the_model_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    def plain_causal(*args: Any, cu_seqlens: list[int], **kwargs: Any) -> Tensor:
-        return attention.sdpa_segments(*args, cu_seqlens=[0, cu_seqlens[-1]], **kwargs)
+    def plain_causal(*args: Any, segments: attention.Segments, **kwargs: Any) -> Tensor:
+        whole_row = attention.Segments.of(torch.tensor([0, len(segments.inverse)]))
+        return attention.sdpa_segments(*args, segments=whole_row, **kwargs)
 
     monkeypatch.setitem(attention.BACKENDS, "sdpa", plain_causal)
     with pytest.raises(CertificateError, match="boundaries"):
