@@ -45,11 +45,12 @@ check: $(STAMP)
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/shellcheck $(SCRIPTS)
 
-test: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu"
+# Tests inside one process run side by side, one thread each; those that start processes run one after another.
+test: test-fast
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n 2
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu || test $$? -eq 5  # 5: no test selected

@@ -150,7 +150,7 @@ def page(lines: list[str], repeats: int, clock: str) -> str:
         "# Loss head on a CPU: forward + backward",
         "",
         f"`python benchmarks/head_cpu.py`, {datetime.date.today()}, {machine()}, {versions}, fp32,",
-        f"{clock} time, {repeats} interleaved repeats. Milliseconds are median / minimum; ratios are peer time / our time,",
+        f"{clock} time, {repeats} interleaved repeats. Milliseconds are median / minimum; ratios are peer / our time,",
         "of medians / of minima: above 1 we are faster. Losses agree to 1e-5, both gradients to 1e-4 (asserted).",
         "`trl` is the head of TRL's SFTTrainer as it runs on a CPU.",
         "",

@@ -29,13 +29,17 @@ class Job:
         self.log: MetricsLog | None = None
         self._seconds: list[float] = []
 
-    def open_records(self, recipe: Recipe, fingerprint: dict[str, Any], report: dict[str, Any]) -> None:
-        """Write what a new attempt knows, and start (or go on with) metrics.jsonl. After the resume has rolled back."""
+    def open_records(
+        self, recipe: Recipe, fingerprint: dict[str, Any], report: dict[str, Any], header: list[tuple[str, str]]
+    ) -> None:
+        """Show the header, write what a new attempt knows, and start (or go on with) metrics.jsonl. After the resume has rolled back."""
         if not self.is_main:
             return
         (self.run_dir / "config.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         write_json(self.run_dir / "fingerprint.json", fingerprint)
         write_json(self.run_dir / "prepare_report.json", report)
+        write_json(self.run_dir / "header.json", header)
+        self.console.header("sft-dist train", header)
         self.log = MetricsLog(self.run_dir, recipe.log.trackers)
 
     def record(self, metrics: StepMetrics, num_steps: int, *, due: bool) -> None:

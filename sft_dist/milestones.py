@@ -16,7 +16,6 @@ from torch import Tensor
 from sft_dist.checkpoint.export import export_model
 from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.checkpoint.manifest import step_name
-from sft_dist.data.store import TokenStore
 from sft_dist.evaluate.generation import Prompt, generate, prompts_from_store
 from sft_dist.evaluate.heldout import heldout_loss
 from sft_dist.evaluate.metrics import exact_match
@@ -59,8 +58,7 @@ def evaluate(parts: Parts, step: int, run_dir: Path, log: MetricsLog | None) -> 
 
 def write_samples(parts: Parts, step: int, run_dir: Path) -> None:
     """Append `eval.generate` answers to samples.jsonl: the same held-out prompts at every evaluation."""
-    store = parts.inputs.data.test or parts.inputs.data.eval or parts.inputs.data.train
-    prompts = prompts_from_store(store, parts.inputs.tokenizer, parts.recipe.eval.generate, parts.recipe.run.seed)
+    prompts = heldout_prompts(parts, parts.recipe.eval.generate)
     if not prompts or not (parts.place.is_main or parts.engine.shards_parameters):
         return
     answers = answer(parts, prompts)
@@ -76,8 +74,7 @@ def check_answers(parts: Parts, phase: str, run_dir: Path) -> float | None:
     num = parts.recipe.eval.exact_match
     if not num:
         return None
-    store: TokenStore = parts.inputs.data.test or parts.inputs.data.eval or parts.inputs.data.train
-    prompts = prompts_from_store(store, parts.inputs.tokenizer, num, parts.recipe.run.seed)
+    prompts = heldout_prompts(parts, num)
     place = parts.place
     if parts.engine.shards_parameters:  # sharded ranks run the same forwards
         answers = answer(parts, prompts)
@@ -87,6 +84,13 @@ def check_answers(parts: Parts, phase: str, run_dir: Path) -> float | None:
     if place.is_main:
         append_lines(run_dir / "exact_match.jsonl", [{"phase": phase, **asdict(a)} for a in answers])
     return sum(a.match for a in answers) / len(answers)
+
+
+def heldout_prompts(parts: Parts, num: int) -> list[Prompt]:
+    """Questions of the test split, else of the validation split, else (data too small to split) of training."""
+    data, tokenizer = parts.inputs.data, parts.inputs.tokenizer
+    store = data.test or data.eval or data.train
+    return prompts_from_store(store, tokenizer, num, parts.recipe.run.seed, data.template.stop_strings(tokenizer))
 
 
 def answer(parts: Parts, prompts: Sequence[Prompt]) -> list[Answer]:

@@ -141,9 +141,10 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
     try:
         manager = CheckpointManager(job.run_dir, inputs.recipe.checkpoint.keep, notice=job.console.say)
         done = resume(parts, job, manager)
-        job.open_records(inputs.recipe, parts.fingerprint, inputs.data.report.as_dict())
+        job.open_records(
+            inputs.recipe, parts.fingerprint, inputs.data.report.as_dict(), header_rows(parts, job.attempt)
+        )
         dist.barrier()
-        job.console.header("sft-dist train", header_rows(parts, job.attempt))
         num_steps = parts.train.plan.num_steps
         if num_steps < FEW_STEPS:
             job.console.say(

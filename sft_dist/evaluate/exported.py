@@ -109,7 +109,7 @@ def _held_out(data: PreparedData) -> tuple[str, TokenStore]:
 def _matches(speaker: Speaker, data: PreparedData, store: TokenStore, recipe: Recipe, num: int) -> list[bool]:
     """For each of `num` prompts, whether the greedy answer is the reference."""
     tokenizer = speaker.tokenizer
-    prompts = prompts_from_store(store, tokenizer, num, recipe.run.seed)
+    prompts = prompts_from_store(store, tokenizer, num, recipe.run.seed, data.template.stop_strings(tokenizer))
     answers = generate(
         speaker.model,
         tokenizer,

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sft_dist.data.store import TokenStore
 from sft_dist.data.templates import spans
+from sft_dist.evaluate.stopping import stopping_criteria
 from sft_dist.models.packed import causal_lm
 
 
@@ -30,10 +31,15 @@ class Prompt:
     text: str  # the prompt, decoded
 
 
-def prompts_from_store(store: TokenStore, tokenizer: PreTrainedTokenizerBase, num: int, seed: int) -> list[Prompt]:
-    """At most `num` prompts, the same choice for the same (store, seed), in store order."""
+def prompts_from_store(
+    store: TokenStore, tokenizer: PreTrainedTokenizerBase, num: int, seed: int, stop_strings: Sequence[str] = ()
+) -> list[Prompt]:
+    """At most `num` prompts, the same choice for the same (store, seed), in store order.
+
+    `stop_strings` end a reference as they end an answer: a stop text of several tokens is supervised too.
+    """
     chosen = np.random.default_rng(seed).permutation(len(store))[:num]
-    return [_prompt(store, tokenizer, int(index)) for index in np.sort(chosen)]
+    return [_prompt(store, tokenizer, int(index), stop_strings) for index in np.sort(chosen)]
 
 
 @torch.no_grad()
@@ -60,7 +66,6 @@ def generate(
         do_sample=False,
         eos_token_id=list(stop_token_ids) or None,
         pad_token_id=pad_id,
-        stop_strings=list(stop_strings) or None,
         use_cache=True,
     )
     answers = [""] * len(prompts)
@@ -75,7 +80,7 @@ def generate(
                 attention_mask=mask.to(device),
                 generation_config=settings,
                 synced_gpus=synced,
-                tokenizer=tokenizer,
+                stopping_criteria=stopping_criteria(tokenizer, stop_strings, ids.shape[1]),
             )
             for index, row in zip(chosen, output[:, ids.shape[1] :].tolist(), strict=True):
                 answers[index] = _cut(row, tokenizer, stop_token_ids, stop_strings)
@@ -99,14 +104,16 @@ def stock_attention(lm: nn.Module) -> Iterator[None]:
         config.use_cache = used_cache
 
 
-def _prompt(store: TokenStore, tokenizer: PreTrainedTokenizerBase, index: int) -> Prompt:
+def _prompt(
+    store: TokenStore, tokenizer: PreTrainedTokenizerBase, index: int, stop_strings: Sequence[str]
+) -> Prompt:
     example = store.example(index)
     full = example.loss_weights >= example.loss_weights.max()  # not the prompt, which may carry a smaller weight
     start, end = spans(full.astype(np.float32))[-1]
     ids = example.input_ids.tolist()
     return Prompt(
         ids=ids[:start] or ids[:1],  # a document trained from its first token is continued from that token
-        reference=tokenizer.decode(ids[start:end], skip_special_tokens=True).strip(),
+        reference=_cut(ids[start:end], tokenizer, (), stop_strings),
         id=example.id,
         text=tokenizer.decode(ids[:start]),
     )
