@@ -1,6 +1,6 @@
 """One fine-tune, twice: this project and TRL's SFTTrainer, on a CPU, end to end.
 
-    python benchmarks/trl_sidebyside.py [--steps 20] [--repeats 3] [--out benchmarks/results/trl_sidebyside.md]
+    python benchmarks/trl_sidebyside.py [--steps 12] [--repeats 3] [--out benchmarks/results/trl_sidebyside.md]
 
 Same weights, same token ids and labels (prepared once, handed to both), packing on for both (`best_fit` here, `bfd`
 there), sdpa, fp32, AdamW, constant learning rate, same tokens per step, same number of steps and threads. Every run is
@@ -41,7 +41,7 @@ VERSIONS = ("torch", "transformers", "trl", "accelerate")
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--part", choices=sorted(PARTS), help=argparse.SUPPRESS)  # what a child process does
@@ -258,17 +258,18 @@ def page(runs: dict[str, list[dict[str, Any]]], judged: dict[str, float], steps:
         [
             "# End to end beside TRL's SFTTrainer",
             "",
-            f"`python benchmarks/trl_sidebyside.py`, {datetime.date.today()},",
-            f"{os.cpu_count()} cores {platform.machine()},{versions}.",
+            f"`python benchmarks/trl_sidebyside.py`, {datetime.date.today()}, {os.cpu_count()} cores,",
+            f"{platform.machine()}, {versions}.",
             "stories260K, rasbt instruction data (alpaca template), fp32, sdpa, packing on,",
-            f"{PACKS} x {SEQ_LEN} tokens a step, {steps} steps, {len(runs['ours'])} interleaved runs, each in a process of",
-            f"its own. Rates leave out the first {WARM_UP_STEPS} steps. A ratio above 1 is good for rates, below 1 for costs.",
+            f"{PACKS} x {SEQ_LEN} tokens a step, {steps} steps, {len(runs['ours'])} interleaved runs,",
+            "each in a process of its own. Rates leave out the first",
+            f"{WARM_UP_STEPS} steps. A ratio above 1 is good for rates, below 1 for costs.",
             "",
             "| | ours (median / best) | TRL (median / best) | ratio ours : TRL (medians / bests) |",
             "|---|---|---|---|",
             *lines,
             "",
-            "Loss parity (the two pack and shuffle differently, so batches differ after the first token):",
+            "Loss parity (the two shuffle and pack differently, so their batches differ):",
             "",
             "| | ours | TRL |",
             "|---|---|---|",

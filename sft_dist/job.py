@@ -32,7 +32,7 @@ class Job:
     def open_records(
         self, recipe: Recipe, fingerprint: dict[str, Any], report: dict[str, Any], header: list[tuple[str, str]]
     ) -> None:
-        """Show the header, write what a new attempt knows, and start (or go on with) metrics.jsonl. After the resume has rolled back."""
+        """Show the header, write what a new attempt knows, open metrics.jsonl. After a resume has rolled back."""
         if not self.is_main:
             return
         (self.run_dir / "config.yaml").write_text(dump_recipe(recipe), encoding="utf-8")

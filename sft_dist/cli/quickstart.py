@@ -1,8 +1,8 @@
 """`sft-dist quickstart`: a real fine-tune from nothing in minutes, always anew, measured before and after.
 
-    generate skills -> runs/quickstart-data     instructions with checkable answers, a tokenizer, a held-out part
-    train           -> runs/quickstart          2 processes on CPU, one per GPU where there are any, packed sequences
-    compare                                     exact answers by skill, base and tuned answers side by side
+generate skills -> runs/quickstart-data     instructions with checkable answers, a tokenizer, a held-out part
+train           -> runs/quickstart          2 processes on CPU, one per GPU where there are any, packed sequences
+compare                                     exact answers by skill, base and tuned answers side by side
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from sft_dist.config.schema import Recipe
 from sft_dist.errors import EXIT_DONE, ConfigError, StorageError
 
 RECIPE = "configs/quickstart.yaml"
-NUM_TRAIN = 45_000  # conversations
-NUM_TEST = 540  # thirty for each skill
+NUM_TRAIN = 100_000  # conversations
+NUM_TEST = 510  # thirty for each skill
 CPU_PROCESSES = 2
 BEFORE_A_CONFIG = {"lock", "logs"}  # what a run leaves that ended before it wrote its config.yaml
 

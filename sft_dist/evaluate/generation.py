@@ -104,9 +104,7 @@ def stock_attention(lm: nn.Module) -> Iterator[None]:
         config.use_cache = used_cache
 
 
-def _prompt(
-    store: TokenStore, tokenizer: PreTrainedTokenizerBase, index: int, stop_strings: Sequence[str]
-) -> Prompt:
+def _prompt(store: TokenStore, tokenizer: PreTrainedTokenizerBase, index: int, stop_strings: Sequence[str]) -> Prompt:
     example = store.example(index)
     full = example.loss_weights >= example.loss_weights.max()  # not the prompt, which may carry a smaller weight
     start, end = spans(full.astype(np.float32))[-1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 
 from sft_dist.generate.words import CATEGORIES, OPPOSITES, ORDINALS
 
@@ -36,7 +37,7 @@ def _reversed(words: str, answer: str) -> bool:
 
 def _sorted(words: str, answer: str) -> bool:
     said = answer.split()
-    return _same_words(words, answer) and all(a <= b for a, b in zip(said, said[1:], strict=False))
+    return _same_words(words, answer) and all(a <= b for a, b in pairwise(said))
 
 
 def _in_capitals(words: str, answer: str) -> bool:
@@ -71,8 +72,9 @@ def _added(facts: Facts, answer: str) -> bool:
     return answer.isdecimal() and int(answer) - int(facts["a"]) == int(facts["b"])
 
 
-def _larger(facts: Facts, answer: str) -> bool:
-    return answer in facts.values() and all(int(value) <= int(answer) for value in facts.values())
+def _largest(facts: Facts, answer: str) -> bool:
+    numbers = facts["numbers"].split()
+    return answer in numbers and all(int(number) <= int(answer) for number in numbers)
 
 
 def _odd(facts: Facts, answer: str) -> bool:
@@ -93,13 +95,10 @@ def _opposite(facts: Facts, answer: str) -> bool:
     return len(given) == len(said) and all(OPPOSITES[b] == a for a, b in zip(given, said, strict=True))
 
 
-def _owns(story: str, person: str, thing: str) -> bool:
-    return f" {person} has the {thing}." in f" {story}"
-
-
-def _story_chat(facts: Facts, answer: str) -> bool:
-    kind, about = facts["asked"].split(", ")[-1].split()
-    return _owns(facts["story"], *((answer, about) if kind == "who_has" else (about, answer)))
+def _seen(scene: str, colour: str, answer: str) -> bool:
+    """The answer names one thing, in the words of the scene, and its colour is the one asked for."""
+    named = re.fullmatch(rf"the ({colour} \w+)", answer)
+    return named is not None and re.search(rf" a {named[1]}[,.]", scene) is not None
 
 
 def _list_chat(facts: Facts, answer: str) -> bool:
@@ -121,22 +120,25 @@ def _follow_up(facts: Facts, answer: str) -> bool:
     return OPERATIONS[last](" ".join(words), answer)
 
 
+def _on_words(check: Callable[[str, str], bool]) -> Check:
+    return lambda facts, answer: check(facts["words"], answer)
+
+
 def _recall(facts: Facts, answer: str) -> bool:
     return answer == {"name": facts["person"], "liking": facts["thing"]}[facts["asked"]]
 
 
 CHECKS: dict[str, Check] = {
-    **{name: (lambda facts, answer, check=check: check(facts["words"], answer)) for name, check in OPERATIONS.items()},
+    **{name: _on_words(check) for name, check in OPERATIONS.items()},
     "position": lambda facts, answer: _at_position(facts["words"], facts["position"], answer),
     "member": lambda facts, answer: _membership(facts["words"], facts["word"], answer),
     "add": _added,
-    "larger": _larger,
+    "largest": _largest,
     "odd_one_out": _odd,
     "pick": _picked,
     "opposites": _opposite,
-    "who_has": lambda facts, answer: _owns(facts["story"], answer, facts["thing"]),
-    "what_has": lambda facts, answer: _owns(facts["story"], facts["person"], answer),
-    "story_chat": _story_chat,
+    "look_up": lambda facts, answer: _seen(facts["scene"], facts["colour"], answer),
+    "scene_chat": lambda facts, answer: _seen(facts["scene"], facts["asked"].split()[-1], answer),
     "follow_up": _follow_up,
     "list_chat": _list_chat,
     "recall": _recall,

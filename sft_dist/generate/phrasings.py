@@ -1,7 +1,7 @@
 """How each task can be asked: several wordings per question, so that a model follows the request, not one string.
 
 `FIRST` opens a conversation, `NEXT` continues it and refers to the turn before ("your answer") or to a list or
-story given earlier. Braces name facts of the task.
+scene given earlier. Braces name facts of the task.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ FIRST: dict[str, tuple[str, ...]] = {
         "How much is {a} + {b}?",
         "I have {a} coins and get {b} more. How many do I have?",
     ),
-    "larger": ("Which number is larger, {a} or {b}?", "Give me the larger number: {a} {b}"),
+    "largest": ("Which number is the largest? {numbers}", "Give me the largest of these: {numbers}"),
     "odd_one_out": ("Which word does not belong? {words}", "Find the odd one out: {words}"),
     "pick": ("Which of these are {category}? {words}", "Take only the {category}: {words}"),
     "opposites": ("What is the opposite of each word? {words}", "Write the opposites: {words}"),
-    "who_has": ("{story} Who has the {thing}?", "{story} Who is it that has the {thing}?"),
-    "what_has": ("{story} What does {person} have?", "{story} Which thing does {person} have?"),
+    "look_up": ("{scene} What is {colour}?", "{scene} Which thing is {colour}?"),
     "hello": ("Hello, I am {person} and I like the {thing}.", "My name is {person}. I like the {thing}."),
     "list": ("Here is a list: {words}", "Remember this list: {words}"),
 }
@@ -46,8 +45,7 @@ NEXT: dict[str, tuple[str, ...]] = {
     "position": ("What is the {position} word?", "Say only the {position} word."),
     "count": ("How many words are in it?", "Count the words."),
     "member": ("Is {word} in the list?", "Does it have {word}?"),
-    "who_has": ("Who has the {thing}?", "And who has the {thing}?"),
-    "what_has": ("What does {person} have?", "And what does {person} have?"),
+    "look_up": ("What is {colour}?", "And which thing is {colour}?"),
     "name": ("What is my name?", "Who am I?"),
     "liking": ("What do I like?", "Which thing do I like?"),
 }

@@ -6,8 +6,8 @@
     DIR/test.jsonl    held out: every skill the same number of times, inputs that no training record has
     DIR/tokenizer/    the word-level tokenizer with its chat template
 
-The held-out inputs are drawn first; a training conversation that asks for one of them at any of its turns, in any wording, is
-thrown away. The same seed gives the same bytes.
+The held-out inputs are drawn first; a training conversation that asks for one of them at any of its turns, in any
+wording, is thrown away. The same seed gives the same bytes.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import Any
 from sft_dist.generate.phrasings import FIRST, NEXT
 from sft_dist.generate.tasks import SKILLS, Facts, Turn, input_keys
 from sft_dist.generate.tokenizer import save_tokenizer
-from sft_dist.generate.words import ADJECTIVES, CATEGORIES, NOUNS, ORDINALS, PEOPLE
+from sft_dist.generate.words import ADJECTIVES, CATEGORIES, NOUNS, ORDINALS, PEOPLE, THINGS
 
-OTHER_TEXTS = ("Ana has the cat.", "Nice to meet you, Ana.", "last yes no")
+OTHER_TEXTS = ("I see a hat, the coat.", "Nice to meet you, Ana.", "last yes no")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def vocabulary_texts() -> list[str]:
     plain = [re.sub(r"{\w+}", "", text) for text in wordings]
     numbers = [str(number) for number in range(100)]
     nouns = [form for word in NOUNS for form in (word, word.upper())]
-    return [*plain, *numbers, *nouns, *ADJECTIVES, *PEOPLE, *ORDINALS, *CATEGORIES, *OTHER_TEXTS]
+    return [*plain, *numbers, *nouns, *THINGS, *ADJECTIVES, *PEOPLE, *ORDINALS, *CATEGORIES, *OTHER_TEXTS]
 
 
 def write_skills(out: Path, *, seed: int, num_train: int, num_test: int) -> None:

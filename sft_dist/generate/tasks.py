@@ -64,12 +64,12 @@ def _list_skill(name: str, low: int, high: int, share: float = 1.0) -> Skill:
 
 
 def _draw_position(rng: Random) -> Facts:
-    words = rng.sample(NOUNS, rng.randint(3, 5))
+    words = rng.sample(NOUNS, rng.randint(3, 4))
     return {"words": " ".join(words), "position": rng.choice(_positions(words))}
 
 
 def _draw_member(rng: Random) -> Facts:
-    words = rng.sample(NOUNS, rng.randint(3, 5))
+    words = rng.sample(NOUNS, rng.randint(3, 4))
     return {"words": " ".join(words), "word": _word_inside_or_not(words, rng)}
 
 
@@ -81,14 +81,13 @@ def _word_inside_or_not(words: list[str], rng: Random) -> str:
 
 
 def _draw_sum(rng: Random) -> Facts:
-    total = rng.randint(20, 99)
-    a = rng.randint(10, total - 10)
-    return {"a": str(a), "b": str(total - a)}
-
-
-def _draw_pair(rng: Random) -> Facts:
-    a, b = rng.sample(range(10, 100), 2)
+    b = rng.randint(1, 4)
+    a = 10 * rng.randint(10, 99) + rng.randint(0, 9 - b)  # no carry: the model has minutes, not days
     return {"a": str(a), "b": str(b)}
+
+
+def _draw_numbers(rng: Random) -> Facts:
+    return {"numbers": " ".join(map(str, rng.sample(range(10), rng.randint(2, 4))))}
 
 
 # categories
@@ -119,51 +118,41 @@ def _pick(facts: Facts) -> str:
     return " ".join(word for word in facts["words"].split() if CATEGORY_OF[word] == facts["category"])
 
 
-# look-up in a story
+# look-up in a given context: which of the things that were named has this colour
 
 
-def _draw_story(rng: Random) -> Facts:
+def _draw_things(rng: Random) -> dict[str, str]:
+    """Colour -> thing, in the order in which the text names them."""
     count = rng.randint(2, 4)
-    people, things = rng.sample(PEOPLE, count), rng.sample(THINGS, count)
-    asked = rng.randrange(count)
-    story = " ".join(f"{person} has the {thing}." for person, thing in zip(people, things, strict=True))
-    return {"story": story, "person": people[asked], "thing": things[asked]}
+    return dict(zip(rng.sample(CATEGORIES["colours"], count), rng.sample(THINGS, count), strict=True))
 
 
-def _draw_who(rng: Random) -> Facts:
-    facts = _draw_story(rng)
-    return {"story": facts["story"], "thing": facts["thing"]}
+def describe_things(things: dict[str, str]) -> str:
+    """I see a red hat, a blue boot."""
+    return "I see " + ", ".join(f"a {colour} {thing}" for colour, thing in things.items()) + "."
 
 
-def _draw_what(rng: Random) -> Facts:
-    facts = _draw_story(rng)
-    return {"story": facts["story"], "person": facts["person"]}
+def look_up(scene: str, colour: str) -> str:
+    """The thing of that colour, as the answer names it: the blue boot."""
+    words = scene.replace(",", "").rstrip(".").split()
+    return f"the {colour} {words[words.index(colour) + 1]}"
 
 
-def _owners(story: str) -> dict[str, str]:
-    words = story.replace(".", "").split()
-    return dict(zip(words[::4], words[3::4], strict=True))
+def _draw_look_up(rng: Random) -> Facts:
+    things = _draw_things(rng)
+    return {"scene": describe_things(things), "colour": rng.choice(list(things))}
 
 
-def _who(facts: Facts) -> str:
-    return next(person for person, thing in _owners(facts["story"]).items() if thing == facts["thing"])
+def _draw_scene_chat(rng: Random) -> Facts:
+    things = _draw_things(rng)
+    return {"scene": describe_things(things), "asked": " ".join(rng.sample(list(things), len(things)))}
 
 
-def _draw_story_chat(rng: Random) -> Facts:
-    facts = _draw_story(rng)
-    owners = list(_owners(facts["story"]).items())
-    rng.shuffle(owners)
-    asked = [rng.choice((f"who_has {thing}", f"what_has {person}")) for person, thing in owners]
-    return {"story": facts["story"], "asked": ", ".join(asked)}
-
-
-def _story_chat(facts: Facts, rng: Random) -> list[Turn]:
+def _scene_chat(facts: Facts, rng: Random) -> list[Turn]:
     turns: list[Turn] = []
-    for number, question in enumerate(facts["asked"].split(", ")):
-        kind, about = question.split()
-        fill = {"story": facts["story"], "thing": about, "person": about}
-        wording = rng.choice((NEXT if number else FIRST)[kind])
-        turns.append((wording.format(**fill), _who(fill) if kind == "who_has" else _owners(facts["story"])[about]))
+    for number, colour in enumerate(facts["asked"].split()):
+        wording = rng.choice((NEXT if number else FIRST)["look_up"])
+        turns.append((wording.format(scene=facts["scene"], colour=colour), look_up(facts["scene"], colour)))
     return turns
 
 
@@ -176,7 +165,7 @@ def _draw_follow_up(rng: Random) -> Facts:
         operations.append(rng.choice([name for name in ("copy", "reverse", "sort") if name != operations[-1]]))
     if rng.random() < 0.6:
         operations[-1] = rng.choice(("capitals", "count"))
-    words = rng.sample(NOUNS, rng.randint(2, 5))
+    words = rng.sample(NOUNS, rng.randint(2, 4))
     return {"words": " ".join(words), "operations": " ".join(operations)}
 
 
@@ -193,7 +182,7 @@ def _follow_up(facts: Facts, rng: Random) -> list[Turn]:
 
 
 def _draw_list_chat(rng: Random) -> Facts:
-    words = rng.sample(NOUNS, rng.randint(3, 5))
+    words = rng.sample(NOUNS, rng.randint(3, 4))
     elsewhere = rng.sample([word for word in NOUNS if word not in words], 2)
     questions = [
         *(f"position {position}" for position in rng.sample(_positions(words), 2)),
@@ -238,33 +227,37 @@ def _draw_opposites(rng: Random) -> Facts:
 
 
 SKILLS: dict[str, Skill] = {
-    "copy": _list_skill("copy", 2, 5, share=0.5),
-    "reverse": _list_skill("reverse", 2, 5),
+    "copy": _list_skill("copy", 2, 4, share=0.5),
+    "reverse": _list_skill("reverse", 2, 4),
     "sort": _list_skill("sort", 2, 4),
     "capitals": _list_skill("capitals", 2, 4, share=0.5),
-    "count": _list_skill("count", 2, 6, share=0.5),
+    "count": _list_skill("count", 2, 5, share=0.5),
     "position": Skill(
         _draw_position,
         _ask_first("position", lambda facts: at_position(facts["words"].split(), facts["position"])),
-        share=1.5,
+        share=2.5,
     ),
     "member": Skill(
         _draw_member,
         _ask_first("member", lambda facts: "yes" if facts["word"] in facts["words"].split() else "no"),
         share=1.5,
     ),
-    "add": Skill(_draw_sum, _ask_first("add", lambda facts: str(int(facts["a"]) + int(facts["b"]))), share=2.5),
-    "larger": Skill(_draw_pair, _ask_first("larger", lambda facts: max(facts["a"], facts["b"], key=int))),
-    "odd_one_out": Skill(_draw_odd, _ask_first("odd_one_out", _odd)),
-    "pick": Skill(_draw_pick, _ask_first("pick", _pick)),
+    "add": Skill(_draw_sum, _ask_first("add", lambda facts: str(int(facts["a"]) + int(facts["b"]))), share=2.0),
+    "largest": Skill(_draw_numbers, _ask_first("largest", lambda facts: max(facts["numbers"].split()))),
+    "odd_one_out": Skill(_draw_odd, _ask_first("odd_one_out", _odd), share=1.5),
+    "pick": Skill(_draw_pick, _ask_first("pick", _pick), share=1.5),
     "opposites": Skill(
         _draw_opposites,
         _ask_first("opposites", lambda facts: " ".join(OPPOSITES[word] for word in facts["words"].split())),
+        share=0.5,
     ),
-    "who_has": Skill(_draw_who, _ask_first("who_has", _who)),
-    "what_has": Skill(_draw_what, _ask_first("what_has", lambda facts: _owners(facts["story"])[facts["person"]])),
-    "story_chat": Skill(_draw_story_chat, _story_chat, share=3.0),
-    "follow_up": Skill(_draw_follow_up, _follow_up, share=3.0),
+    "look_up": Skill(
+        _draw_look_up,
+        _ask_first("look_up", lambda facts: look_up(facts["scene"], facts["colour"])),
+        share=2.0,
+    ),
+    "scene_chat": Skill(_draw_scene_chat, _scene_chat, share=2.0),
+    "follow_up": Skill(_draw_follow_up, _follow_up, share=2.0),
     "list_chat": Skill(_draw_list_chat, _list_chat, share=3.0),
     "recall": Skill(_draw_recall, _recall, share=0.5),
 }
@@ -275,17 +268,16 @@ def input_keys(skill: str, facts: Facts) -> list[tuple[str, ...]]:
 
     The last key is that of the conversation's last turn, the one a held-out example is judged by.
     """
-    if skill in ("add", "larger"):  # the order of the numbers does not matter
-        return [(skill, *sorted(facts.values()))]
+    if skill == "largest":  # the order of the numbers does not matter
+        return [(skill, *sorted(facts["numbers"].split()))]
     if skill == "follow_up":
         done = facts["operations"].split()
         later = [(skill, facts["words"], *done[: number + 1]) for number in range(1, len(done))]
         return [(done[0], facts["words"]), *later]
-    if skill == "story_chat":
-        asked = facts["asked"].split(", ")
-        later = [(skill, facts["story"], *asked[: number + 1]) for number in range(1, len(asked))]
-        kind, about = asked[0].split()
-        return [(kind, facts["story"], about), *later]
+    if skill == "scene_chat":
+        colours = facts["asked"].split()
+        later = [(skill, facts["scene"], *colours[: number + 1]) for number in range(1, len(colours))]
+        return [("look_up", facts["scene"], colours[0]), *later]
     if skill == "list_chat":
         asked = facts["asked"].split(", ")
         return [("list", facts["words"]), *((skill, facts["words"], *asked[: n + 1]) for n in range(len(asked)))]

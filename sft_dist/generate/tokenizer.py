@@ -1,8 +1,8 @@
 """A word-level tokenizer for the skills, saved as a folder that `AutoTokenizer` loads.
 
 Every word is one token, every digit one token, so that a model of half a million parameters spends nothing on
-spelling. A token remembers whether a blank came before it, which makes decoding exact. The chat template wraps each turn in its role's
-token and `<|end|>`, which is also the end of an answer.
+spelling. A token remembers whether a blank came before it, which makes decoding exact. The chat template wraps each
+turn in its role's token and `<|end|>`, which is also the end of an answer.
 """
 
 from __future__ import annotations

@@ -115,7 +115,11 @@ def records(held_out: Path) -> list[dict[str, object]]:
 
 @pytest.fixture
 def held_out(folder: Path) -> Path:
-    asked = [("count", "Count these: fig hat"), ("reverse", "Reverse: fig kiwi"), ("member", "Is fig here? [red]fig[/]")]
+    asked = [
+        ("count", "Count these: fig hat"),
+        ("reverse", "Reverse: fig kiwi"),
+        ("member", "Is fig here? [red]fig[/]"),
+    ]
     lines = [
         {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "?"}], "skill": skill}
         for skill, text in asked

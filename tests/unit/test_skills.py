@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -53,7 +54,7 @@ def test_an_independent_check_agrees_with_every_answer(skill):
 def test_checks_refuse_the_answer_of_another_task(skill):
     rng = Random(f"refuse {skill}")
     examples = [draw_example(skill, rng) for _ in range(200)]
-    for example, other in zip(examples, examples[1:], strict=False):
+    for example, other in pairwise(examples):
         answer = other.turns[-1][1]
         assert is_right(skill, example.facts, answer) == (answer == example.turns[-1][1])
         assert not is_right(skill, example.facts, "")
@@ -135,7 +136,12 @@ def test_a_saved_tokenizer_loads_with_its_template(tmp_path: Path):
 def test_answers_and_their_stop_token_are_all_that_is_supervised():
     tokenizer = build_tokenizer(vocabulary_texts())
     template = resolve_template("auto", tokenizer)
-    turns = [("user", "Sort these words: plum fig"), ("assistant", "fig plum"), ("user", "Now in capitals."), ("assistant", "FIG PLUM")]
+    turns = [
+        ("user", "Sort these words: plum fig"),
+        ("assistant", "fig plum"),
+        ("user", "Now in capitals."),
+        ("assistant", "FIG PLUM"),
+    ]
     conversation = Conversation(tuple(Message(role, content) for role, content in turns))
     example = template.tokenize(conversation, tokenizer, loss_on="assistant")
     supervised = example.input_ids[example.loss_weights > 0]
