@@ -31,7 +31,7 @@ from sft_dist.errors import ConfigError
 from sft_dist.models import attention
 from sft_dist.models.adapters import apply_tuning, is_adapter
 from sft_dist.models.load import DTYPES, load_model, load_tokenizer
-from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers
+from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers, pick_head
 from sft_dist.observe.header import batch_equation, certificate_line, count
 from sft_dist.observe.perf import Shape
 from sft_dist.optim import build_optimizer
@@ -39,7 +39,6 @@ from sft_dist.parallel.build import build_engine
 from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime
-from sft_kernels import choose_head
 
 PAD_MULTIPLE_CPU = 8
 VERSIONED = ("torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors")
@@ -122,7 +121,7 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
         for part in ("recipe", "inputs"):
             refuse_changes(recorded[part], fingerprint[part], str(run_dir))
 
-    head_name, head, head_reason = choose_head(recipe.kernels.head, place.device)
+    head_name, head, head_reason = pick_head(recipe.kernels.head, place.device)
     autocast = compute if choices.strategy == "ddp" and compute != torch.float32 else None
     packed = PackedCausalLM(tuned, head, autocast_dtype=autocast)
     engine = build_engine(choices.strategy, packed, decoder_layers(causal_lm(tuned)), place, compute)

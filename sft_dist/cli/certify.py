@@ -25,8 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from sft_dist.config.auto import compute_dtype
     from sft_dist.models import attention
     from sft_dist.models.load import DTYPES, load_config, load_model
-    from sft_dist.models.packed import PackedCausalLM
-    from sft_kernels import choose_head
+    from sft_dist.models.packed import PackedCausalLM, pick_head
 
     recipe = read_recipe(args.items)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     is_packed = recipe.data.packing != "padded"
     if is_packed:
         attention.install(model, backend.name)
-    name, head, _ = choose_head(recipe.kernels.head, device)
+    name, head, _ = pick_head(recipe.kernels.head, device)
     packed = PackedCausalLM(model, head).eval()
     checks = certify(
         torch.no_grad()(packed.hidden_states),

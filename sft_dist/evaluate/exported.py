@@ -19,9 +19,8 @@ from sft_dist.data.store import TokenStore
 from sft_dist.errors import ConfigError
 from sft_dist.evaluate.generation import generate, prompts_from_store
 from sft_dist.evaluate.metrics import exact_match
-from sft_dist.models.packed import PackedCausalLM, causal_lm
+from sft_dist.models.packed import PackedCausalLM, causal_lm, pick_head
 from sft_dist.models.speaker import Speaker
-from sft_kernels import choose_head
 
 MICRO_BATCH_TOKENS = 4_096
 PAD_MULTIPLE = 8
@@ -63,7 +62,7 @@ def padded_loss(speaker: Speaker, store: TokenStore, recipe: Recipe) -> tuple[fl
     """(loss per supervised token, number of supervised tokens) over the whole store."""
     lm = causal_lm(speaker.model)
     device = lm.get_input_embeddings().weight.device
-    packed = PackedCausalLM(speaker.model, choose_head(recipe.kernels.head, device)[1]).eval()
+    packed = PackedCausalLM(speaker.model, pick_head(recipe.kernels.head, device)[1]).eval()
     seq_len = recipe.data.seq_len
     plan = eval_plan(
         lengths=store.lengths,

@@ -300,6 +300,7 @@ def segment_attention(
         )
     if not getattr(module, "is_causal", True):
         raise RuntimeError(f"{type(module).__name__}: only causal attention can be packed")
+    query, key = query.to(value.dtype), key.to(value.dtype)  # norms on q and k leave float32 behind under autocast
     out = kernel(
         query,
         key,

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from sft_dist.errors import ConfigError
 from sft_dist.models.attention import INTERFACE_NAMES, Segments
 from sft_dist.types import PackedBatch
+from sft_kernels import KernelUnavailableError, choose_head
 
 Head = Callable[..., Tensor]
 
@@ -54,9 +55,10 @@ class PackedCausalLM(nn.Module):
         """The decoder's last hidden states: [1, T, D] packed, [B, S, D] padded."""
         lm = causal_lm(self.model)
         arguments = attention_arguments(batch, lm.config._attn_implementation)
-        return lm.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **arguments
-        ).last_hidden_state
+        with self._autocast(batch.input_ids.device.type):
+            return lm.base_model(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **arguments
+            ).last_hidden_state
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """The Hugging Face `generate`, reached through the wrapper so that engines can gather sharded weights first."""
@@ -79,6 +81,14 @@ def attention_arguments(batch: PackedBatch, implementation: str) -> dict[str, An
         "max_length_k": batch.max_seqlen,
         "segments": Segments.of(batch.cu_seqlens) if implementation == INTERFACE_NAMES["sdpa"] else None,
     }
+
+
+def pick_head(requested: str, device: torch.device) -> tuple[str, Head, str]:
+    """(name, function, reason) of the loss head for `kernels.head`. Raises ConfigError when it cannot run here."""
+    try:
+        return choose_head(requested, device)
+    except KernelUnavailableError as error:
+        raise ConfigError(f"kernels.{error}") from error
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
