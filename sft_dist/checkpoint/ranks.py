@@ -6,15 +6,14 @@ one rank, and nothing is sent.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from sft_dist.errors import CheckpointError, NonFiniteError, SftError, StorageError
+from sft_dist.parallel.messages import gather_json
 
 _KINDS: dict[str, type[SftError]] = {kind.__name__: kind for kind in (StorageError, CheckpointError, NonFiniteError)}
 
@@ -35,15 +34,7 @@ class Ranks:
         """Every rank's JSON value, in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        dist.all_gather(sizes, torch.tensor([len(data)]), group=self.group)
-        width = max(int(size) for size in sizes)
-        padded = torch.zeros(width, dtype=torch.uint8)
-        padded[: len(data)] = data
-        parts = [torch.zeros(width, dtype=torch.uint8) for _ in range(self.world_size)]
-        dist.all_gather(parts, padded, group=self.group)
-        return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
+        return gather_json(value, self.group)
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's JSON value on every rank; what the others hand in is not read."""

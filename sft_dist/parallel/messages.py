@@ -22,16 +22,16 @@ def broadcast_json(value: Any) -> Any:
     return _decode(payload)
 
 
-def gather_json(value: Any) -> list[Any]:
-    """Every rank's `value`, in rank order, on every rank."""
+def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's `value`, in rank order, on every rank of `group` (None: all ranks)."""
     payload = _encode(value)
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([payload.numel()]))
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.tensor([payload.numel()]), group=group)
     longest = max(int(size) for size in sizes)
     padded = torch.zeros(longest, dtype=torch.uint8)
     padded[: payload.numel()] = payload
     received = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
-    dist.all_gather(received, padded)
+    dist.all_gather(received, padded, group=group)
     return [_decode(data[: int(size)]) for data, size in zip(received, sizes, strict=True)]
 
 
