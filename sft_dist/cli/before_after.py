@@ -32,8 +32,10 @@ class Pair:
 def skills_table(scores: Sequence[Score]) -> Table:
     """One row per skill, all of them together last."""
     table = Table(title="exact match on held-out inputs", title_justify="left", box=None, pad_edge=False)
-    for name, justify in (("skill", "left"), ("before", "right"), ("after", "right"), ("", "left")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("skill")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    table.add_column("", min_width=BAR_WIDTH)  # a title wider than its table would be folded
     for score in [*scores[1:], *scores[:1]]:
         style = "bold" if score.skill == "all" else ""
         share = score.after or 0.0
