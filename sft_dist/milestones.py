@@ -127,12 +127,17 @@ def save(parts: Parts, manager: CheckpointManager, step: int, run_dir: Path) -> 
     manager.save(step, state_tensors(parts), {"step": step, "plan": parts.train.plan.digest}, also_keep=best)
 
 
-def restore_best(parts: Parts, manager: CheckpointManager, job: Job) -> None:
-    """With early stopping, go back to the weights with the lowest validation loss before they are exported."""
+def restore_best(parts: Parts, manager: CheckpointManager, job: Job) -> int | None:
+    """With early stopping, go back to the weights with the lowest validation loss before they are exported.
+
+    Returns their step; None where the last weights are the ones to export.
+    """
     best = broadcast_json(best_step(read_metrics(job.run_dir)))
-    if parts.recipe.eval.early_stopping and best is not None:
-        manager.load(job.run_dir / "checkpoints" / step_name(best), state_tensors(parts))
-        job.console.say(f"exporting step {best}, the lowest validation loss")
+    if not parts.recipe.eval.early_stopping or best is None:
+        return None
+    manager.load(job.run_dir / "checkpoints" / step_name(best), state_tensors(parts))
+    job.console.say(f"exporting step {best}, the lowest validation loss")
+    return int(best)
 
 
 def export(parts: Parts, run_dir: Path) -> None:
@@ -155,8 +160,8 @@ def export(parts: Parts, run_dir: Path) -> None:
     )
 
 
-def finish(run_dir: Path) -> dict[str, Any]:
-    """Write summary.json from metrics.jsonl, and the report. Rank 0."""
+def finish(run_dir: Path, exported: int | None) -> dict[str, Any]:
+    """Write summary.json from metrics.jsonl, and the report. `exported`: an earlier step's weights were. Rank 0."""
     lines = read_metrics(run_dir)
     steps = [line for line in lines if line["kind"] == "step"]
     evals = [line for line in lines if line["kind"] == "eval"]
@@ -174,6 +179,9 @@ def finish(run_dir: Path) -> dict[str, Any]:
     }
     if evals:
         summary |= {"eval_loss_first": evals[0]["eval_loss"], "eval_loss_last": evals[-1]["eval_loss"]}
+    if exported is not None:
+        at_export = [line["eval_loss"] for line in evals if line["step"] == exported]
+        summary |= {"exported_step": exported, "eval_loss_exported": at_export[-1]}
     summary |= {f"exact_match_{phase}": share for phase, share in exact_shares(run_dir).items()}
     write_json(run_dir / "summary.json", summary)
     write_report(run_dir)
@@ -193,6 +201,8 @@ def describe(summary: dict[str, Any], run_dir: Path) -> str:
     text = f"done: {summary['steps']} steps, loss {summary['loss_first']:.4f} -> {summary['loss_last']:.4f}"
     if "eval_loss_first" in summary:
         text += f", validation loss {summary['eval_loss_first']:.4f} -> {summary['eval_loss_last']:.4f}"
+    if "exported_step" in summary:
+        text += f" (exported: step {summary['exported_step']} with {summary['eval_loss_exported']:.4f})"
     if "exact_match_after" in summary:
         text += f", exact match {summary.get('exact_match_before', math.nan):.1%} -> {summary['exact_match_after']:.1%}"
     text += f", {summary['tokens_per_second']:,.0f} tokens/s"

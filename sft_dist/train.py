@@ -158,11 +158,11 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
         if not finished:
             job.console.say("stopped with a checkpoint; run the same command to continue")
             return EXIT_STOPPED
-        milestones.restore_best(parts, manager, job)
+        exported = milestones.restore_best(parts, manager, job)
         milestones.check_answers(parts, "after", job.run_dir)
         milestones.export(parts, job.run_dir)
         if place.is_main:
-            job.console.say(milestones.describe(milestones.finish(job.run_dir), job.run_dir))
+            job.console.say(milestones.describe(milestones.finish(job.run_dir, exported), job.run_dir))
         return EXIT_DONE
     finally:
         parts.close()

@@ -44,12 +44,14 @@ class TokenizedExample:
     """One document as tokens.
 
     `loss_weights[i]` is the weight of token i *as a target*: 0 context, 1 supervised, between: prompt weight.
+    `answers` are the token ranges [start, end) of the learned assistant turns, in order, stop texts included.
     """
 
     input_ids: np.ndarray  # int32[L]
     loss_weights: np.ndarray  # float32[L]
     source: str = ""
     id: str = ""
+    answers: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

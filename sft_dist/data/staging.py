@@ -9,7 +9,7 @@ What a row loses: the tokens after its last target (nothing would learn from the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -147,4 +147,7 @@ def trim(example: TokenizedExample) -> TokenizedExample:
 
 def keep(example: TokenizedExample, length: int) -> TokenizedExample:
     """The first `length` tokens."""
-    return TokenizedExample(example.input_ids[:length], example.loss_weights[:length], example.source, example.id)
+    answers = tuple((start, min(end, length)) for start, end in example.answers if start < length)
+    return replace(
+        example, input_ids=example.input_ids[:length], loss_weights=example.loss_weights[:length], answers=answers
+    )

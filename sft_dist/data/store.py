@@ -36,6 +36,7 @@ _FEATURES = datasets.Features(
         "input_ids": datasets.List(datasets.Value("int32")),
         "run_lengths": datasets.List(datasets.Value("int32")),
         "run_weights": datasets.List(datasets.Value("float32")),
+        "answer_edges": datasets.List(datasets.Value("int32")),
         "length": datasets.Value("int32"),
         "num_loss_tokens": datasets.Value("int32"),
         "loss_weight_sum": datasets.Value("float64"),
@@ -105,6 +106,7 @@ class TokenStore:
         self._tokens = _Ragged(table["input_ids"])
         self._run_lengths = _Ragged(table["run_lengths"])
         self._run_weights = _Ragged(table["run_weights"])
+        self._answer_edges = _Ragged(table["answer_edges"])
         self._sources, self._ids = table["source"], table["id"]
 
     def __len__(self) -> int:
@@ -137,6 +139,7 @@ class TokenStore:
             loss_weights=self.loss_weights(index),
             source=self._sources[index].as_py(),
             id=self._ids[index].as_py(),
+            answers=tuple((int(start), int(end)) for start, end in self._answer_edges[index].reshape(-1, 2)),
         )
 
 
@@ -179,6 +182,7 @@ def _to_table(chunk: list[TokenizedExample], digest: Any) -> pa.Table:
         _lists([example.input_ids for example in chunk], np.int32),
         _lists([run_lengths for run_lengths, _ in runs], np.int32),
         _lists([run_weights for _, run_weights in runs], np.float32),
+        _lists([np.array(example.answers, np.int32).ravel() for example in chunk], np.int32),
         pa.array([len(example.input_ids) for example in chunk], pa.int32()),
         pa.array([num for num, _ in counts], pa.int32()),
         pa.array([weight_sum for _, weight_sum in counts], pa.float64()),

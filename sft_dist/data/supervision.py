@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from sft_dist.data.provenance import ARGUMENTS, CONTENT, NAMES, REASONING, ROLE, TOOLS, Run
+from sft_dist.data.provenance import ARGUMENTS, CONTENT, HEADER, NAMES, REASONING, ROLE, TOOLS, Run
 from sft_dist.data.rendering import Rendered
 from sft_dist.errors import BadRecord
 from sft_dist.types import Conversation, Message
@@ -35,6 +35,7 @@ class Span(NamedTuple):
     start: int
     end: int
     weight: float
+    answer: int | None = None  # number of the assistant message that wrote them
 
 
 class Turn(NamedTuple):
@@ -106,15 +107,23 @@ def supervise(
         if weight > 0:
             _check_followed(rendered, messages[i], i, turns)
     if loss_on == "all":
-        return [Span(run.start, run.end, weights[run.message] if run.message >= 0 else 1.0) for run in rendered.runs]
+        return [_whole_run(run, messages, weights) for run in rendered.runs]
     spans = _instructions(rendered.runs, messages, prompt_loss_weight)
     tagged = _tagged_regions(rendered.runs)
     for i, weight in enumerate(weights):
         if weight > 0 and i in tagged:
-            spans += [Span(*piece, weight) for piece in _as_tagged(rendered, turns[i], tagged[i], stops)]
+            spans += [Span(*piece, weight, i) for piece in _as_tagged(rendered, turns[i], tagged[i], stops)]
         elif weight > 0:
-            spans.append(Span(*_as_said(rendered, messages[i].content, turns[i], stops, header_end), weight))
+            spans.append(Span(*_as_said(rendered, messages[i].content, turns[i], stops, header_end), weight, i))
     return spans
+
+
+def _whole_run(run: Run, messages: Sequence[Message], weights: Sequence[float]) -> Span:
+    """A run under `loss_on: all`, where headers are learned too but do not belong to the answer."""
+    if run.message < 0:
+        return Span(run.start, run.end, 1.0)
+    spoken = messages[run.message].role in SPEAKERS and run.slot not in (ROLE, HEADER)
+    return Span(run.start, run.end, weights[run.message], run.message if spoken else None)
 
 
 def _instructions(runs: Sequence[Run], messages: Sequence[Message], weight: float) -> list[Span]:

@@ -207,7 +207,7 @@ class BoundTemplate:
         """
         rendered = self._render(conversation)
         if _is_plain_text(conversation):
-            return rendered.text, [Span(0, len(rendered.text), 1.0)]
+            return rendered.text, [Span(0, len(rendered.text), 1.0, answer=0)]
         if self._ends_without_stop(rendered, conversation):
             if not self.eos_token:
                 raise ConfigError(
@@ -260,25 +260,46 @@ class BoundTemplate:
 
     def example(self, frame: TokenizedExample, text: str, spans: list[Span], encoding: Any) -> TokenizedExample:
         """`frame` filled with token ids and weights."""
-        ids, weights = encoding.ids, token_weights(encoding.offsets, spans)
+        ids, edges = encoding.ids, token_edges(encoding.offsets)
+        weights, answers = token_weights(edges, spans), token_answers(edges, spans)
         if self.bos_to_prepend and not text.startswith(self.bos_to_prepend):
             ids, weights = [self.tokenizer.bos_token_id, *ids], np.concatenate([_ZERO, weights])
-        return TokenizedExample(np.asarray(ids, dtype=np.int32), weights, frame.source, frame.id)
+            answers = tuple((start + 1, end + 1) for start, end in answers)
+        return TokenizedExample(np.asarray(ids, dtype=np.int32), weights, frame.source, frame.id, answers)
 
 
-def token_weights(offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> np.ndarray:
-    """float32[L]: the largest weight among the supervised characters a token covers, 0 for none.
+def token_edges(offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """First character and end of each token: int64[L] each, from a tokenizer's offsets.
 
     Some tokenizers report offsets without the white space of a token; a gap belongs to the token behind it.
     """
     edges = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
     ends = edges[:, 1]
-    starts = np.minimum(edges[:, 0], np.concatenate([_ORIGIN, np.maximum.accumulate(ends)[:-1]]) if len(ends) else ends)
-    weights = np.zeros(len(edges), dtype=np.float32)
+    if not len(ends):
+        return ends, ends
+    return np.minimum(edges[:, 0], np.concatenate([_ORIGIN, np.maximum.accumulate(ends)[:-1]])), ends
+
+
+def token_weights(edges: tuple[np.ndarray, np.ndarray], spans: Sequence[Span]) -> np.ndarray:
+    """float32[L]: the largest weight among the supervised characters a token covers, 0 for none."""
+    starts, ends = edges
+    weights = np.zeros(len(ends), dtype=np.float32)
     for span in spans:
         covered = (starts < span.end) & (ends > span.start)
         np.maximum(weights, np.float32(span.weight), out=weights, where=covered)
     return weights
+
+
+def token_answers(edges: tuple[np.ndarray, np.ndarray], spans: Sequence[Span]) -> tuple[tuple[int, int], ...]:
+    """The token range [start, end) of each learned answer, in order."""
+    starts, ends = edges
+    ranges: dict[int, tuple[int, int]] = {}
+    for span in spans:
+        covered = np.flatnonzero((starts < span.end) & (ends > span.start))
+        if span.answer is not None and span.weight > 0 and len(covered):
+            first = ranges[span.answer][0] if span.answer in ranges else int(covered[0])
+            ranges[span.answer] = first, int(covered[-1]) + 1
+    return tuple(ranges.values())
 
 
 _ORIGIN = np.zeros(1, dtype=np.int64)

@@ -1,6 +1,6 @@
 """Greedy answers to held-out prompts.
 
-Prompts are cut from the token store itself (everything before the last supervised span), so the model is asked in
+Prompts are cut from the token store itself (everything before the last learned answer), so the model is asked in
 exactly the tokens it was trained on, whatever the template. The answer ends at the template's stop token or stop text.
 """
 
@@ -106,8 +106,7 @@ def stock_attention(lm: nn.Module) -> Iterator[None]:
 
 def _prompt(store: TokenStore, tokenizer: PreTrainedTokenizerBase, index: int, stop_strings: Sequence[str]) -> Prompt:
     example = store.example(index)
-    full = example.loss_weights >= example.loss_weights.max()  # not the prompt, which may carry a smaller weight
-    start, end = spans(full.astype(np.float32))[-1]
+    start, end = example.answers[-1] if example.answers else spans(example.loss_weights)[-1]
     ids = example.input_ids.tolist()
     return Prompt(
         ids=ids[:start] or ids[:1],  # a document trained from its first token is continued from that token

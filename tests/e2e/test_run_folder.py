@@ -97,5 +97,9 @@ def test_early_stopping_exports_the_best_checkpoint(tmp_path: Path) -> None:
     printed = train(write_recipe(tmp_path, **changes))
     assert "early stopping" in printed
     scored = {record["step"]: record["eval_loss"] for record in lines(tmp_path / "run", "eval") if record["step"]}
-    assert f"exporting step {min(scored, key=scored.__getitem__)}" in printed
+    best = min(scored, key=scored.__getitem__)
+    assert f"exporting step {best}" in printed
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["exported_step"], summary["eval_loss_exported"]) == (best, scored[best])
+    assert f"(exported: step {best} with {scored[best]:.4f})" in printed
     assert len(scored) < 12

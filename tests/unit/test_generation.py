@@ -139,9 +139,15 @@ def test_generating_draws_no_random_number_and_leaves_the_mode_alone(
     assert not model.training and all(parameter.grad is None for parameter in model.parameters())
 
 
-def store(folder: Path, rows: Sequence[tuple[Sequence[int], Sequence[float]]]) -> TokenStore:
+def store(
+    folder: Path,
+    rows: Sequence[tuple[Sequence[int], Sequence[float]]],
+    answers: tuple[tuple[int, int], ...] = (),
+) -> TokenStore:
     examples = (
-        TokenizedExample(np.array(ids, np.int32), np.array(weights, np.float32), "data.jsonl", f"data.jsonl:{number}")
+        TokenizedExample(
+            np.array(ids, np.int32), np.array(weights, np.float32), "data.jsonl", f"data.jsonl:{number}", answers
+        )
         for number, (ids, weights) in enumerate(rows, 1)
     )
     write_store(folder / "store", examples, {})
@@ -156,8 +162,12 @@ def test_a_prompt_is_everything_before_the_last_supervised_span(
     assert found == Prompt([5, 6, 7, EOS, 8, 9], reference="w5 w6", id="data.jsonl:1", text="w0 w1 w2 </s> w3 w4")
 
 
-def test_weighted_prompts_are_not_taken_for_the_answer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    (found,) = prompts_from_store(store(tmp_path, [([5, 6, 7, EOS], [0, 0.25, 1, 1])]), tokenizer, 1, seed=0)
+@pytest.mark.parametrize("prompt_weight", [0.25, 1.0])
+def test_weighted_prompts_are_not_taken_for_the_answer(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, prompt_weight: float
+) -> None:
+    rows = store(tmp_path, [([5, 6, 7, EOS], [0, prompt_weight, 1, 1])], answers=((2, 4),))
+    (found,) = prompts_from_store(rows, tokenizer, 1, seed=0)
     assert (found.ids, found.reference) == ([5, 6], "w2")
 
 

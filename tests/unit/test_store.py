@@ -21,7 +21,7 @@ rows = st.lists(st.lists(st.tuples(tokens, weights), min_size=1, max_size=30), m
 
 def make_example(tokens, weights, number=0) -> TokenizedExample:
     arrays = np.array(tokens, np.int32), np.array(weights, np.float32)
-    return TokenizedExample(*arrays, "data.jsonl", f"data.jsonl:{number}")
+    return TokenizedExample(*arrays, "data.jsonl", f"data.jsonl:{number}", ((1, 3), (4, 5)))
 
 
 def some_examples(num: int = 3) -> list[TokenizedExample]:
@@ -42,7 +42,7 @@ def test_what_is_written_comes_back(tmp_path_factory, rows):
     for index, (read, written) in enumerate(zip(store, examples, strict=True)):
         assert read.input_ids.tolist() == written.input_ids.tolist()
         assert read.loss_weights.tobytes() == written.loss_weights.tobytes()
-        assert (read.source, read.id) == (written.source, written.id)
+        assert (read.source, read.id, read.answers) == (written.source, written.id, written.answers)
         counted = count_targets(written.loss_weights)
         assert (store.num_loss_tokens[index], store.loss_weight_sums[index]) == counted
 

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from sft_dist.data.formats import to_conversation
 from sft_dist.data.sources import Rejects, read_records
 from sft_dist.data.supervision import Span, Stops
-from sft_dist.data.templates import ChatTemplate, resolve_template, spans, token_weights
+from sft_dist.data.templates import ChatTemplate, resolve_template, spans, token_answers, token_edges, token_weights
 from sft_dist.errors import BadRecord, ConfigError
 from sft_dist.types import Conversation, Message, TokenizedExample
 
@@ -327,8 +327,33 @@ def test_spans_of_weights() -> None:
 
 def test_token_weights_take_the_larger_weight_and_fill_gaps() -> None:
     offsets = [(0, 2), (3, 5), (5, 5), (6, 9)]  # the white space at 2 and 5 is trimmed off, and belongs to what follows
-    weights = token_weights(offsets, [Span(2, 3, 1.0), Span(4, 6, 0.5)])
+    weights = token_weights(token_edges(offsets), [Span(2, 3, 1.0), Span(4, 6, 0.5)])
     assert weights.tolist() == [0.0, 1.0, 0.5, 0.5]
+    assert token_weights(token_edges([]), []).tolist() == []
+
+
+def test_answers_are_the_tokens_of_each_learned_turn() -> None:
+    offsets = [(0, 2), (2, 4), (4, 6), (6, 8), (8, 9)]
+    asked, muted = Span(0, 2, 1.0), Span(0, 2, 0.0, 0)
+    pieces = [Span(3, 4, 1.0, 1), Span(5, 6, 1.0, 1), Span(8, 9, 0.5, 3)]
+    assert token_answers(token_edges(offsets), [asked, muted, *pieces]) == ((1, 3), (4, 5))
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "all", "last_turn"])
+@pytest.mark.parametrize("prompt_loss_weight", [0.0, 1.0])
+@pytest.mark.parametrize("name", BUILTIN)
+def test_the_last_answer_is_the_last_assistant_turn(name: str, loss_on: str, prompt_loss_weight: float) -> None:
+    turns = [Message(role, f"{role} {turn}") for turn in "ab" for role in ("user", "assistant")]
+    example = template_of(name).tokenize(
+        Conversation((*turns, Message("user", "unanswered"))) if loss_on == "assistant" else Conversation(tuple(turns)),
+        BYTES,
+        loss_on=loss_on,
+        prompt_loss_weight=prompt_loss_weight,
+    )
+    start, end = example.answers[-1]
+    assert BYTES.decode(example.input_ids[start:end], skip_special_tokens=True).strip().startswith("assistant b")
+    assert "unanswered" not in BYTES.decode(example.input_ids[start:end])
+    assert len(example.answers) == (1 if loss_on == "last_turn" else 2)
 
 
 def test_stop_token_ids(shared: Path) -> None:
