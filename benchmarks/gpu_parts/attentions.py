@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 
 import torch
@@ -68,16 +68,19 @@ def tensors(tokens: int, query_heads: int, kv_heads: int, width: int, device: to
 def run(name: str, given: list[Tensor], lengths: tuple[int, ...], window: int | None) -> list[Tensor]:
     """Output and gradients of q, k, v through one backend."""
     q, k, v = (t.detach().requires_grad_() for t in given[:3])
-    edges = [0, *accumulate(lengths)]
-    device_edges = EDGES.setdefault((lengths, q.device), torch.tensor(edges, dtype=torch.int32, device=q.device))
+    edges, segments = boundaries(lengths, q.device)
     out = attention.BACKENDS[name](
-        q, k, v, cu_seqlens=edges if name == "sdpa" else device_edges, max_seqlen=max(lengths),
+        q, k, v, cu_seqlens=edges, segments=segments, max_seqlen=max(lengths),
         scale=q.shape[-1] ** -0.5, window=window, softcap=None, sinks=None, dropout=0.0,
     )  # fmt: skip
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), given[3])]
 
 
-EDGES: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}  # made once per pack, as the loader does
+@cache
+def boundaries(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, attention.Segments]:
+    """Made once per pack for all layers, as the loader and the model do."""
+    edges = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return edges, attention.Segments.of(edges)
 
 
 def run_dense(given: list[Tensor], mask: Tensor) -> list[Tensor]:
