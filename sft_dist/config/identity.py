@@ -16,6 +16,7 @@ FREE_KEYS = (
     "run.dir",
     "optim.stop_after_step",
     "data.cache_dir",
+    "data.workers",
     "checkpoint.",
     "eval.",
     "log.",

@@ -88,13 +88,15 @@ class DataSection(Section):
     test_fraction: Fraction = 0.0
     chat_template: str = "auto"
     seq_len: Annotated[int, Field(ge=8)] = 2048
-    long_examples: Literal["drop", "truncate"] = "drop"
+    mixture_temperature: Annotated[float, Field(ge=1.0)] = 1.0  # above 1 raises the share of small sources
+    long_examples: Literal["drop", "truncate", "split"] = "drop"
     packing: Literal["best_fit", "none", "padded"] = "best_fit"
     loss_on: Literal["assistant", "last_turn", "completion", "all"] = "assistant"
     prompt_loss_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     on_bad_record: Literal["stop", "skip"] = "stop"
     max_bad_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
     cache_dir: str | None = None
+    workers: Annotated[int, Field(ge=0)] | Auto = "auto"  # processes that tokenise; 0: none besides this one
 
 
 class BatchSection(Section):
@@ -198,7 +200,6 @@ class Recipe(Section):
 NOT_YET: dict[str, str] = {
     "precision.stochastic_rounding": "bf16 masters with stochastic rounding",
     "precision.compile": "torch.compile",
-    "data.mixture_temperature": "temperature mixing",
     "optim.lora_plus_ratio": "LoRA+",
     "optim.neftune_alpha": "NEFTune noise",
     "parallel.offload": "offloading",
@@ -223,7 +224,6 @@ NOT_YET: dict[str, str] = {
         [f"tuning.method={name}" for name in ("dora", "qlora", "prefix", "prompt", "bitfit")],
         "other methods than LoRA",
     ),
-    "data.long_examples=split": "splitting long examples",
     **dict.fromkeys([f"parallel.strategy={name}" for name in ("zero1", "zero2", "zero3")], "DeepSpeed ZeRO"),
     "memory.activation_checkpointing=selective": "selective checkpointing",
     **dict.fromkeys([f"log.trackers={name}" for name in ("wandb", "mlflow")], "hosted trackers"),

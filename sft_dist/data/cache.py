@@ -25,14 +25,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _NAME_DIGITS = 32  # hex digits of a cache entry's name: 128 bits
-_READERS_OF_THE_STORE = frozenset({"packing", "layout", "plan", "collate", "loader", "inspect"})
+_READERS_OF_THE_STORE = frozenset(
+    {"packing", "layout", "plan", "stream_plan", "collate", "loader", "inspect", "workers"}
+)
+_TOKEN_SETTINGS = ("seq_len", "long_examples", "loss_on", "prompt_loss_weight")
 _SETTINGS = (
+    *_TOKEN_SETTINGS,
     "eval_fraction",
     "test_fraction",
-    "seq_len",
-    "long_examples",
-    "loss_on",
-    "prompt_loss_weight",
+    "mixture_temperature",
     "on_bad_record",
     "max_bad_fraction",
 )
@@ -62,6 +63,17 @@ def cache_name(
         "code": code_digest(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:_NAME_DIGITS]
+
+
+def rules_digest(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, template_text: str) -> str:
+    """SHA-256 over everything besides the records that decides their tokens, hex."""
+    parts = {
+        "template": template_text,
+        "tokenizer": tokenizer_digest(tokenizer),
+        "settings": {name: getattr(recipe.data, name) for name in _TOKEN_SETTINGS},
+        "code": code_digest(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(path: str | Path) -> str:

@@ -3,43 +3,49 @@
     prepared = prepare(recipe, tokenizer, notice=print)
     prepared.train.lengths, prepared.eval, prepared.template, prepared.report
 
-    source files --stage--> one store of all rows --split, weigh--> train, eval, test --commit--> cache/<name>/
+    source files --chunks--> shards (cached by content) --merge--> corpus --split, weigh--> train, eval, test
 
 Called by every rank before any process group exists: whoever comes first prepares, the others wait at a file lock and
-map the same files. A second run with the same inputs reads the cache.
+map the same files. A second run with the same inputs reads the cache; one whose files changed a little tokenises what
+changed.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 
 from sft_dist.config.schema import Recipe, SourceSection
-from sft_dist.data.cache import cache_name, cache_root, file_digest, only_one
+from sft_dist.data.cache import cache_name, cache_root, file_digest, only_one, rules_digest
 from sft_dist.data.folder import atomic_folder, remove_unfinished
 from sft_dist.data.permutation import derive_key, permute
 from sft_dist.data.report import PrepareReport, SourceReport, SplitReport
-from sft_dist.data.sources import Record, source_files
-from sft_dist.data.splits import split_keys
-from sft_dist.data.staging import Stager
-from sft_dist.data.store import TokenStore, open_store, write_store
+from sft_dist.data.shards import Chunk, ShardCache, chunks
+from sft_dist.data.sources import Rejects, source_files
+from sft_dist.data.splits import EVAL, TEST, TRAIN, draw_splits
+from sft_dist.data.store import CORPUS, Corpus, TokenStore, open_store, with_places, write_corpus, write_split
 from sft_dist.data.templates import ChatTemplate, resolve_template
-from sft_dist.errors import DataError
-from sft_dist.types import TokenizedExample
+from sft_dist.data.tokenise import Event, Rules, Shard
+from sft_dist.data.workers import Workers
+from sft_dist.errors import BadRecord, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SPLITS = ("train", "eval", "test")
-ROLES = ("sources", "eval_sources", "test_sources")
-REPORT_FILE = "report.json"
+SPLITS = {"train": TRAIN, "eval": EVAL, "test": TEST}
+ROLES = {"sources": None, "eval_sources": EVAL, "test_sources": TEST}  # key of the recipe -> split it is given to
+REPORT_FILE, REJECTS_FILE, DROPPED_FILE = "report.json", "rejects.jsonl", "dropped.jsonl"
+SHARDS = "shards"
+BYTES_PER_WORKER = 16 << 20  # of source files: less is tokenised before another process has started
 
 Notice = Callable[[str], None]
 Progress = Callable[[int, int], None]  # bytes of source files read so far, bytes in all
@@ -95,7 +101,7 @@ def _make(
         shutil.rmtree(folder)
     remove_unfinished(folder)
     with atomic_folder(folder) as temporary:
-        _Preparation(recipe, tokenizer, template, meter).write(temporary)
+        _Preparation(recipe, tokenizer, template, meter, temporary).write()
     return _read(folder, template)
 
 
@@ -113,20 +119,36 @@ def _read(folder: Path, template: ChatTemplate) -> PreparedData:
     return PreparedData(stores["train"], stores.get("eval"), stores.get("test"), template, report, folder)
 
 
-def num_copies(num_rows: int, weight: float, key: int) -> np.ndarray:
+def num_copies(num_rows: int, weight: float | Fraction, key: int) -> np.ndarray:
     """How often each row of a source comes per epoch: int64[num_rows], in sum `num_rows * weight` rounded half up.
 
     An exact integer schedule: every row floor(weight) times, and a share of them, chosen by `key`, once more.
     """
     exact = Fraction(str(weight))
-    numerator, denominator = exact.numerator, exact.denominator
-    places = [(2 * numerator * rank + denominator) // (2 * denominator) for rank in range(num_rows + 1)]
-    return np.diff(places)[permute(np.arange(num_rows), num_rows, key)]
+    whole, part = divmod(exact, 1)
+    extra = (2 * part.numerator * num_rows + part.denominator) // (2 * part.denominator)
+    rank = permute(np.arange(num_rows), num_rows, key) if extra else np.arange(num_rows)
+    return int(whole) + (rank < extra).astype(np.int64)
+
+
+def temperate(weights: list[float], sizes: list[int], temperature: float) -> list[Fraction]:
+    """Copies per row of each source so that its share of the mix is its weighted size to the power 1 / temperature.
+
+    1 leaves the weights as they are, larger ones raise small sources (Raffel et al., 2020, section 3.5.2; Devlin,
+    2019). The mix keeps its total of weighted rows. Sources without rows get 0.
+    """
+    mass = [weight * size for weight, size in zip(weights, sizes, strict=True)]
+    if temperature == 1.0:
+        return [Fraction(str(weight)) for weight in weights]
+    heat = [m ** (1 / temperature) for m in mass]
+    wanted = [sum(mass) * h / max(sum(heat), 1e-300) for h in heat]
+    copies = (w / size if size else 0.0 for w, size in zip(wanted, sizes, strict=True))
+    return [Fraction(c).limit_denominator(10**6) for c in copies]
 
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """Where rows [first, last) of the staged store come from."""
+    """Where rows [first, last) of the corpus come from."""
 
     role: str
     source: SourceSection
@@ -138,75 +160,140 @@ class _Preparation:
     """One preparation, from files to a finished folder."""
 
     def __init__(
-        self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, meter: _Meter
+        self,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerFast,
+        template: ChatTemplate,
+        meter: _Meter,
+        folder: Path,
     ) -> None:
-        self._recipe = recipe
-        self._report = PrepareReport(template.name, recipe.data.seq_len)
-        self._stager = Stager(recipe.data, tokenizer, template, self._report, meter)
-        self._contents: list[bytes] = []  # of each staged row
+        data = recipe.data
+        self._recipe, self._meter, self._folder = recipe, meter, folder
+        self._report = PrepareReport(template.name, data.seq_len)
+        rules = Rules(tokenizer, template, data.loss_on, data.prompt_loss_weight, data.seq_len, data.long_examples)
+        self._cache = ShardCache(cache_root(recipe) / SHARDS, rules, rules_digest(recipe, tokenizer, template.text))
+        self._rejects = Rejects(data.on_bad_record, data.max_bad_fraction)
         self._origins: list[_Origin] = []
+        self._num_rows = 0
 
-    def write(self, folder: Path) -> None:
-        """Fill `folder` with one store per split and the report."""
+    def write(self) -> None:
+        """Fill the folder with the corpus, one store per split, the report and the lists of what was not used."""
         started = time.monotonic()
-        write_store(folder / "staged", self._stage(), {})
-        self._stager.finish()
-        staged = open_store(folder / "staged")
-        for name, rows in self._routes().items():
+        files: dict[str, int] = {}
+        with (
+            open(self._folder / REJECTS_FILE, "w", encoding="utf-8") as rejects,
+            open(self._folder / DROPPED_FILE, "w", encoding="utf-8") as dropped,
+        ):
+            write_corpus(self._folder / CORPUS, self._tables(files, rejects, dropped), files)
+        self._report.check_bad_fraction(self._recipe.data.max_bad_fraction)
+        corpus = Corpus(self._folder / CORPUS)
+        for name, rows in self._routes(corpus).items():
             if len(rows):
-                write_store(folder / name, (staged.example(row) for row in rows.tolist()), {"split": name})
-                self._report.splits[name] = SplitReport.of(open_store(folder / name))
-        shutil.rmtree(folder / "staged")
+                write_split(self._folder / name, corpus, rows, {"split": name})
+                self._report.splits[name] = SplitReport.of(open_store(self._folder / name))
         self._report.seconds = time.monotonic() - started
-        self._report.write(folder / REPORT_FILE)
+        self._report.write(self._folder / REPORT_FILE)
 
-    def _stage(self) -> Iterator[TokenizedExample]:
-        """All rows of all sources."""
-        for role in ROLES:
-            for source in getattr(self._recipe.data, role):
-                first, counts = len(self._contents), SourceReport(source.path, role, weight=source.weight)
-                self._report.sources.append(counts)
-                for row in self._stager.rows(source, counts):
-                    self._contents.append(row.content)
-                    yield row.example
-                self._origins.append(_Origin(role, source, first, len(self._contents)))
+    def _tables(self, files: dict[str, int], rejects: IO[str], dropped: IO[str]) -> Iterator[pa.Table]:
+        """The rows of all sources, counted in the report. Shards that are missing are made on the way."""
+        with Workers(self._cache.make, self._num_workers()) as workers:
+            for role in ROLES:
+                for source in getattr(self._recipe.data, role):
+                    counts, first = SourceReport(source.path, role, weight=source.weight), self._num_rows
+                    self._report.sources.append(counts)
+                    tasks = ((chunk, self._cache.task(chunk)) for chunk in chunks(source, self._rejects))
+                    for chunk, _ in workers.map(tasks):
+                        yield self._merge(chunk, counts, files, rejects, dropped)
+                    self._origins.append(_Origin(role, source, first, self._num_rows))
 
-    def _routes(self) -> dict[str, np.ndarray]:
-        """Split -> staged rows it holds, repeated as often as the source's weight says."""
-        split_of = self._split_of_rows()
-        copies = np.concatenate([np.zeros(0, dtype=np.int64), *map(self._copies, self._origins)])
-        routes = {name: np.repeat(np.flatnonzero(split_of == name), copies[split_of == name]) for name in SPLITS}
+    def _merge(
+        self, chunk: Chunk, counts: SourceReport, files: dict[str, int], rejects: IO[str], dropped: IO[str]
+    ) -> pa.Table:
+        """The rows of `chunk` with their places."""
+        shard = self._cache.shard(chunk)
+        bad = sorted([*chunk.bad, *_rejected(chunk, shard)], key=lambda one: (one.line, one.byte))
+        if bad and self._recipe.data.on_bad_record == "stop":
+            raise bad[0]
+        for one in bad:
+            self._report.reject(one, counts, rejects)
+        for event in shard.events:
+            self._report.count(event, chunk.records[event.record].id + event.part, counts, dropped)
+        counts.add(chunk, shard)
+        if chunk.records:
+            self._meter(chunk.file, chunk.records[-1].byte)
+        self._num_rows += len(shard.table)
+        suffixes = [record.id.removeprefix(record.file) for record in chunk.records]
+        owners, parts = shard.table["record"].to_pylist(), shard.table["part"].to_pylist()
+        places = [suffixes[owner] + part for owner, part in zip(owners, parts, strict=True)]
+        source = files.setdefault(chunk.file, len(files))
+        return with_places(shard.table.drop_columns(["record", "part"]), [source] * len(places), places)
+
+    def _num_workers(self) -> int:
+        """0 on small data or one core: the other processes would start after the work is done."""
+        if self._recipe.data.workers != "auto":
+            return self._recipe.data.workers
+        wanted = min(len(os.sched_getaffinity(0)), self._meter.total // BYTES_PER_WORKER)
+        return wanted if wanted > 1 else 0
+
+    def _routes(self, corpus: Corpus) -> dict[str, np.ndarray]:
+        """Split -> rows it holds, repeated as often as the mix says."""
+        contents = corpus.column("content")
+        split_of = self._split_of_rows(contents)
+        self._count_duplicates(contents)
+        copies = self._copies()
+        routes = {
+            name: np.repeat(np.flatnonzero(split_of == split), copies[split_of == split])
+            for name, split in SPLITS.items()
+        }
         if not len(routes["train"]):
             raise DataError(self._nothing_to_train())
-        self._note_overlap(split_of)
+        self._note_overlap(contents, split_of)
         return routes
 
-    def _split_of_rows(self) -> np.ndarray:
-        """Name of the split of each staged row: [N] of str."""
+    def _split_of_rows(self, contents: np.ndarray) -> np.ndarray:
+        """The split of each row: int8[N]."""
         data, seed = self._recipe.data, self._recipe.run.seed
-        given = {"eval_sources": "eval", "test_sources": "test"}
-        names = np.concatenate(
-            [np.zeros(0, "<U5"), *(np.full(o.last - o.first, given.get(o.role, "")) for o in self._origins)]
-        )
-        drawn = np.flatnonzero(names == "")
-        keys = [self._contents[row] for row in drawn.tolist()]
-        names[drawn] = split_keys(keys, data.eval_fraction, data.test_fraction, seed)
-        if data.eval_fraction and "eval" not in names and len(drawn):
+        given = np.full(len(contents), -1, dtype=np.int8)
+        sources = np.zeros(len(contents), dtype=np.int32)
+        for number, origin in enumerate(self._origins):
+            sources[origin.first : origin.last] = number
+            split = ROLES[origin.role]
+            given[origin.first : origin.last] = -1 if split is None else split
+        drawn = given < 0
+        given[drawn] = draw_splits(contents[drawn], sources[drawn], data.eval_fraction, data.test_fraction, seed)
+        if data.eval_fraction and EVAL not in given and drawn.any():
             self._report.notices.append("fewer than 2 different examples: no validation split")
-        return names
+        return given
 
-    def _copies(self, origin: _Origin) -> np.ndarray:
-        """int64[rows of the source]."""
-        key = derive_key("copies", self._recipe.run.seed, self._origins.index(origin))
-        return num_copies(origin.last - origin.first, origin.source.weight, key)
+    def _count_duplicates(self, contents: np.ndarray) -> None:
+        """Rows of each source whose content came before, in it or in an earlier source."""
+        is_first = np.zeros(len(contents), dtype=bool)
+        is_first[np.unique(contents, return_index=True)[1]] = True
+        for origin, counts in zip(self._origins, self._report.sources, strict=True):
+            counts.duplicates = int(np.count_nonzero(~is_first[origin.first : origin.last]))
 
-    def _note_overlap(self, split_of: np.ndarray) -> None:
+    def _copies(self) -> np.ndarray:
+        """How often each row of the corpus comes per epoch: int64[N]."""
+        data, seed = self._recipe.data, self._recipe.run.seed
+        mixed = [origin for origin in self._origins if origin.role == "sources"]
+        weights = temperate(
+            [o.source.weight for o in mixed], [o.last - o.first for o in mixed], data.mixture_temperature
+        )
+        weights += [Fraction(str(o.source.weight)) for o in self._origins if o.role != "sources"]
+        copies = [np.zeros(0, dtype=np.int64)]
+        for number, (origin, weight) in enumerate(zip(self._origins, weights, strict=True)):
+            copies.append(num_copies(origin.last - origin.first, weight, derive_key("copies", seed, number)))
+            self._report.sources[number].copies = float(weight)
+        return np.concatenate(copies)
+
+    def _note_overlap(self, contents: np.ndarray, split_of: np.ndarray) -> None:
         """Given evaluation sets may repeat what is trained on; drawn ones cannot."""
-        contents = {name: {self._contents[row] for row in np.flatnonzero(split_of == name).tolist()} for name in SPLITS}
-        for name in SPLITS[1:]:
-            if shared := len(contents["train"] & contents[name]):
+        trained = np.unique(contents[split_of == TRAIN])
+        for name in ("eval", "test"):
+            held_out = np.unique(contents[split_of == SPLITS[name]])
+            if shared := int(np.isin(held_out, trained).sum()):
                 self._report.notices.append(
-                    f"warning: {shared:,} of {len(contents[name]):,} {name} examples are in train too"
+                    f"warning: {shared:,} of {len(held_out):,} {name} examples are in train too"
                 )
 
     def _nothing_to_train(self) -> str:
@@ -221,19 +308,26 @@ class _Preparation:
         )
 
 
+def _rejected(chunk: Chunk, shard: Shard) -> list[BadRecord]:
+    """What was found wrong behind the reading, at its place."""
+    found: Iterable[Event] = (event for event in shard.events if event.kind == "rejected")
+    return [chunk.records[event.record].bad(event.reason) for event in found]
+
+
 class _Meter:
     """Turns the place of a record into bytes read of all bytes."""
 
     def __init__(self, files: Iterable[str], progress: Progress) -> None:
         self._sizes = {path: _text_bytes(Path(path)) for path in files}
+        self.total = sum(self._sizes.values())
         self._progress = progress
         self._done, self._file = 0, ""
 
-    def __call__(self, record: Record) -> None:
-        if record.file != self._file:
+    def __call__(self, file: str, byte: int) -> None:
+        if file != self._file:
             self._done += self._sizes.get(self._file, 0)
-            self._file = record.file
-        self._progress(self._done + record.byte, sum(self._sizes.values()))
+            self._file = file
+        self._progress(min(self._done + byte, self.total), self.total)
 
 
 def _text_bytes(path: Path) -> int:

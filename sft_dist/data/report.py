@@ -1,7 +1,8 @@
 """What became of the data: one table per source, one per split, every reject with its place.
 
 Kept in the cache entry beside the stores, so that a cached run tells the same story, and copied into the run folder as
-`prepare_report.json`.
+`prepare_report.json`. The report lists the first rejects and drops; all of them stand beside it in `rejects.jsonl` and
+`dropped.jsonl`, written line by line, so that a million of them need no memory.
 """
 
 from __future__ import annotations
@@ -9,39 +10,58 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from sft_dist.data.store import TokenStore
+from sft_dist.errors import BadRecord, DataError
+
+if TYPE_CHECKING:
+    from sft_dist.data.shards import Chunk
+    from sft_dist.data.tokenise import Event, Shard
 
 _HISTOGRAM_BINS = 24
-_MAX_DROPPED_LISTED = 100
+_MAX_LISTED = 100
 
 
 @dataclass(slots=True)
 class SourceReport:
-    """Counts of one source, in records unless said otherwise."""
+    """Counts of one source, in examples unless said otherwise. A record may hold several examples."""
 
     path: str
     role: str  # sources | eval_sources | test_sources
     formats: list[str] = field(default_factory=list)
     guessed: bool = False
     weight: float = 1.0
+    copies: float = 1.0  # of each example per epoch: the weight, after data.mixture_temperature
     files: list[str] = field(default_factory=list)
     records: int = 0
     accepted: int = 0
-    rejected: int = 0  # bad records, listed in PrepareReport.rejects
+    rejected: int = 0  # bad ones, listed in PrepareReport.rejects
     too_long: int = 0
     no_target: int = 0  # nothing supervised, or nothing left of it after truncation
     truncated: int = 0
-    duplicates: int = 0  # accepted records whose content came before; kept
-    tokens: int = 0  # of accepted records
+    split: int = 0  # cut into several accepted ones
+    duplicates: int = 0  # accepted ones whose content came before; kept
+    tokens: int = 0  # of accepted ones
     loss_tokens: int = 0
 
     @property
     def supervised_share(self) -> float:
         return self.loss_tokens / max(self.tokens, 1)
+
+    def add(self, chunk: Chunk, shard: Shard) -> None:
+        """Count the rows of one chunk."""
+        if chunk.format and chunk.file not in self.files[-1:]:
+            self.files.append(chunk.file)
+            self.formats = sorted({*self.formats, chunk.format})
+            self.guessed = chunk.source.format == "auto"
+        self.records += len(chunk.records) + len(chunk.bad)
+        self.accepted += len(shard.table)
+        self.tokens += pc.sum(shard.table["lengths"]).as_py() or 0
+        self.loss_tokens += pc.sum(shard.table["num_loss_tokens"]).as_py() or 0
 
     def describe(self) -> str:
         """One line for the terminal."""
@@ -50,11 +70,15 @@ class SourceReport:
             "too long": self.too_long,
             "without anything supervised": self.no_target,
             "truncated": self.truncated,
+            "cut into pieces": self.split,
             "duplicates (kept)": self.duplicates,
         }
         rest = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
         how = " + ".join(self.formats) + (" (recognised)" if self.guessed else "")
-        return f"{self.path}: {how}, {self.accepted:,} of {self.records:,} records used{rest}"
+        one_each = self.accepted + self.rejected + self.too_long + self.no_target == self.records
+        used = f"{self.accepted:,} of {self.records:,} records used" if one_each else ""
+        mixed = f", {self.copies:g} of each per epoch" if self.copies != 1 else ""
+        return f"{self.path}: {how}, {used or f'{self.accepted:,} examples from {self.records:,} records'}{rest}{mixed}"
 
 
 @dataclass(slots=True)
@@ -102,15 +126,32 @@ class PrepareReport:
     seq_len: int
     sources: list[SourceReport] = field(default_factory=list)
     splits: dict[str, SplitReport] = field(default_factory=dict)  # train, eval, test as far as they exist
-    rejects: list[dict[str, Any]] = field(default_factory=list)  # file, line, byte, reason
-    dropped: list[dict[str, str]] = field(default_factory=list)  # id, reason of the first too long or target-less rows
+    rejects: list[dict[str, Any]] = field(default_factory=list)  # file, line, byte, reason of the first bad records
+    dropped: list[dict[str, str]] = field(default_factory=list)  # id, kind, reason of the first dropped, cut or split
     notices: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
-    def drop(self, example_id: str, reason: str) -> None:
-        """List a dropped example, up to a hundred of them; the counts are in its source."""
-        if len(self.dropped) < _MAX_DROPPED_LISTED:
-            self.dropped.append({"id": example_id, "reason": reason})
+    def reject(self, bad: BadRecord, counts: SourceReport, listing: IO[str]) -> None:
+        """Count and list a bad record."""
+        counts.rejected += 1
+        entry = {"file": bad.file, "line": bad.line, "byte": bad.byte, "reason": bad.reason}
+        _list(entry, self.rejects, listing)
+
+    def count(self, event: Event, example_id: str, counts: SourceReport, listing: IO[str]) -> None:
+        """Count and list what happened to an example that was read: dropped, cut or split."""
+        if event.kind != "rejected":
+            setattr(counts, event.kind, getattr(counts, event.kind) + 1)
+            _list({"id": example_id, "kind": event.kind, "reason": event.reason}, self.dropped, listing)
+
+    def check_bad_fraction(self, allowed: float) -> None:
+        """Raise DataError when more than this share of all records, bad ones included, are bad."""
+        num_bad, num_all = (sum(getattr(s, name) for s in self.sources) for name in ("rejected", "records"))
+        if num_bad > allowed * num_all:
+            first = BadRecord(**self.rejects[0])
+            raise DataError(
+                f"{num_bad:,} of {num_all:,} records are bad ({num_bad / max(num_all, 1):.1%}), more than "
+                f"data.max_bad_fraction={allowed}; the first: {first}"
+            )
 
     def lines(self) -> list[str]:
         """What a user reads at the start of a run."""
@@ -143,3 +184,10 @@ class PrepareReport:
     def read(cls, path: str | Path) -> PrepareReport:
         """Read what `write` wrote."""
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def _list(entry: dict[str, Any], listed: list[dict[str, Any]], listing: IO[str]) -> None:
+    """The first hundred in the report, all of them in the file."""
+    if len(listed) < _MAX_LISTED:
+        listed.append(entry)
+    listing.write(json.dumps(entry, ensure_ascii=False) + "\n")

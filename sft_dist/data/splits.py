@@ -1,60 +1,71 @@
 """Which conversations are held out: a function of their content and a seed.
 
-Exact duplicates always fall on one side, the order of the file does not matter, and the counts are exact: the contents
-with the smallest keyed hashes are held out. Adding rows therefore moves only few others.
+Exact duplicates always fall on one side, the order of the file does not matter, and the counts are exact: of each
+source, the contents with the smallest keyed hashes are held out. Adding rows therefore moves only few others.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import Literal
+from itertools import pairwise
 
-from sft_dist.types import Conversation
+import numpy as np
 
-Split = Literal["train", "eval", "test"]
+from sft_dist.data.permutation import derive_key
+from sft_dist.types import Conversation, TokenizedExample
 
-
-def content_key(conversation: Conversation) -> bytes:
-    """32 bytes that depend on what is said, not on the file, the place or loss weights."""
-    said = [(m.role, m.content, dict(m.extra)) for m in conversation.messages]
-    text = json.dumps([said, conversation.tools], sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).digest()
+TRAIN, EVAL, TEST = range(3)
 
 
-def assign_split(conversation: Conversation, eval_fraction: float, test_fraction: float, seed: int) -> Split:
-    """The split of one conversation on its own: fractions hold on average. `assign_splits` makes them exact."""
-    place = int.from_bytes(_drawn(content_key(conversation), seed)[:8], "big") / 2**64
-    if place < test_fraction:
-        return "test"
-    return "eval" if place < test_fraction + eval_fraction else "train"
+def content_key(given: Conversation | TokenizedExample) -> int:
+    """64 bits that depend on what is said, not on the file, the place or loss weights."""
+    if isinstance(given, TokenizedExample):
+        return _hash(given.input_ids.astype("<i4").tobytes())
+    said = [(m.role, m.content, dict(m.extra)) for m in given.messages]
+    return _hash(json.dumps([said, given.tools], sort_keys=True, ensure_ascii=True).encode())
 
 
-def assign_splits(
-    conversations: Sequence[Conversation], eval_fraction: float, test_fraction: float, seed: int
-) -> list[Split]:
-    """The split of each conversation, with exact counts of unique contents; see `split_keys`."""
-    return split_keys([content_key(one) for one in conversations], eval_fraction, test_fraction, seed)
+def draw_splits(
+    contents: np.ndarray, sources: np.ndarray, eval_fraction: float, test_fraction: float, seed: int
+) -> np.ndarray:
+    """The split of each row: int8[N] of TRAIN, EVAL, TEST.
 
-
-def split_keys(keys: Sequence[bytes], eval_fraction: float, test_fraction: float, seed: int) -> list[Split]:
-    """The split of each content key.
-
-    A fraction above 0 holds out at least one content, as long as one is left to train on (evaluation comes first).
+    `contents` uint64[N] are content keys, `sources` int[N] tell which source a row stands in. Each source gives its
+    fractions of its different contents, and keeps one at least; a content that stands in several belongs to the first.
+    A fraction above 0 holds out at least one content of all, as long as one is left to train on (evaluation comes
+    first).
     """
-    unique = sorted(set(keys), key=lambda key: _drawn(key, seed))
-    num_eval = _count(eval_fraction, len(unique), room=len(unique) - 1)
-    num_test = _count(test_fraction, len(unique), room=len(unique) - 1 - num_eval)
-    held_out: dict[bytes, Split] = dict.fromkeys(unique[:num_test], "test")
-    held_out |= dict.fromkeys(unique[num_test : num_test + num_eval], "eval")
-    return [held_out.get(key, "train") for key in keys]
+    unique, first, row_content = np.unique(contents, return_index=True, return_inverse=True)
+    owner = sources[first]
+    keyed = unique ^ np.uint64(derive_key("split", seed))  # contents are hashes already: the key only turns the order
+    order = np.lexsort((keyed, owner))
+    splits = np.zeros(len(unique), dtype=np.int8)
+    edges = np.searchsorted(owner[order], [*np.unique(owner), np.iinfo(np.int64).max])
+    for start, end in pairwise(edges.tolist()):
+        num_eval, num_test = _shares(end - start, eval_fraction, test_fraction)
+        splits[order[start : start + num_test]] = TEST
+        splits[order[start + num_test : start + num_test + num_eval]] = EVAL
+    if eval_fraction > 0:
+        _at_least_one(splits, order, EVAL, instead_of=TEST)
+    if test_fraction > 0:
+        _at_least_one(splits, order, TEST)
+    return splits[row_content]
 
 
-def _drawn(key: bytes, seed: int) -> bytes:
-    return hashlib.sha256(f"split {seed} ".encode() + key).digest()
+def _shares(num: int, eval_fraction: float, test_fraction: float) -> tuple[int, int]:
+    """How many of `num` contents are held out for evaluation and for test."""
+    num_eval = min(round(eval_fraction * num), max(num - 1, 0))
+    return num_eval, min(round(test_fraction * num), max(num - 1 - num_eval, 0))
 
 
-def _count(fraction: float, num_unique: int, room: int) -> int:
-    wanted = max(1, round(fraction * num_unique)) if fraction > 0 else 0
-    return max(0, min(wanted, room))
+def _at_least_one(splits: np.ndarray, order: np.ndarray, split: int, instead_of: int | None = None) -> None:
+    """Small sets round down to nothing: take a content that would be trained, if another one is left for that."""
+    trained, other = (order[splits[order] == taken] for taken in (TRAIN, instead_of))
+    given = trained if len(trained) > 1 else other
+    if split not in splits and len(given):
+        splits[given[0]] = split
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")

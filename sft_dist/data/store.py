@@ -1,19 +1,21 @@
-"""The token store: prepared examples in one Arrow file, memory-mapped, read without copying.
+"""The token store: prepared examples in one memory-mapped Arrow file, and splits that are lists of its rows.
 
-    write_store(folder, examples, meta)        folder/examples.arrow + folder/meta.json, complete or not there
-    store = open_store(folder)
-    store.lengths                              int32[N]: what the plan needs, in memory
-    store.token_ids(7), store.example(7)       what collate needs, straight from the page cache
+    write_corpus(folder / "corpus", tables, sources)     every accepted row once, in the order of the sources
+    write_split(folder / "train", corpus, rows)          which rows, how often; their lengths and counts
+    store = open_store(folder / "train")
+    store.lengths                                        int32[N], mapped: what the plan needs
+    store.token_ids(7), store.example(7)                 what collate needs, straight from the page cache
 
-One row per example. Loss weights are kept as runs (how many tokens, which weight): a 0/1 mask costs a few bytes per
-turn instead of four per token. Every rank of a machine maps the same pages.
+A row costs its tokens and some 60 bytes. Loss weights are kept as runs (how many tokens, which weight): a 0/1 mask
+costs a few bytes per turn instead of four per token. A split that repeats a row stores its number again, not its
+tokens. Every rank of a machine maps the same pages, so memory does not grow with the number of ranks.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,88 +31,151 @@ from sft_dist.types import TokenizedExample
 
 EXAMPLES_FILE = "examples.arrow"
 META_FILE = "meta.json"
-ROWS_PER_CHUNK = 4096  # rows per Arrow record batch: bounds the memory of a writer
+CORPUS = "corpus"  # the folder beside the splits
+ROWS_PER_CHUNK = (
+    16_384  # rows per Arrow record batch: bounds a writer's memory and the number of pieces of a reader
+)
+GATHERED = ("lengths", "num_loss_tokens", "loss_weight_sums")
 
-_FEATURES = datasets.Features(
+FEATURES = datasets.Features(
     {
         "input_ids": datasets.List(datasets.Value("int32")),
         "run_lengths": datasets.List(datasets.Value("int32")),
         "run_weights": datasets.List(datasets.Value("float32")),
-        "answer_edges": datasets.List(datasets.Value("int32")),
-        "length": datasets.Value("int32"),
+        "answer_edges": datasets.List(datasets.Value("int32")),  # start, end of each answer
+        "lengths": datasets.Value("int32"),
         "num_loss_tokens": datasets.Value("int32"),
-        "loss_weight_sum": datasets.Value("float64"),
-        "source": datasets.Value("string"),
-        "id": datasets.Value("string"),
+        "loss_weight_sums": datasets.Value("float64"),
+        "digest": datasets.Value("uint64"),  # of tokens and weights
+        "content": datasets.Value("uint64"),  # of what is said, whatever template and tokenizer
+        "source": datasets.Value("int32"),  # place in the header's list of files
+        "place": datasets.Value("string"),  # what follows the file's name in the example's id
     }
 )
 
 
-def write_store(folder: str | Path, examples: Iterable[TokenizedExample], meta: Mapping[str, Any]) -> None:
-    """Write `examples` in the given order as the store `folder`, which must not exist yet.
+def write_corpus(folder: Path, tables: Iterable[pa.Table], files: Iterable[str]) -> None:
+    """Write `tables` (columns of `FEATURES`) one after another as `folder`, which must not exist yet.
 
-    `meta`: anything JSON can hold, found again as `TokenStore.meta`. Memory stays bounded whatever the number of
-    examples. Raises StorageError when the disk does.
+    `files` may grow while the tables are drawn; a row's `source` is its place in it. Memory stays bounded whatever the
+    number of rows. Raises StorageError when the disk does.
     """
-    with atomic_folder(Path(folder)) as temporary:
-        digest = hashlib.sha256()
-        path = temporary / EXAMPLES_FILE
-        with ArrowWriter(path=str(path), features=_FEATURES) as writer:
-            num_examples = 0
-            rows = iter(examples)
-            while chunk := list(islice(rows, ROWS_PER_CHUNK)):
-                writer.write_table(_to_table(chunk, digest))
-                num_examples += len(chunk)
+    with atomic_folder(folder) as temporary:
+        path, num_rows = temporary / EXAMPLES_FILE, 0
+        with ArrowWriter(path=str(path), features=FEATURES) as writer:
+            for table in _in_chunks(tables):
+                writer.write_table(table)
+                num_rows += len(table)
             writer.finalize()
-        header = {
-            "num_examples": num_examples,
-            "num_bytes": path.stat().st_size,
-            "fingerprint": digest.hexdigest(),
-            "meta": dict(meta),
-        }
-        (temporary / META_FILE).write_text(json.dumps(header, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write_header(temporary, {"num_rows": num_rows, "num_bytes": path.stat().st_size, "files": list(files)})
+
+
+def write_split(folder: Path, corpus: Corpus, rows: np.ndarray, meta: Mapping[str, Any]) -> None:
+    """Write the split `folder` beside its corpus: int64[N] row numbers in training-example order, and their columns.
+
+    `meta`: anything JSON can hold, found again as `TokenStore.meta`.
+    """
+    with atomic_folder(folder) as temporary:
+        np.save(temporary / "rows.npy", rows.astype(np.int64))
+        for name in GATHERED:
+            np.save(temporary / f"{name}.npy", corpus.column(name)[rows])
+        fingerprint = hashlib.sha256(corpus.column("digest")[rows].astype("<u8").tobytes()).hexdigest()
+        _write_header(temporary, {"num_examples": len(rows), "fingerprint": fingerprint, "meta": dict(meta)})
+
+
+def write_store(folder: str | Path, examples: Iterable[TokenizedExample], meta: Mapping[str, Any]) -> None:
+    """Write `examples` in the given order as a store of its own: `folder` with its corpus inside."""
+    files: dict[str, int] = {}
+    with atomic_folder(Path(folder)) as temporary:
+        rows = iter(examples)
+        chunks = iter(lambda: list(islice(rows, ROWS_PER_CHUNK)), [])
+        write_corpus(temporary / CORPUS, (located(to_table(chunk), chunk, files) for chunk in chunks), files)
+        corpus = Corpus(temporary / CORPUS)
+        write_split(temporary / "split", corpus, np.arange(len(corpus)), meta)
+        for path in (temporary / "split").iterdir():
+            path.rename(temporary / path.name)
+        (temporary / "split").rmdir()
 
 
 def open_store(folder: str | Path) -> TokenStore:
-    """Map a store written by `write_store`. Raises DataError when a file is missing or was cut off."""
+    """Map a split and its corpus. Raises DataError when a file is missing or was cut off."""
     folder = Path(folder)
-    path = folder / EXAMPLES_FILE
+    inside = folder / CORPUS
+    corpus = Corpus(inside if inside.is_dir() else folder.parent / CORPUS)
     try:
-        header = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
-        num_bytes = path.stat().st_size
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: no token store ({error}); delete the folder to prepare the data again") from error
-    if num_bytes != header["num_bytes"]:
-        raise DataError(
-            f"{path}: {num_bytes} bytes instead of the {header['num_bytes']} written; "
-            "delete its folder to prepare the data again"
+        return TokenStore(folder, corpus)
+    except (OSError, ValueError, LookupError) as error:
+        raise _damaged(folder, error) from error
+
+
+class Corpus:
+    """All rows of a preparation, mapped. Row numbers count from 0 in the order of the sources."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / EXAMPLES_FILE
+        try:
+            header = _read_header(folder)
+            num_bytes = path.stat().st_size
+        except (OSError, ValueError) as error:
+            raise _damaged(folder, error) from error
+        if num_bytes != header["num_bytes"]:
+            raise DataError(
+                f"{path}: {num_bytes} bytes instead of the {header['num_bytes']} written; "
+                "delete its folder to prepare the data again"
+            )
+        self._table = _map_table(path, header["num_rows"])
+        self._files: list[str] = header["files"]
+        self._tokens, self._run_lengths, self._run_weights, self._answer_edges = (
+            _Ragged(self._table[name]) for name in ("input_ids", "run_lengths", "run_weights", "answer_edges")
         )
-    return TokenStore(folder, header)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def column(self, name: str) -> np.ndarray:
+        """A numeric column: [num rows]."""
+        return self._table[name].to_numpy()
+
+    def token_ids(self, row: int) -> np.ndarray:
+        """int32[L], a read-only view of the file."""
+        return self._tokens[row]
+
+    def loss_weights(self, row: int) -> np.ndarray:
+        """float32[L]."""
+        return np.repeat(self._run_weights[row], self._run_lengths[row])
+
+    def example(self, row: int) -> TokenizedExample:
+        """Row `row` as it was written."""
+        source = self._files[self._table["source"][row].as_py()]
+        return TokenizedExample(
+            input_ids=self.token_ids(row),
+            loss_weights=self.loss_weights(row),
+            source=source,
+            id=source + self._table["place"][row].as_py(),
+            answers=tuple((int(start), int(end)) for start, end in self._answer_edges[row].reshape(-1, 2)),
+        )
 
 
 class TokenStore:
-    """Random access to prepared examples; row numbers are the example ids of a plan.
+    """Random access to the examples of a split; their numbers are the example ids of a plan.
 
-    `lengths` int32[N] tokens, `num_loss_tokens` int32[N] targets with weight > 0 (a document's first token is never a
-    target), `loss_weight_sums` float64[N] sums of their weights, `fingerprint` SHA-256 over all tokens and weights.
+    `rows` int64[N] corpus row of each example, `lengths` int32[N] tokens, `num_loss_tokens` int32[N] targets with
+    weight > 0 (a document's first token is never a target), `loss_weight_sums` float64[N] sums of their weights: all
+    mapped. `fingerprint`: SHA-256 over all tokens and weights, in order.
     """
 
-    def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, corpus: Corpus) -> None:
+        header = _read_header(folder)
+        self.folder, self.corpus = folder, corpus
         self.fingerprint: str = header["fingerprint"]
         self.meta: dict[str, Any] = header["meta"]
-        table = _map_table(folder / EXAMPLES_FILE, header["num_examples"])
-        self.lengths: np.ndarray = table["length"].to_numpy()
-        self.num_loss_tokens: np.ndarray = table["num_loss_tokens"].to_numpy()
-        self.loss_weight_sums: np.ndarray = table["loss_weight_sum"].to_numpy()
-        self._tokens = _Ragged(table["input_ids"])
-        self._run_lengths = _Ragged(table["run_lengths"])
-        self._run_weights = _Ragged(table["run_weights"])
-        self._answer_edges = _Ragged(table["answer_edges"])
-        self._sources, self._ids = table["source"], table["id"]
+        self.rows = _map_array(folder / "rows.npy", header["num_examples"])
+        self.lengths, self.num_loss_tokens, self.loss_weight_sums = (
+            _map_array(folder / f"{name}.npy", header["num_examples"]) for name in GATHERED
+        )
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.rows)
 
     def __iter__(self) -> Iterator[TokenizedExample]:
         return (self.example(index) for index in range(len(self)))
@@ -121,26 +186,25 @@ class TokenStore:
 
     @property
     def supervised_share(self) -> float:
-        """Targets over tokens, of the whole store; 0 when it is empty."""
+        """Targets over tokens, of the whole split; 0 when it is empty."""
         return int(self.num_loss_tokens.sum(dtype=np.int64)) / max(self.num_tokens, 1)
 
     def token_ids(self, index: int) -> np.ndarray:
         """The tokens of example `index`: int32[L], a read-only view of the file."""
-        return self._tokens[index]
+        return self.corpus.token_ids(self._row(index))
 
     def loss_weights(self, index: int) -> np.ndarray:
         """The weight of each token of example `index` as a target: float32[L]."""
-        return np.repeat(self._run_weights[index], self._run_lengths[index])
+        return self.corpus.loss_weights(self._row(index))
 
     def example(self, index: int) -> TokenizedExample:
         """Example `index` as it was written."""
-        return TokenizedExample(
-            input_ids=self.token_ids(index),
-            loss_weights=self.loss_weights(index),
-            source=self._sources[index].as_py(),
-            id=self._ids[index].as_py(),
-            answers=tuple((int(start), int(end)) for start, end in self._answer_edges[index].reshape(-1, 2)),
-        )
+        return self.corpus.example(self._row(index))
+
+    def _row(self, index: int) -> int:
+        if not 0 <= index < len(self.rows):
+            raise IndexError(f"example {index} is outside 0..{len(self.rows) - 1}")
+        return int(self.rows[index])
 
 
 class _Ragged:
@@ -151,8 +215,6 @@ class _Ragged:
         self._starts = np.cumsum([0] + [len(chunk) for chunk in column.chunks])
 
     def __getitem__(self, index: int) -> np.ndarray:
-        if not 0 <= index < self._starts[-1]:
-            raise IndexError(f"example {index} is outside 0..{self._starts[-1] - 1}")
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         offsets, values = self._chunks[number]
         row = index - self._starts[number]
@@ -165,31 +227,55 @@ def count_targets(loss_weights: np.ndarray) -> tuple[int, float]:
     return int(np.count_nonzero(targets > 0)), float(targets.sum(dtype=np.float64))
 
 
-def _map_table(path: Path, num_examples: int) -> pa.Table:
-    if not num_examples:  # a file of zero bytes of data cannot be mapped
-        return _FEATURES.arrow_schema.empty_table()
-    return datasets.Dataset.from_file(str(path)).data.table
-
-
-def _to_table(chunk: list[TokenizedExample], digest: Any) -> pa.Table:
-    """One record batch of rows, its content fed to `digest` in order."""
-    runs = [_runs(example.loss_weights) for example in chunk]
-    for example, (run_lengths, run_weights) in zip(chunk, runs, strict=True):
-        for array, dtype in ((example.input_ids, "<i4"), (run_lengths, "<i4"), (run_weights, "<f4")):
-            digest.update(len(array).to_bytes(8, "little") + array.astype(dtype).tobytes())
-    counts = [count_targets(example.loss_weights) for example in chunk]
+def to_table(examples: Sequence[TokenizedExample], contents: Sequence[int] | None = None) -> pa.Table:
+    """Examples as rows without a place yet: the columns of `FEATURES` up to `content`."""
+    runs = [_runs(example.loss_weights) for example in examples]
+    counts = [count_targets(example.loss_weights) for example in examples]
     columns = [
-        _lists([example.input_ids for example in chunk], np.int32),
+        _lists([example.input_ids for example in examples], np.int32),
         _lists([run_lengths for run_lengths, _ in runs], np.int32),
         _lists([run_weights for _, run_weights in runs], np.float32),
-        _lists([np.array(example.answers, np.int32).ravel() for example in chunk], np.int32),
-        pa.array([len(example.input_ids) for example in chunk], pa.int32()),
+        _lists([np.array(example.answers, np.int32).ravel() for example in examples], np.int32),
+        pa.array([len(example.input_ids) for example in examples], pa.int32()),
         pa.array([num for num, _ in counts], pa.int32()),
         pa.array([weight_sum for _, weight_sum in counts], pa.float64()),
-        pa.array([example.source for example in chunk], pa.string()),
-        pa.array([example.id for example in chunk], pa.string()),
+        pa.array([_digest(example, *run) for example, run in zip(examples, runs, strict=True)], pa.uint64()),
+        pa.array(contents or [0] * len(examples), pa.uint64()),
     ]
-    return pa.Table.from_arrays(columns, schema=_FEATURES.arrow_schema)
+    return pa.Table.from_arrays(columns, names=list(FEATURES)[: len(columns)])
+
+
+def located(table: pa.Table, examples: Sequence[TokenizedExample], files: dict[str, int]) -> pa.Table:
+    """`table` with the places of `examples`, whose ids begin with their source; new sources are added to `files`."""
+    sources = [files.setdefault(example.source, len(files)) for example in examples]
+    places = [example.id.removeprefix(example.source) for example in examples]
+    return with_places(table, sources, places)
+
+
+def with_places(table: pa.Table, sources: Sequence[int], places: Sequence[str]) -> pa.Table:
+    """`table` with its last two columns."""
+    with_source = table.append_column("source", pa.array(sources, pa.int32()))
+    return with_source.append_column("place", pa.array(places, pa.string())).cast(FEATURES.arrow_schema)
+
+
+def _in_chunks(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in record batches of about `ROWS_PER_CHUNK`."""
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        if sum(map(len, held)) >= ROWS_PER_CHUNK:
+            yield pa.concat_tables(held).combine_chunks()
+            held = []
+    if held:
+        yield pa.concat_tables(held).combine_chunks()
+
+
+def _digest(example: TokenizedExample, run_lengths: np.ndarray, run_weights: np.ndarray) -> int:
+    """64 bits over one example's tokens and weights."""
+    digest = hashlib.sha256()
+    for array, dtype in ((example.input_ids, "<i4"), (run_lengths, "<i4"), (run_weights, "<f4")):
+        digest.update(len(array).to_bytes(8, "little") + array.astype(dtype).tobytes())
+    return int.from_bytes(digest.digest()[:8], "little")
 
 
 def _runs(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -200,5 +286,31 @@ def _runs(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _lists(arrays: list[np.ndarray], dtype: type) -> pa.ListArray:
     offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int32)
-    values: np.ndarray = np.concatenate(arrays).astype(dtype, copy=False)
+    values: np.ndarray = np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype, copy=False)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def _map_table(path: Path, num_rows: int) -> pa.Table:
+    if not num_rows:  # a file of zero bytes of data cannot be mapped
+        return FEATURES.arrow_schema.empty_table()
+    return datasets.Dataset.from_file(str(path)).data.table
+
+
+def _map_array(path: Path, num: int) -> np.ndarray:
+    array: np.ndarray = np.load(path, mmap_mode="r" if num else None)
+    if len(array) != num:
+        raise ValueError(f"{path.name} holds {len(array)} of {num} examples")
+    return array
+
+
+def _write_header(folder: Path, header: Mapping[str, Any]) -> None:
+    (folder / META_FILE).write_text(json.dumps(header, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_header(folder: Path) -> dict[str, Any]:
+    header: dict[str, Any] = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
+    return header
+
+
+def _damaged(folder: Path, error: Exception) -> DataError:
+    return DataError(f"{folder}: no token store ({error}); delete the folder to prepare the data again")

@@ -90,7 +90,7 @@ def test_the_next_step_is_prepared_in_the_background(store):
             self.reads += 1
             return super().token_ids(index)
 
-    counting = Counting(store.folder, {"fingerprint": "", "meta": {}, "num_examples": len(store)})
+    counting = Counting(store.folder, store.corpus)
     with make_loader(counting, make_plan(store)) as loader:
         loader.step(1)
         deadline = time.monotonic() + 10
@@ -114,7 +114,7 @@ class BrokenStore(TokenStore):
 
 @pytest.fixture
 def broken(store) -> BrokenStore:
-    return BrokenStore(store.folder, {"fingerprint": "", "meta": {}, "num_examples": len(store)})
+    return BrokenStore(store.folder, store.corpus)
 
 
 def test_what_fails_in_the_background_is_raised_at_that_step(store, broken):

@@ -12,54 +12,20 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
-from tokenizers.decoders import ByteLevel
+from preparing import byte_tokenizer, decoded, make_recipe, records, said, write_lines
 from transformers import PreTrainedTokenizerFast
 
-from sft_dist.config.schema import Recipe
 from sft_dist.data import prepare as prepare_module
 from sft_dist.data.prepare import num_copies, prepare
 from sft_dist.data.report import PrepareReport
-from sft_dist.data.staging import trim
+from sft_dist.data.tokenise import trim
 from sft_dist.errors import BadRecord, ConfigError, DataError
 from sft_dist.types import TokenizedExample
-
-
-def byte_tokenizer(eos: str = "<|im_end|>") -> PreTrainedTokenizerFast:
-    """One token per byte, and an end token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer()
-
-
-def records(num: int, answer: str = "answer number {}") -> list[dict[str, str]]:
-    return [{"instruction": f"question {n}", "output": answer.format(n)} for n in range(num)]
-
-
-def write_lines(path: Path, rows) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def make_recipe(folder: Path, *sources, **data) -> Recipe:
-    given = [source if isinstance(source, dict) else {"path": str(source)} for source in sources]
-    settings = {"sources": given, "chat_template": "chatml", "seq_len": 256} | data
-    return Recipe(model={"path": "unused"}, run={"dir": str(folder / "runs" / "one")}, data=settings)
-
-
-def said(text: str) -> None:
-    """A notice nobody reads."""
-
-
-def decoded(store, tokenizer) -> list[str]:
-    return sorted(tokenizer.decode(example.input_ids) for example in store)
 
 
 def test_every_record_is_in_exactly_one_split(tmp_path, tokenizer):
@@ -116,7 +82,8 @@ def test_long_examples_are_dropped_and_listed_or_truncated(tmp_path, tokenizer):
     assert (counts.records, counts.accepted, counts.too_long, counts.truncated) == (6, 4, 2, 0)
     assert "more than data.seq_len=256" in dropping.report.dropped[0]["reason"]
     assert dropping.report.dropped[0]["id"] == f"{source}:5"
-    cutting = prepare(make_recipe(tmp_path, source, long_examples="truncate"), tokenizer, notice=said)
+    truncating = {"long_examples": "truncate", "eval_fraction": 0.0}
+    cutting = prepare(make_recipe(tmp_path, source, **truncating), tokenizer, notice=said)
     counts = cutting.report.sources[0]
     assert (counts.accepted, counts.too_long, counts.truncated, counts.no_target) == (5, 0, 1, 1)
     assert cutting.train.lengths.max() == 256
@@ -208,7 +175,7 @@ def test_a_second_run_reads_the_cache(tmp_path, tokenizer, monkeypatch):
     first = prepare(recipe, tokenizer, notice=lines[0].append)
     monkeypatch.setattr(prepare_module, "_Preparation", None)
     second = prepare(recipe, byte_tokenizer(), notice=lines[1].append)
-    assert second.folder == first.folder == next((tmp_path / "runs" / ".sft-cache").glob("*/"))
+    assert second.folder == first.folder and first.folder.parent == tmp_path / "runs" / ".sft-cache"
     assert second.train.fingerprint == first.train.fingerprint
     assert second.report == first.report
     assert lines[0] == lines[1]
@@ -245,7 +212,7 @@ def test_a_killed_preparation_is_swept_up(tmp_path, tokenizer):
     assert not leftover.exists()
 
 
-@pytest.mark.parametrize("victim", ["train/examples.arrow", "eval/meta.json", "report.json"])
+@pytest.mark.parametrize("victim", ["corpus/examples.arrow", "train/lengths.npy", "eval/meta.json", "report.json"])
 def test_a_damaged_entry_is_said_and_made_again(tmp_path, tokenizer, victim):
     recipe = make_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", records(5)))
     first = prepare(recipe, tokenizer, notice=said)
@@ -315,16 +282,16 @@ def test_two_processes_at_once_share_the_work(tmp_path):
         import os, sys, time
         from pathlib import Path
         from sft_dist.data import prepare as module
-        from tests.unit.test_prepare import byte_tokenizer, make_recipe
+        from tests.preparing import byte_tokenizer, make_recipe
         folder = Path({str(tmp_path)!r})
         original = module._Preparation.write
-        def slow(self, target):
+        def slow(self):
             with open(folder / "prepared", "a") as file:
                 file.write("x")
             while len(list(folder.glob("here-*"))) < 2:
                 time.sleep(0.05)
             time.sleep(1)  # from there the other needs milliseconds to the lock
-            original(self, target)
+            original(self)
         module._Preparation.write = slow
         (folder / f"here-{{os.getpid()}}").touch()
         data = module.prepare(make_recipe(folder, folder / "a.jsonl"), byte_tokenizer(), notice=print)

@@ -73,7 +73,7 @@ def test_tokens_are_a_view_of_the_file(tmp_path):
 def test_a_mask_costs_bytes_per_turn_not_per_token(tmp_path):
     long = make_example(range(100_000), [0] * 60_000 + [1] * 40_000)
     write_store(tmp_path / "store", [long], {})
-    assert (tmp_path / "store" / "examples.arrow").stat().st_size < 4 * 100_000 + 4096
+    assert (tmp_path / "store" / "corpus" / "examples.arrow").stat().st_size < 4 * 100_000 + 4096
 
 
 def test_fingerprint_is_content_and_nothing_else(tmp_path, monkeypatch):
@@ -114,7 +114,7 @@ def test_a_killed_writer_leaves_only_a_temporary_folder(tmp_path):
 
 def test_a_cut_off_store_is_refused_with_its_name(tmp_path):
     write_store(tmp_path / "store", some_examples(), {})
-    path = tmp_path / "store" / "examples.arrow"
+    path = tmp_path / "store" / "corpus" / "examples.arrow"
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(DataError, match=r"examples\.arrow: \d+ bytes instead of the \d+ written"):
         open_store(tmp_path / "store")

@@ -1,0 +1,166 @@
+"""Records to tokenised rows, a pure function of the records and the rules: the same in every process.
+
+    records -> conversations -> tokens with weights -> trimmed, fitted to seq_len -> Shard
+
+What a row loses: the tokens after its last target (nothing would learn from them) and, under `long_examples: truncate`,
+everything beyond `seq_len`. What is not used is listed with its record and the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from sft_dist.config.schema import SourceSection
+from sft_dist.data.formats import to_conversation
+from sft_dist.data.sources import Record
+from sft_dist.data.splits import content_key
+from sft_dist.data.store import to_table
+from sft_dist.data.templates import ChatTemplate
+from sft_dist.errors import BadRecord
+from sft_dist.types import Conversation, TokenizedExample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_BATCH_EXAMPLES = 512  # per native tokenizer call
+
+Kind = Literal["rejected", "too_long", "no_target", "truncated", "split"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Everything besides the records that decides the rows."""
+
+    tokenizer: PreTrainedTokenizerFast
+    template: ChatTemplate
+    loss_on: str
+    prompt_loss_weight: float
+    seq_len: int
+    long_examples: str  # drop | truncate | split
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something a user should know about one example: `part` tells which of its record's (empty: the only one)."""
+
+    record: int
+    part: str
+    kind: Kind
+    reason: str
+
+
+@dataclass(slots=True)
+class Shard:
+    """The rows of some numbered records, in order, and what became of the others.
+
+    `table`: the columns of `store.to_table`, `record` int32 (number of the record) and `part` string.
+    """
+
+    table: pa.Table
+    events: list[Event] = field(default_factory=list)
+
+
+def tokenise(records: Iterable[tuple[int, Record]], source: SourceSection, format: str, rules: Rules) -> Shard:
+    """Tokenise numbered records of one format. What cannot be used becomes an event, never an exception."""
+    rows: list[tuple[int, str, TokenizedExample]] = []
+    contents: list[int] = []
+    events: list[Event] = []
+    examples = _read(records, source, format, events)
+    while batch := list(islice(examples, _BATCH_EXAMPLES)):
+        for (number, part, given), result in zip(batch, _tokens([one for _, _, one in batch], rules), strict=True):
+            if isinstance(result, BadRecord):
+                events.append(Event(number, part, "rejected", result.reason))
+                continue
+            fitted, event = fit(result, rules)
+            if event:
+                events.append(Event(number, part, *event))
+            content = content_key(given)
+            rows += [(number, part + piece, example) for piece, example in fitted]
+            contents += [content] * len(fitted)
+    table = to_table([example for _, _, example in rows], contents)
+    table = table.append_column("record", pa.array([number for number, _, _ in rows], pa.int32()))
+    return Shard(table.append_column("part", pa.array([part for _, part, _ in rows], pa.string())), events)
+
+
+def _read(
+    records: Iterable[tuple[int, Record]], source: SourceSection, format: str, events: list[Event]
+) -> Iterator[tuple[int, str, Conversation | TokenizedExample]]:
+    """(record number, part, what is to be tokenised) of each example."""
+    for number, record in records:
+        try:
+            found = [to_conversation(record, format, source.columns)]
+        except BadRecord as error:
+            events.append(Event(number, "", "rejected", error.reason))
+            continue
+        yield from ((number, one.id.removeprefix(record.id), one) for one in found)
+
+
+def _tokens(given: Sequence[Conversation | TokenizedExample], rules: Rules) -> list[TokenizedExample | BadRecord]:
+    """Conversations through the template and the tokenizer; what is tokens already stays as it is."""
+    tokenised = iter(
+        rules.template.tokenize_batch(
+            [one for one in given if isinstance(one, Conversation)],
+            rules.tokenizer,
+            loss_on=rules.loss_on,
+            prompt_loss_weight=rules.prompt_loss_weight,
+        )
+    )
+    return [next(tokenised) if isinstance(one, Conversation) else one for one in given]
+
+
+def fit(example: TokenizedExample, rules: Rules) -> tuple[list[tuple[str, TokenizedExample]], tuple[Kind, str] | None]:
+    """What is trained of an example, as (name of the piece, example), and what there is to say about it."""
+    trimmed, longest = trim(example), rules.seq_len
+    length = len(trimmed.input_ids)
+    if length < 2:
+        return [], ("no_target", "nothing in it is supervised")
+    if length <= longest:
+        return [("", trimmed)], None
+    what = f"{length} tokens, more than data.seq_len={longest}"
+    if rules.long_examples == "drop":
+        return [], ("too_long", what)
+    if rules.long_examples == "split":
+        pieces = split(trimmed, longest)
+        return [(f"/{n}", piece) for n, piece in enumerate(pieces, 1)], ("split", f"{what}: {len(pieces)} pieces")
+    fitted = trim(keep(trimmed, longest))
+    if len(fitted.input_ids) < 2:
+        return [], ("no_target", f"nothing is supervised in its first {longest} tokens")
+    return [("", fitted)], ("truncated", f"{what}: {_lost(trimmed, fitted)} of its supervised tokens are cut off")
+
+
+def trim(example: TokenizedExample) -> TokenizedExample:
+    """Without the tokens after the last target; one token or none is left where there is no target.
+
+    The first token of a document is never a target: nothing stands before it.
+    """
+    return keep(example, int(np.flatnonzero(example.loss_weights > 0).max(initial=0)) + 1)
+
+
+def keep(example: TokenizedExample, length: int, start: int = 0) -> TokenizedExample:
+    """The tokens from `start` on, at most `length` of them."""
+    end = start + length
+    answers = tuple((max(a, start) - start, min(b, end) - start) for a, b in example.answers if a < end and b > start)
+    ids, weights = example.input_ids[start:end], example.loss_weights[start:end]
+    return replace(example, input_ids=ids, loss_weights=weights, answers=answers)
+
+
+def split(example: TokenizedExample, longest: int) -> list[TokenizedExample]:
+    """Pieces of at most `longest` tokens that together hold every target exactly once.
+
+    A piece begins with the last token of the one before it, as context: a first token is never a target. Pieces
+    without a target are left out.
+    """
+    starts = range(0, len(example.input_ids) - 1, longest - 1)
+    pieces = (trim(keep(example, longest, start)) for start in starts)
+    return [piece for piece in pieces if len(piece.input_ids) > 1]
+
+
+def _lost(whole: TokenizedExample, kept: TokenizedExample) -> str:
+    targets, left = (int(np.count_nonzero(e.loss_weights[1:] > 0)) for e in (whole, kept))
+    return f"{targets - left:,} of {targets:,}"
