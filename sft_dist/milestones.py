@@ -13,9 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
+from sft_dist.checkpoint.catalog import folders
 from sft_dist.checkpoint.export import export_model
 from sft_dist.checkpoint.manager import CheckpointManager
-from sft_dist.checkpoint.manifest import step_name
+from sft_dist.checkpoint.manifest import folder_step, step_name
+from sft_dist.data.ledger import START
 from sft_dist.evaluate.generation import Prompt, generate, prompts_from_store
 from sft_dist.evaluate.heldout import heldout_loss
 from sft_dist.evaluate.metrics import exact_match
@@ -30,6 +32,14 @@ from sft_dist.parallel.messages import broadcast_json, gather_json
 from sft_dist.parts import Parts
 
 GENERATION_BATCH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a run stands: all of its state that is no tensor."""
+
+    step: int = 0  # the last finished one
+    ledger: str = START  # over every example trained so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +79,10 @@ def write_samples(parts: Parts, step: int, run_dir: Path) -> None:
 def check_answers(parts: Parts, phase: str, run_dir: Path) -> float | None:
     """Share of `eval.exact_match` held-out answers that are exactly right; each is written to exact_match.jsonl.
 
-    `phase` is before or after. None when the recipe does not ask for it.
+    `phase` is before or after. None when the recipe does not ask for it, or the data were too few to hold any out.
     """
-    num = parts.recipe.eval.exact_match
-    if not num:
+    num, data = parts.recipe.eval.exact_match, parts.inputs.data
+    if not num or (data.test or data.eval) is None:
         return None
     prompts = heldout_prompts(parts, num)
     place = parts.place
@@ -87,7 +97,7 @@ def check_answers(parts: Parts, phase: str, run_dir: Path) -> float | None:
 
 
 def heldout_prompts(parts: Parts, num: int) -> list[Prompt]:
-    """Questions of the test split, else of the validation split, else (data too small to split) of training."""
+    """Questions of the test split, else of the validation split, else (nothing is held out) of training."""
     data, tokenizer = parts.inputs.data, parts.inputs.tokenizer
     store = data.test or data.eval or data.train
     return prompts_from_store(store, tokenizer, num, parts.recipe.run.seed, data.template.stop_strings(tokenizer))
@@ -121,18 +131,21 @@ def state_tensors(parts: Parts) -> dict[str, Tensor]:
     return weights | moments
 
 
-def save(parts: Parts, manager: CheckpointManager, step: int, run_dir: Path) -> None:
-    """Commit the state after `step`; with early stopping the best checkpoint so far stays too."""
+def save(parts: Parts, manager: CheckpointManager, position: Position, run_dir: Path) -> None:
+    """Commit the state at `position`; with early stopping the best checkpoint so far stays too."""
     best = best_step(read_metrics(run_dir)) if parts.recipe.eval.early_stopping else None
-    manager.save(step, state_tensors(parts), {"step": step, "plan": parts.train.plan.digest}, also_keep=best)
+    meta = {**asdict(position), "plan": parts.train.plan.digest}
+    manager.save(position.step, state_tensors(parts), meta, also_keep=best)
 
 
 def restore_best(parts: Parts, manager: CheckpointManager, job: Job) -> int | None:
     """With early stopping, go back to the weights with the lowest validation loss before they are exported.
 
-    Returns their step; None where the last weights are the ones to export.
+    Of those that were saved: an evaluation before the key was turned on may have no checkpoint. Returns their step;
+    None where the last weights are the ones to export.
     """
-    best = broadcast_json(best_step(read_metrics(job.run_dir)))
+    saved = {folder_step(path) for path in folders(job.run_dir)}
+    best = broadcast_json(best_step(line for line in read_metrics(job.run_dir) if line["step"] in saved))
     if not parts.recipe.eval.early_stopping or best is None:
         return None
     manager.load(job.run_dir / "checkpoints" / step_name(best), state_tensors(parts))

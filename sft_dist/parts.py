@@ -29,7 +29,7 @@ from sft_dist.data.prepare import PreparedData, prepare
 from sft_dist.data.store import TokenStore
 from sft_dist.errors import ConfigError
 from sft_dist.models import attention
-from sft_dist.models.adapters import apply_tuning, is_adapter
+from sft_dist.models.adapters import apply_tuning, frozen_digest, is_adapter
 from sft_dist.models.load import DTYPES, load_model, load_tokenizer
 from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers, pick_head
 from sft_dist.observe.header import batch_equation, certificate_line, count
@@ -116,10 +116,11 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
     if choices.activation_checkpointing == "full":
         causal_lm(tuned).gradient_checkpointing_enable({"use_reentrant": False})
     plan = train_plan(recipe, choices, inputs.data.train)
-    fingerprint = make_fingerprint(inputs, choices, plan)
+    frozen = broadcast_json(frozen_digest(tuned) if place.is_main else None)
+    fingerprint = make_fingerprint(inputs, choices, plan, frozen)
     if recorded is not None:
         for part in ("recipe", "inputs"):
-            refuse_changes(recorded[part], fingerprint[part], str(run_dir))
+            refuse_changes(recorded[part], fingerprint[part], str(run_dir), explain_inputs(recipe))
 
     head_name, head, head_reason = pick_head(recipe.kernels.head, place.device)
     autocast = compute if choices.strategy == "ddp" and compute != torch.float32 else None
@@ -249,20 +250,38 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
     ]
 
 
-def make_fingerprint(inputs: Inputs, choices: Choices, plan: PackPlan) -> dict[str, Any]:
+def make_fingerprint(inputs: Inputs, choices: Choices, plan: PackPlan, frozen: str | None) -> dict[str, Any]:
     """What must not change between attempts (`recipe`, `inputs`), what `auto` became, and versions for the record."""
-    data, template = inputs.data, inputs.data.template
     return {
         "recipe": identity(inputs.recipe),
-        "inputs": {
-            "data.train": data.train.fingerprint,
-            "data.eval": data.eval.fingerprint if data.eval is not None else None,
-            "template": hashlib.sha256(template.text.encode()).hexdigest(),
-            "tokenizer": hashlib.sha256(inputs.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-            "plan": plan.digest,
-        },
+        "inputs": data_fingerprint(inputs, plan) | {"frozen weights": frozen},
         "choices": choices.as_dict(),
         "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
+    }
+
+
+def data_fingerprint(inputs: Inputs, plan: PackPlan) -> dict[str, Any]:
+    """Hashes of what the steps are made from."""
+    data, template = inputs.data, inputs.data.template
+    return {
+        "data.train": data.train.fingerprint,
+        "data.eval": data.eval.fingerprint if data.eval is not None else None,
+        "template": hashlib.sha256(template.text.encode()).hexdigest(),
+        "tokenizer": hashlib.sha256(inputs.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "plan": plan.digest,
+    }
+
+
+def explain_inputs(recipe: Recipe) -> dict[str, str]:
+    """What the hashed inputs are made from, for the one line that refuses a change."""
+    data, model = recipe.data, recipe.model
+    paths = {role: ", ".join(s.path for s in getattr(data, role)) for role in ("sources", "eval_sources")}
+    return {
+        "data.train": f"the training examples from {paths['sources']}",
+        "data.eval": f"the validation examples from {paths['eval_sources'] or paths['sources']}",
+        "template": f"data.chat_template={data.chat_template}",
+        "tokenizer": f"the files of {model.tokenizer or model.path}",
+        "frozen weights": f"the weights of {model.path} that are not trained",
     }
 
 

@@ -34,9 +34,11 @@ from sft_dist.config.identity import check_recipe
 from sft_dist.config.loader import load_recipe, load_resolved
 from sft_dist.config.overrides import split_arguments
 from sft_dist.config.schema import Recipe
+from sft_dist.data.ledger import fold
 from sft_dist.data.loader import LoadedStep
 from sft_dist.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, SftError
 from sft_dist.job import Job
+from sft_dist.milestones import Position
 from sft_dist.observe.metrics import read_metrics, rises, roll_back
 from sft_dist.observe.perf import peak_flops, peak_memory_gib, step_flops
 from sft_dist.optim import lr_at, set_lr, set_step
@@ -45,7 +47,7 @@ from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime, read_place, runtime, seed_for
 from sft_dist.parts import Inputs, Parts, build_parts, header_rows, read_fingerprint, read_inputs
 from sft_dist.resilience.orphan import launcher_commands
-from sft_dist.resilience.run_folder import attempt_dir, claim, write_exit_code
+from sft_dist.resilience.run_folder import attempt_dir, claim, put_aside, write_exit_code
 from sft_dist.types import StepMetrics
 
 
@@ -92,8 +94,8 @@ def train_step(
     return result
 
 
-def loop(parts: Parts, job: Job, manager: CheckpointManager, first: int) -> bool:
-    """Steps `first`.. to the end of the plan. False when asked to stop before it; the state is saved then."""
+def loop(parts: Parts, job: Job, manager: CheckpointManager, done: Position) -> bool:
+    """The steps behind `done` to the end of the plan. False when asked to stop before it; the state is saved then."""
     recipe, num_steps = parts.recipe, parts.train.plan.num_steps
     patience = recipe.eval.early_stopping
     evaluate_every = cadence(recipe.eval.every_steps, num_steps, parts=5)
@@ -101,8 +103,9 @@ def loop(parts: Parts, job: Job, manager: CheckpointManager, first: int) -> bool
     log_every = cadence(recipe.log.every_steps, num_steps, parts=20)
     stop_after = recipe.optim.stop_after_step or num_steps
     losses = broadcast_json([x["eval_loss"] for x in read_metrics(job.run_dir) if x["kind"] == "eval"])
-    job.console.start(first - 1, num_steps)
-    for step in range(first, num_steps + 1):
+    ledger = done.ledger
+    job.console.start(done.step, num_steps)
+    for step in range(done.step + 1, num_steps + 1):
         if patience and rises(losses, patience):
             job.console.say(f"early stopping: validation loss did not improve in {patience} evaluations")
             return True
@@ -123,13 +126,14 @@ def loop(parts: Parts, job: Job, manager: CheckpointManager, first: int) -> bool
         )
         metrics = measure(parts, loaded, result, lr, job.attempt, time.perf_counter() - started)
         refuse_nonfinite(metrics, loaded)
-        job.record(metrics, num_steps, due=step % log_every == 0 or step in (first, num_steps))
+        job.record(metrics, num_steps, due=step % log_every == 0 or step in (done.step + 1, num_steps))
+        ledger = fold(ledger, loaded.step)
 
         is_last, stopping = step == num_steps, result.stop or step == stop_after
         if is_last or step % evaluate_every == 0:
             losses += milestones.evaluate(parts, step, job.run_dir, job.log)
         if is_last or stopping or step % save_every == 0:
-            milestones.save(parts, manager, step, job.run_dir)
+            milestones.save(parts, manager, Position(step, ledger), job.run_dir)
         if stopping and not is_last:
             return False
     return True
@@ -150,13 +154,15 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
             job.console.say(
                 f"warning: only {num_steps} optimizer steps; lower batch.tokens_per_step or raise optim.epochs"
             )
-        if done == 0:
+        if done.step == 0:
             milestones.check_answers(parts, "before", job.run_dir)
             milestones.evaluate(parts, 0, job.run_dir, job.log)
-        finished = loop(parts, job, manager, done + 1)
+        finished = loop(parts, job, manager, done)
         job.console.stop()
         if not finished:
-            job.console.say("stopped with a checkpoint; run the same command to continue")
+            anew = inputs.recipe.checkpoint.resume == "never"
+            how = "with checkpoint.resume=auto" if anew else "the same command"
+            job.console.say(f"stopped with a checkpoint; run {how} to continue")
             return EXIT_STOPPED
         exported = milestones.restore_best(parts, manager, job)
         milestones.check_answers(parts, "after", job.run_dir)
@@ -168,20 +174,20 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
         parts.close()
 
 
-def resume(parts: Parts, job: Job, manager: CheckpointManager) -> int:
-    """Load the newest good checkpoint into `parts`; returns the step it was taken after, 0 for a new run."""
-    newest = manager.newest_good() if parts.recipe.checkpoint.resume == "auto" else None
-    step = 0
+def resume(parts: Parts, job: Job, manager: CheckpointManager) -> Position:
+    """Load the newest good checkpoint into `parts`; returns where it was taken, the start for a new run."""
+    newest, done = manager.newest_good(), Position()
     if newest is not None:
-        step = manager.load(newest, milestones.state_tensors(parts))["step"]
-        set_step(parts.optimizer, step)
-        job.console.say(f"resuming after step {step} from {newest}")
+        meta = manager.load(newest, milestones.state_tensors(parts))
+        done = Position(meta["step"], meta["ledger"])
+        set_step(parts.optimizer, done.step)
+        job.console.say(f"resuming after step {done.step} from {newest}")
     elif read_fingerprint(job.run_dir) is not None:
         job.console.say("an earlier attempt left no checkpoint: starting at step 0")
     if parts.place.is_main:
-        roll_back(job.run_dir, step, attempt_dir(job.run_dir, job.attempt))
+        roll_back(job.run_dir, done.step, attempt_dir(job.run_dir, job.attempt))
     dist.barrier()
-    return step
+    return done
 
 
 def measure(
@@ -245,15 +251,18 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
     recipe, adopted = check_launcher(read_recipe(argv), launchers=launcher_commands())
     for line in adopted:
         notice(line)
-    check_recipe(recipe)
-    run_dir = Path(recipe.run.dir)
-    if recipe.checkpoint.resume == "auto" and (run_dir / "summary.json").exists():
+    run_dir, anew = Path(recipe.run.dir), recipe.checkpoint.resume == "never"
+    if not anew:
+        check_recipe(recipe)
+    if not anew and (run_dir / "summary.json").exists():
         notice(f"the run in {run_dir} is finished: {run_dir / 'export'}; choose another run.dir to train anew")
         return EXIT_DONE, None
     inputs = read_inputs(recipe, notice)
     with ExitStack() as stack:
         place = stack.enter_context(runtime())
         attempt = broadcast_json(take_attempt(run_dir, stack) if place.is_main else None)
+        if anew and place.is_main and (aside := put_aside(run_dir, attempt)):
+            notice(f"checkpoint.resume=never: what earlier attempts left is in {aside}")
         job = stack.enter_context(Job(run_dir, attempt, place.rank))
         folder = attempt_dir(run_dir, attempt) if place.is_main else None
         try:

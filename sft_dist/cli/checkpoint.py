@@ -49,14 +49,24 @@ def verify_them(args: argparse.Namespace) -> int:
     """Prove every file of every checkpoint; changes nothing. 65 when any is bad, naming file and step."""
     found = list_checkpoints(args.run_dir, prove=True)
     bad = [checkpoint for checkpoint in found if checkpoint.fault]
+    aside = [path.name for path in set_aside(args.run_dir)]
     if args.json:
         print(json.dumps([_as_json(checkpoint) for checkpoint in found], indent=2))
     else:
         for checkpoint in found:
             print(_as_line(checkpoint, f"BAD  {checkpoint.fault}" if checkpoint.fault else "good"))
+        for name in aside:
+            print(f"{name}  set aside as bad")
+    if not found:
+        print(
+            f"sft-dist: error: {args.run_dir}: no checkpoint is left"
+            if aside
+            else f"{args.run_dir}: no checkpoint yet",
+            file=sys.stderr,
+        )
     for checkpoint in bad:
         print(f"sft-dist: error: step {checkpoint.step} in {checkpoint.path}: {checkpoint.fault}", file=sys.stderr)
-    return EXIT_DATA if bad else EXIT_DONE
+    return EXIT_DATA if bad or (aside and not found) else EXIT_DONE
 
 
 def export_one(args: argparse.Namespace) -> int:

@@ -28,8 +28,9 @@ def add_parser(subparsers: Any) -> None:
         parser.add_argument("--json", action="store_true", help="print JSON")
         parser.set_defaults(func=func)
     parser = verbs.add_parser(
-        "schema", help="JSON Schema of recipes, for editors", description="Print the JSON Schema."
+        "schema", help="JSON Schema of recipes, for editors", description="Print the JSON Schema: one for all recipes."
     )
+    parser.add_argument("items", nargs="*", metavar="RECIPE.yaml", help="may be given; the schema is the same")
     parser.set_defaults(func=schema)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_dist.cli.arguments import add_recipe_arguments, read_recipe
+from sft_dist.cli.progress import bar
 from sft_dist.config.schema import Recipe
 from sft_dist.errors import EXIT_DONE, ConfigError
 
@@ -148,21 +148,8 @@ def _prepared(args: argparse.Namespace) -> tuple[Recipe, PreTrainedTokenizerFast
 
     recipe = read_recipe(args.items)
     tokenizer = load_tokenizer(recipe.model)
-    with _progress() as progress:
+    with bar("preparing", "bytes") as progress:
         return recipe, tokenizer, prepare(recipe, tokenizer, notice=lambda text: None, progress=progress)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar with rate and time left on a terminal; nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = TextColumn("preparing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("preparing", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _choices(recipe: Recipe, store: TokenStore, world_size: int) -> Choices:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from sft_dist.config.schema import Recipe
+from sft_dist.data.builtin_templates import BUILTIN
 from sft_dist.errors import ConfigError
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -40,7 +41,7 @@ def _missing_sources(recipe: Recipe) -> list[str]:
 
 
 def _missing_template(recipe: Recipe) -> list[str]:
-    """Only a template that is clearly a file; names are the data reader's to know."""
+    """Neither a name that comes with the project nor a file."""
     template = recipe.data.chat_template
-    is_file = "/" in template or template.endswith((".jinja", ".j2"))
-    return [f"data.chat_template = {template}: no such file"] if is_file and not Path(template).is_file() else []
+    known = template in ("auto", *BUILTIN) or Path(template).is_file()
+    return [] if known else [f"data.chat_template = {template}: no such file, and none of auto, {', '.join(BUILTIN)}"]

@@ -24,6 +24,7 @@ VERBS = {
     "data": "prepare, inspect, count and plan training data",
     "certify": "prove boundaries, positions and masks on this model",
     "checkpoint": "list, verify and export checkpoints",
+    "audit": "prove what a run was trained on",
     "eval": "held-out loss and answers of a model",
     "chat": "talk to a model in the terminal",
     "report": "one HTML page about a run",

@@ -34,13 +34,19 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if not key.startswith(FREE_KEYS)}
 
 
-def refuse_changes(old: Mapping[str, Any], new: Mapping[str, Any], run_dir: str) -> None:
-    """Raise ConfigError naming the first identity key whose value differs from the run's, causes before effects."""
+def refuse_changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], run_dir: str, explained: Mapping[str, str] | None = None
+) -> None:
+    """Raise ConfigError naming the first identity key whose value differs from the run's, causes before effects.
+
+    `explained` tells of keys that stand in no recipe what they are made from.
+    """
     for key in [*new, *(key for key in old if key not in new)]:
         before, now = old.get(key, "absent"), new.get(key, "absent")
         if before != now:
+            what = f" ({explained[key]})" if explained and key in explained else ""
             raise ConfigError(
-                f"{key}={now} but the run in {run_dir} was started with {before}; "
+                f"{key}{what}={now} but the run in {run_dir} was started with {before}; "
                 f"a resume keeps what defines the numbers: restore it, or choose another run.dir"
             )
 

@@ -70,6 +70,12 @@ class TuningSection(Section):
     modules_to_save: list[str] = []
     freeze: list[str] = []  # patterns of parameter names kept fixed (full)
 
+    @model_validator(mode="after")
+    def _freezes_what_is_trained(self) -> TuningSection:
+        if self.freeze and self.method != "full":
+            raise ValueError(f"tuning.freeze needs tuning.method=full: {self.method} trains only what it adds")
+        return self
+
 
 class SourceSection(Section):
     path: str
@@ -109,7 +115,7 @@ class OptimSection(Section):
     name: Literal["adamw"] = "adamw"
     lr: Annotated[float, Field(gt=0)] | Auto = "auto"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_fraction: Fraction = 0.03
@@ -182,6 +188,22 @@ class Recipe(Section):
     def _kernels_by_one_word(cls, value: Any) -> Any:
         """`kernels: auto` and `kernels: reference` choose for all kernels at once."""
         return {"head": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _measures_on_held_out_data(self) -> Recipe:
+        data, wanted = self.data, self.eval
+        has_eval = bool(data.eval_fraction or data.eval_sources)
+        if wanted.early_stopping and not has_eval:
+            raise ValueError(
+                f"eval.early_stopping={wanted.early_stopping} needs validation data: "
+                "set data.eval_fraction or data.eval_sources"
+            )
+        if wanted.exact_match and not (has_eval or data.test_fraction or data.test_sources):
+            raise ValueError(
+                f"eval.exact_match={wanted.exact_match} needs held-out data: "
+                "set data.test_fraction, data.test_sources or data.eval_fraction"
+            )
+        return self
 
     @model_validator(mode="after")
     def _budgets_are_multiples(self) -> Recipe:

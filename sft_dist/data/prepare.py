@@ -301,6 +301,8 @@ class _Preparation:
         total = {
             name: sum(getattr(c, name) for c in counts) for name in ("records", "rejected", "too_long", "no_target")
         }
+        if not total["records"]:
+            return f"data.sources: 0 records in {', '.join(c.path for c in counts)}: the files are empty"
         return (
             f"data.sources: 0 trainable examples of {total['records']:,} records ({total['too_long']:,} longer than "
             f"data.seq_len={self._recipe.data.seq_len}, {total['no_target']:,} without a supervised token, "

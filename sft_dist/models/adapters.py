@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from sft_dist.config.schema import TuningSection
 from sft_dist.errors import ConfigError
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an element -> its bits as a number
+_BLOCK = 1 << 16  # elements per sum
 
 def apply_tuning(model: PreTrainedModel, tuning: TuningSection, seed: int) -> nn.Module:
     """The model with `requires_grad` set as the recipe says; a PeftModel for LoRA.
@@ -27,6 +29,21 @@ def apply_tuning(model: PreTrainedModel, tuning: TuningSection, seed: int) -> nn
     if not any(parameter.requires_grad for parameter in tuned.parameters()):
         raise ConfigError("tuning.freeze matches every parameter: nothing would be trained")
     return tuned
+
+
+def frozen_digest(model: nn.Module) -> str | None:
+    """SHA-256 that changes with the weights that are not trained, hex; None when all are.
+
+    They stand in no checkpoint, so a resume must meet them again. Sums of blocks are hashed instead of every byte:
+    reading a model once at the speed of memory is all it costs.
+    """
+    frozen = [(name, p.detach()) for name, p in model.named_parameters() if not p.requires_grad]
+    digest = hashlib.sha256()
+    for name, parameter in frozen:
+        bits = parameter.contiguous().flatten().view(_BITS[parameter.element_size()])
+        sums = [block.sum(dtype=torch.int64) for block in bits.split(_BLOCK)]
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {torch.stack(sums).tolist()}".encode())
+    return digest.hexdigest() if frozen else None
 
 
 def is_adapter(model: nn.Module) -> bool:

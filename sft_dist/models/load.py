@@ -34,6 +34,10 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
         raise ConfigError(
             "model.tokenizer is missing: init: random without model.path needs a tokenizer folder or hub id"
         )
+    if (Path(path) / "config.yaml").is_file():
+        raise ConfigError(f"{path}: is a run folder; its model is {Path(path) / 'export'} once the run is finished")
+    if Path(path).is_file():
+        raise ConfigError(f"model.tokenizer={path}: is a file; name the folder that holds tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=_revision(model, path), trust_remote_code=model.trust_remote_code
@@ -49,6 +53,8 @@ def load_config(model: ModelSection) -> PretrainedConfig:
     """The architecture: `model.config` for random weights, else the config beside the weights."""
     if model.config is not None:
         return _config_from_recipe(model.config)
+    if Path(str(model.path)).is_file():
+        raise ConfigError(f"model.path={model.path}: is a file; name the folder that holds config.json and weights")
     try:
         return AutoConfig.from_pretrained(
             model.path, revision=_revision(model, model.path), trust_remote_code=model.trust_remote_code

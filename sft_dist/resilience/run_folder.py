@@ -24,6 +24,18 @@ from sft_dist.resilience.lock import WAIT_SECONDS, RunLock
 
 EXIT_CODE_VARIABLE = "SFT_EXIT_CODE_FILE"  # where launchers of ours wait for the code: worker.sh knows no run folder
 STOP_NAME = "stop"
+RESULTS = (  # of attempts; the checkpoints go last, so that a half-moved run still has its state
+    "summary.json",
+    "export",
+    "report.html",
+    "report",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "exact_match.jsonl",
+    "tensorboard",
+    "fingerprint.json",
+    "checkpoints",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +77,19 @@ def last_attempt(run_dir: str | Path) -> int:
     """Number of the newest attempt, 0 before the first."""
     names = [path.name for path in (Path(run_dir) / "logs").glob("attempt_*")]
     return max((int(match[1]) for name in names if (match := re.fullmatch(r"attempt_(\d+)", name))), default=0)
+
+
+def put_aside(run_dir: str | Path, attempt: int) -> Path | None:
+    """Move what earlier attempts left to `RUN_DIR/earlier/before_attempt_0003`, so that this one starts anew.
+
+    Logs stay where they are. Returns the folder; None when there was nothing.
+    """
+    left = [Path(run_dir) / name for name in RESULTS if (Path(run_dir) / name).exists()]
+    aside = Path(run_dir) / "earlier" / f"before_attempt_{attempt:04d}"
+    for path in left:
+        aside.mkdir(parents=True, exist_ok=True)
+        path.rename(aside / path.name)
+    return aside if left else None
 
 
 def write_exit_code(folder: str | Path | None, code: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_run import lines, train, trajectory, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -103,3 +104,42 @@ def test_early_stopping_exports_the_best_checkpoint(tmp_path: Path) -> None:
     assert (summary["exported_step"], summary["eval_loss_exported"]) == (best, scored[best])
     assert f"(exported: step {best} with {scored[best]:.4f})" in printed
     assert len(scored) < 12
+
+
+def test_never_resuming_starts_anew_and_puts_the_earlier_run_aside(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    train(recipe, "optim.stop_after_step=6", code=75)
+    printed = train(recipe, "checkpoint.resume=never", "optim.stop_after_step=3", code=75)
+    aside = tmp_path / "run" / "earlier" / "before_attempt_0002"
+    assert str(aside) in printed and "run with checkpoint.resume=auto to continue" in printed
+    assert sorted(path.name for path in (aside / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
+    train(recipe)
+    assert [line["step"] for line in lines(tmp_path / "run", "step")] == list(range(1, 13))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 12
+
+
+def test_early_stopping_turned_on_late_exports_the_best_that_was_saved(tmp_path: Path) -> None:
+    changes = {
+        "eval": {"every_steps": 1},
+        "optim": {"lr": 0.5, "schedule": "constant"},
+        "checkpoint": {"every_steps": 99},
+    }
+    recipe = write_recipe(tmp_path, **changes)
+    train(recipe, "optim.stop_after_step=7", code=75)
+    printed = train(recipe, "eval.early_stopping=1")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["exported_step"] >= 7, printed
+
+
+def test_an_adapter_is_not_continued_on_other_base_weights(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    train(recipe, "optim.max_steps=2")
+    base = tmp_path / "run" / "export"
+    adapter = write_recipe(tmp_path, "adapter", tuning={"method": "lora", "rank": 2}, model={"init": "pretrained"})
+    settings = (f"model.path={base}", "model.config=null", "model.tokenizer=null")
+    train(adapter, *settings, "optim.stop_after_step=2", code=75)
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] + 0.01
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    printed = train(adapter, *settings, code=2)
+    assert "frozen weights (the weights of" in printed and "Traceback" not in printed

@@ -65,3 +65,11 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.C
 def test_export_of_a_folder_without_config_is_refused(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoint", "export", str(run_dir)]) == 65
     assert "holds no config.yaml" in capsys.readouterr().err
+
+
+def test_verify_where_only_bad_ones_were_is_65(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (run_dir / "checkpoints").iterdir():
+        path.rename(path.with_name(path.name + ".bad-1"))
+    assert main(["checkpoint", "verify", str(run_dir)]) == 65
+    shown = capsys.readouterr()
+    assert "set aside as bad" in shown.out and "no checkpoint is left" in shown.err

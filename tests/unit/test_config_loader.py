@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def test_values_become_what_their_key_holds(setting: str, value: object) -> None
         ("optim.epochs=2.5", "optim.epochs = 2.5: must be a whole number > 0"),
         ("optim.epochs=true", "optim.epochs = true: must be a whole number > 0"),
         ("optim.epochs=null", "optim.epochs = null: must be a whole number > 0"),
-        ("optim.betas=[0.9]", "optim.betas = [0.9]: must be a list of 2: a number, a number"),
+        ("optim.betas=[0.9]", "optim.betas = [0.9]: must be a list of 2: a number >= 0 and < 1, a number >= 0 and < 1"),
         ("tuning.method=lroa", "tuning.method = lroa: must be full | lora | rslora (did you mean 'lora'?)"),
         ("tuning.method=qlora", "qlora is not available in this version"),
         ("log.trackers=[wandb]", "wandb is not available in this version"),
@@ -324,3 +325,19 @@ def test_an_option_without_its_value_is_refused() -> None:
         split_arguments(["--a.b", "--c.d=1"])
     with pytest.raises(ConfigError, match="--verbose: not an option here"):
         split_arguments(["--verbose"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["optim.betas=[0.9,2.0]"], "optim.betas = [0.9, 2.0]: must be a list of 2: a number >= 0 and < 1"),
+        (["tuning.method=lora", "tuning.freeze=['x*']"], "tuning.freeze needs tuning.method=full"),
+        (["data.eval_fraction=0", "eval.early_stopping=1"], "eval.early_stopping=1 needs validation data"),
+        (["data.eval_fraction=0", "eval.exact_match=5"], "eval.exact_match=5 needs held-out data"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(tmp_path: Path, settings: list[str], said: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {path: m}\ndata: {sources: [{path: d.json}]}\n")
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_recipe([str(path)], settings)

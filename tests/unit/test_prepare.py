@@ -99,7 +99,7 @@ def test_nothing_trainable_is_an_error_with_the_counts(tmp_path, tokenizer):
 
 
 def test_an_empty_file_is_an_error_with_the_counts(tmp_path, tokenizer):
-    with pytest.raises(DataError, match="0 trainable examples of 0 records"):
+    with pytest.raises(DataError, match=r"0 records in .*a\.jsonl: the files are empty"):
         prepare(make_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", [])), tokenizer, notice=said)
 
 

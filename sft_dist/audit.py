@@ -1,0 +1,184 @@
+"""What a run was trained on, proven from its folder: every planned example once per epoch, or a list of what was not.
+
+    audit(run_dir)
+      metrics.jsonl       every step from 1 to the last once, with the token counts and the token digest of the plan's
+      checkpoints         the ledger in each equals the one of the plan up to its step
+      plan                every example exactly once in each finished epoch, at most once in the one that is running
+
+Nothing is believed that can be computed again: the data come from the cache or are prepared anew, and must have the
+fingerprint that the run recorded. No model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sft_dist.checkpoint.catalog import folders
+from sft_dist.checkpoint.manifest import read_manifest
+from sft_dist.config.auto import Choices
+from sft_dist.config.loader import load_resolved
+from sft_dist.data.collate import batch_digest
+from sft_dist.data.ledger import START, fold
+from sft_dist.data.plan import PackPlan
+from sft_dist.data.store import TokenStore
+from sft_dist.errors import CheckpointError, DataError
+from sft_dist.observe.metrics import read_metrics
+from sft_dist.parts import data_fingerprint, read_fingerprint, read_inputs, train_plan
+from sft_dist.types import StepPlan
+
+MAX_LISTED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """How often the examples of one epoch were trained."""
+
+    number: int  # 0-based
+    finished: bool
+    examples: int
+    trained_once: int
+    missed: tuple[int, ...]  # example ids, the first of them; none while the epoch is running
+    repeated: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """The findings; `faults` is empty when the run is proven."""
+
+    steps: int
+    planned_steps: int
+    tokens: int
+    epochs: tuple[Epoch, ...]
+    checkpoints: tuple[int, ...]  # steps whose ledger was compared
+    ledger: str
+    faults: tuple[str, ...]
+
+
+def audit(run_dir: Path, notice: Callable[[str], None], progress: Callable[[int, int], None]) -> Audit:
+    """Prove the run in `run_dir`. Raises CheckpointError when it is no run folder, DataError when its data changed."""
+    recorded = read_fingerprint(run_dir)
+    if recorded is None or not (run_dir / "config.yaml").is_file():
+        raise CheckpointError(f"{run_dir}: holds no config.yaml and fingerprint.json, so it is no run folder")
+    inputs = read_inputs(load_resolved(run_dir / "config.yaml"), notice)
+    choices, store = Choices(**recorded["choices"]), inputs.data.train
+    plan = train_plan(inputs.recipe, choices, store)
+    _check_same_inputs(recorded["inputs"], data_fingerprint(inputs, plan), run_dir)
+    lines = [line for line in read_metrics(run_dir) if line["kind"] == "step"]
+    ledgers = {manifest.step: manifest.meta.get("ledger") for manifest in map(read_manifest, folders(run_dir))}
+    return prove(plan, store, lines, ledgers, progress)
+
+
+def prove(
+    plan: PackPlan,
+    store: TokenStore,
+    lines: list[dict[str, Any]],
+    ledgers: Mapping[int, str | None],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Audit:
+    """Compare what was written (step lines, ledgers by checkpointed step) with what the plan says."""
+    faults = list(_gaps(lines))
+    counts: dict[int, np.ndarray] = {}
+    ledger, tokens, last = START, 0, None
+    for number, line in enumerate(lines, 1):
+        if not 1 <= line["step"] <= plan.num_steps:
+            faults.append(f"step {line['step']}: the plan has steps 1 to {plan.num_steps}")
+            continue
+        last = plan.step(line["step"])
+        ledger, tokens = fold(ledger, last), tokens + last.num_tokens
+        faults += _differences(line, last, store)
+        examples = [example for pack in last.packs for example in pack.example_ids]
+        np.add.at(counts.setdefault(last.epoch, np.zeros(plan.num_examples, np.int32)), examples, 1)
+        if ledgers.get(last.step, ledger) != ledger:
+            faults.append(f"checkpoint of step {last.step}: its ledger differs from the one of the plan")
+        progress(number, len(lines))
+    ahead = [step for step in ledgers if step > len(lines)]
+    faults += [f"checkpoint of step {step}: metrics.jsonl ends at step {len(lines)}" for step in ahead]
+    epochs = tuple(_epoch(number, count, plan, last) for number, count in sorted(counts.items()))
+    faults += [fault for epoch in epochs for fault in _cover_faults(epoch, store)]
+    compared = tuple(sorted(step for step in ledgers if step <= len(lines)))
+    return Audit(len(lines), plan.num_steps, tokens, epochs, compared, ledger, tuple(faults))
+
+
+def _check_same_inputs(recorded: Mapping[str, Any], found: Mapping[str, Any], run_dir: Path) -> None:
+    for key, value in found.items():
+        if recorded.get(key) != value:
+            raise DataError(
+                f"{key} is {value} today, {run_dir} was trained with {recorded.get(key)}: restore what it was made "
+                "from to audit the run"
+            )
+
+
+def _gaps(lines: list[dict[str, Any]]) -> Iterator[str]:
+    """Steps that are missing from metrics.jsonl, or stand in it twice."""
+    for expected, line in enumerate(lines, 1):
+        if line["step"] != expected:
+            yield f"metrics.jsonl: line {expected} of its steps is step {line['step']}"
+            return
+
+
+def _differences(line: Mapping[str, Any], step: StepPlan, store: TokenStore) -> Iterator[str]:
+    """What a step recorded beside what the plan and the data give."""
+    planned = {
+        "num_tokens": step.num_tokens,
+        "num_loss_tokens": step.num_loss_tokens,
+        "batch_digest": batch_digest(step, store),
+    }
+    for key, value in planned.items():
+        if line[key] != value:
+            yield f"step {step.step}: {key} was {line[key]}, the plan gives {value}"
+
+
+def _epoch(number: int, count: np.ndarray, plan: PackPlan, last: StepPlan | None) -> Epoch:
+    finished = last is not None and (last.epoch > number or _ends_epoch(plan, last))
+    return Epoch(
+        number=number,
+        finished=finished,
+        examples=len(count),
+        trained_once=int(np.count_nonzero(count == 1)),
+        missed=tuple(np.flatnonzero(count == 0).tolist()) if finished else (),
+        repeated=tuple(np.flatnonzero(count > 1).tolist()),
+    )
+
+
+def _ends_epoch(plan: PackPlan, step: StepPlan) -> bool:
+    return step.step == plan.num_steps or plan.step(step.step + 1).epoch > step.epoch
+
+
+def _cover_faults(epoch: Epoch, store: TokenStore) -> Iterator[str]:
+    for what, examples in (("never", epoch.missed), ("more than once", epoch.repeated)):
+        for example in examples[:MAX_LISTED]:
+            yield f"epoch {epoch.number + 1}: {store.example(example).id} was trained {what}"
+        if len(examples) > MAX_LISTED:
+            yield f"epoch {epoch.number + 1}: {len(examples) - MAX_LISTED:,} more were trained {what}"
+
+
+def as_json(found: Audit) -> str:
+    """The findings with lists cut to what a person reads."""
+    epochs = [
+        {
+            "epoch": epoch.number + 1,
+            "finished": epoch.finished,
+            "examples": epoch.examples,
+            "trained_once": epoch.trained_once,
+            "missed": len(epoch.missed),
+            "repeated": len(epoch.repeated),
+        }
+        for epoch in found.epochs
+    ]
+    values = {
+        "proven": not found.faults,
+        "steps": found.steps,
+        "planned_steps": found.planned_steps,
+        "tokens": found.tokens,
+        "epochs": epochs,
+        "checkpoints": list(found.checkpoints),
+        "ledger": found.ledger,
+        "faults": list(found.faults),
+    }
+    return json.dumps(values, indent=2)
