@@ -19,6 +19,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, SupportsIndex
 
+from sft_dist.data.render_budget import BUDGET, PIECE
+
 UNKNOWN, LITERAL, TOOLS = "\x00", "\x01", "\x02"  # letters that belong to no message
 MAX_MESSAGES = (1 << 13) - 2
 _SLOT_BITS, _TAGGED = 6, 1 << 19
@@ -41,6 +43,7 @@ class Traced(str):
     _origin: str
 
     def __new__(cls, text: str = "", origin: str | None = None) -> Traced:
+        BUDGET.take(len(text))
         self = str.__new__(cls, text)
         self._origin = origin_of(text) if origin is None else origin
         return self
@@ -115,6 +118,8 @@ class Traced(str):
 
     def _pieces(self, parts: Iterable[str], sep: str | None) -> list[str]:
         """`parts`, cut from self from left to right with `sep` between two of them, with their shadows."""
+        parts = list(parts)
+        BUDGET.step(PIECE * len(parts))
         pieces: list[str] = []
         at = 0
         for part in parts:

@@ -12,10 +12,10 @@ import numpy as np
 
 from sft_dist.data import provenance
 from sft_dist.data.provenance import ARGUMENTS, CONTENT, HEADER, NAMES, REASONING, ROLE, TOOLS, Run, letter, trace
+from sft_dist.data.render_budget import BUDGET
 from sft_dist.errors import BadRecord
 from sft_dist.types import Conversation, Message
 
-MAX_TEXT_CHARACTERS = 8 << 20
 # What may go wrong inside a template that somebody else wrote: its own refusal, or an operation its data do not fit.
 _TEMPLATE_FAILURES = (
     jinja2.TemplateError,
@@ -72,13 +72,12 @@ def render(
         "add_generation_prompt": add_generation_prompt,
         **{name: provenance.literal(token) for name, token in special_tokens.items()},
     }
+    BUDGET.start()
     try:
         text = _run(template, conversation, variables)
     except _TEMPLATE_FAILURES as error:
         kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
         raise BadRecord(f"the chat template refuses the conversation: {kind}{error}") from error
-    if len(text) > MAX_TEXT_CHARACTERS:
-        raise BadRecord(f"the chat template wrote {len(text)} characters: at most {MAX_TEXT_CHARACTERS}")
     return Rendered(text)
 
 

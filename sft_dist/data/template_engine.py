@@ -1,8 +1,8 @@
 """Chat templates compiled so that text keeps its provenance.
 
-They run in Jinja's immutable sandbox with the settings that Hugging Face tokenizers use (trimmed blocks, loop controls,
-generation tags, `tojson` without HTML escapes, `raise_exception`, `strftime_now`), so the text is the same to the last
-character. Four things differ, all invisible to the template:
+They run in Jinja's immutable sandbox, within a budget of steps and text (`render_budget`), with the settings that Hugging
+Face tokenizers use (trimmed blocks, loop controls, generation tags, `tojson` without HTML escapes, `raise_exception`,
+`strftime_now`), so the text is the same to the last character. Four things differ, all invisible to the template:
 
 - string constants and template data are compiled into traced literals, so a plain string at run time is *unknown*;
 - output, macros, `set` blocks and `~` are joined by `provenance.concat`;
@@ -30,6 +30,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 
 from sft_dist.data import provenance
 from sft_dist.data.provenance import Traced
+from sft_dist.data.render_budget import BUDGET, CALL, check_arguments, check_binary, check_form
 from sft_dist.errors import ConfigError
 
 
@@ -72,6 +73,12 @@ class _TracingCode(CodeGenerator):
     def _output_const_repr(self, group: Iterable[Any]) -> str:
         return f"environment.literals[{super()._output_const_repr(group)}]"
 
+    def visit_For(self, node: nodes.For, frame: Frame) -> None:
+        """Each turn is counted."""
+        counted = nodes.EnvironmentAttribute("counted")
+        node.iter = nodes.Call(counted, [node.iter], [], None, None).set_lineno(node.lineno)
+        super().visit_For(node, frame)
+
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.concat(map(str, (")
         for part in node.nodes:
@@ -92,7 +99,8 @@ class TracingEnvironment(ImmutableSandboxedEnvironment):
 
     code_generator_class = _TracingCode
     concat = staticmethod(provenance.concat)
-    intercepted_binops = frozenset(["%"])
+    counted = staticmethod(BUDGET.counted)
+    intercepted_binops = frozenset(["%", "+", "*", "**"])
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -104,11 +112,20 @@ class TracingEnvironment(ImmutableSandboxedEnvironment):
             "dict": lambda *pairs, **items: dict(*pairs, **items),
             "namespace": _Namespace,
         }
+        del self.globals["lipsum"]  # text out of nothing
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
             return _percent(left, right)
+        if operator == "+" and type(left) is Traced and isinstance(right, str):
+            return left + right  # by far the most frequent
+        check_binary(operator, left, right)
         return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        BUDGET.step(CALL)
+        check_arguments((*args, *kwargs.values()))
+        return super().call(__context, __obj, *args, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """`str.format` and `format_map`, sandboxed as always, filling traced values into their places."""
@@ -124,6 +141,8 @@ class TracingEnvironment(ImmutableSandboxedEnvironment):
 class _TracingFormatter(SandboxedFormatter):
     def vformat(self, format_string: str, args: Any, kwargs: Any) -> Traced:
         """Literal parts of the format string keep its origin; each field keeps its own."""
+        check_form(format_string)
+        check_arguments((*args, *kwargs.values()))
         parts: list[str] = []
         automatic = count()
         for text, field, spec, conversion in self.parse(format_string):
@@ -164,6 +183,8 @@ _PERCENT = re.compile(r"%(?:\((?P<key>[^)]*)\))?(?P<form>[#0\- +]*(?:\d+)?(?:\.\
 
 def _percent(form: str, values: Any) -> Traced:
     """`form % values` with each `%s` keeping the origin of its value. `*` widths are not followed."""
+    check_form(form)
+    check_arguments(values if isinstance(values, tuple) else (values,))
     plain = str.__mod__(form, values)
     form = Traced(form)
     parts: list[str] = []
@@ -190,6 +211,7 @@ def _reporting(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def filtered(*args: Any, **kwargs: Any) -> Any:
+        check_arguments((*args, *kwargs.values()))
         result = function(*args, **kwargs)
         return provenance.derive(result, args, kwargs) if type(result) is str else result
 
@@ -203,6 +225,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> Traced:
+    check_arguments((indent,))
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     return provenance.derive(text, value, data=True)
 
