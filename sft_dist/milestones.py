@@ -19,7 +19,7 @@ from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.checkpoint.manifest import folder_step, step_name
 from sft_dist.data.ledger import START
 from sft_dist.evaluate.generation import Prompt, generate, prompts_from_store
-from sft_dist.evaluate.heldout import heldout_loss
+from sft_dist.evaluate.heldout import Measured, heldout_loss
 from sft_dist.evaluate.metrics import exact_match
 from sft_dist.job import Job
 from sft_dist.models.adapters import is_adapter
@@ -56,14 +56,17 @@ class Answer:
 def evaluate(parts: Parts, step: int, run_dir: Path, log: MetricsLog | None) -> list[float]:
     """Validation loss of the held-out split (none without one), and sample answers."""
     write_samples(parts, step, run_dir)
-    if parts.heldout is None:
+    if not parts.heldout:
         return []
-    loss, num_loss_tokens = heldout_loss(
-        parts.engine, parts.heldout.loader, parts.heldout.plan.num_steps, parts.place.device
-    )
+    measured = {
+        name: heldout_loss(parts.engine, split.loader, split.plan.num_steps, parts.place.device)
+        for name, split in parts.heldout.items()
+    }
+    whole = sum(measured.values(), start=Measured.nothing())
+    by_source = {"by_source": {name: found.loss for name, found in measured.items()}} if len(measured) > 1 else {}
     if log is not None:
-        log.evaluation(step, loss, num_loss_tokens)
-    return [loss]
+        log.evaluation(step, whole.loss, whole.num_loss_tokens, **by_source)
+    return [whole.loss]
 
 
 def write_samples(parts: Parts, step: int, run_dir: Path) -> None:

@@ -72,7 +72,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     choices: Choices
     train: Split
-    heldout: Split | None
+    heldout: dict[str, Split]  # source of the recipe -> its held-out examples; empty where nothing is held out
     fingerprint: dict[str, Any]
     checks: list[Check]
     kernels: list[tuple[str, str]]  # (part, implementation and why)
@@ -80,9 +80,8 @@ class Parts:
 
     def close(self) -> None:
         """End the loaders' threads."""
-        for split in (self.train, self.heldout):
-            if split is not None:
-                split.loader.close()
+        for split in (self.train, *self.heldout.values()):
+            split.loader.close()
 
 
 def read_inputs(recipe: Recipe, notice: Callable[[str], None]) -> Inputs:
@@ -138,7 +137,7 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
             seed=recipe.run.seed,
         )
     split = lambda store, plan: Split(plan, _loader(recipe, inputs, choices, place, store, plan))  # noqa: E731
-    heldout = inputs.data.eval
+    heldout = {} if inputs.data.eval is None else inputs.data.eval.by_source()
     attention_used = (
         (backend.name, backend.reason) if packed_rows else ("the architecture's own", "data.packing=padded")
     )
@@ -150,7 +149,7 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
         optimizer=build_optimizer(engine.trained, recipe.optim, choices.lr),
         choices=choices,
         train=split(inputs.data.train, plan),
-        heldout=None if heldout is None else split(heldout, heldout_plan(recipe, choices, heldout)),
+        heldout={name: split(part, heldout_plan(recipe, choices, part)) for name, part in heldout.items()},
         fingerprint=fingerprint,
         checks=checks,
         kernels=[("attention", f"{attention_used[0]} ({attention_used[1]})"), ("head", f"{head_name} ({head_reason})")],

@@ -23,6 +23,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -36,6 +37,7 @@ from sft_dist.config.overrides import split_arguments
 from sft_dist.config.schema import Recipe
 from sft_dist.data.ledger import fold
 from sft_dist.data.loader import LoadedStep
+from sft_dist.data.store import TokenStore
 from sft_dist.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, SftError
 from sft_dist.job import Job
 from sft_dist.milestones import Position
@@ -48,7 +50,7 @@ from sft_dist.parallel.runtime import Runtime, read_place, runtime, seed_for
 from sft_dist.parts import Inputs, Parts, build_parts, header_rows, read_fingerprint, read_inputs
 from sft_dist.resilience.orphan import launcher_commands
 from sft_dist.resilience.run_folder import attempt_dir, claim, put_aside, write_exit_code
-from sft_dist.types import StepMetrics
+from sft_dist.types import StepMetrics, StepPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +214,17 @@ def measure(
         tokens_per_second=step.num_tokens / seconds,
         mfu=None if peak is None else flops / (seconds * place.world_size * peak),
         peak_memory_gib=peak_memory_gib(place.device),
+        tokens_by_source=tokens_by_source(parts.inputs.data.train, step),
     )
+
+
+def tokens_by_source(store: TokenStore, step: StepPlan) -> dict[str, int] | None:
+    """Source of the recipe -> tokens of it in this step; None where there is but one."""
+    if len(store.sources) < 2:
+        return None
+    examples = np.array([example for pack in step.packs for example in pack.example_ids])
+    counts = np.bincount(store.source_of(examples), weights=store.lengths[examples], minlength=len(store.sources))
+    return {name: int(count) for name, count in zip(store.sources, counts, strict=True) if count}
 
 
 def refuse_nonfinite(metrics: StepMetrics, loaded: LoadedStep) -> None:

@@ -141,3 +141,4 @@ class StepMetrics:
     tokens_per_second: float
     mfu: float | None
     peak_memory_gib: float
+    tokens_by_source: dict[str, int] | None = None  # where the data have several sources

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -189,7 +189,7 @@ class _Preparation:
         corpus = Corpus(self._folder / CORPUS)
         for name, rows in self._routes(corpus).items():
             if len(rows):
-                write_split(self._folder / name, corpus, rows, {"split": name})
+                write_split(self._folder / name, corpus, rows, {"split": name} | self._sources())
                 self._report.splits[name] = SplitReport.of(open_store(self._folder / name))
         self._report.seconds = time.monotonic() - started
         self._report.write(self._folder / REPORT_FILE)
@@ -227,6 +227,12 @@ class _Preparation:
         places = [suffixes[owner] + part for owner, part in zip(owners, parts, strict=True)]
         source = files.setdefault(chunk.file, len(files))
         return with_places(shard.table.drop_columns(["record", "part"]), [source] * len(places), places)
+
+    def _sources(self) -> dict[str, list[Any]]:
+        """Names of the sources, told apart where a path comes twice, and where their rows end."""
+        paths = [origin.source.path for origin in self._origins]
+        names = [f"{path} ({n})" if paths.count(path) > 1 else path for n, path in enumerate(paths, 1)]
+        return {"sources": names, "source_ends": [origin.last for origin in self._origins]}
 
     def _num_workers(self) -> int:
         """0 on small data or one core: the other processes would start after the work is done."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,7 @@ from sft_dist.types import TokenizedExample
 EXAMPLES_FILE = "examples.arrow"
 META_FILE = "meta.json"
 CORPUS = "corpus"  # the folder beside the splits
-ROWS_PER_CHUNK = (
-    16_384  # rows per Arrow record batch: bounds a writer's memory and the number of pieces of a reader
-)
+ROWS_PER_CHUNK = 16_384  # rows per Arrow record batch: bounds a writer's memory and the number of pieces of a reader
 GATHERED = ("lengths", "num_loss_tokens", "loss_weight_sums")
 
 FEATURES = datasets.Features(
@@ -73,13 +72,14 @@ def write_corpus(folder: Path, tables: Iterable[pa.Table], files: Iterable[str])
 def write_split(folder: Path, corpus: Corpus, rows: np.ndarray, meta: Mapping[str, Any]) -> None:
     """Write the split `folder` beside its corpus: int64[N] row numbers in training-example order, and their columns.
 
-    `meta`: anything JSON can hold, found again as `TokenStore.meta`.
+    `meta`: anything JSON can hold, found again as `TokenStore.meta`; its `sources` and `source_ends` tell which rows
+    of the corpus come from which source of the recipe.
     """
     with atomic_folder(folder) as temporary:
         np.save(temporary / "rows.npy", rows.astype(np.int64))
         for name in GATHERED:
             np.save(temporary / f"{name}.npy", corpus.column(name)[rows])
-        fingerprint = hashlib.sha256(corpus.column("digest")[rows].astype("<u8").tobytes()).hexdigest()
+        fingerprint = _fingerprint(corpus, rows)
         _write_header(temporary, {"num_examples": len(rows), "fingerprint": fingerprint, "meta": dict(meta)})
 
 
@@ -161,7 +161,8 @@ class TokenStore:
 
     `rows` int64[N] corpus row of each example, `lengths` int32[N] tokens, `num_loss_tokens` int32[N] targets with
     weight > 0 (a document's first token is never a target), `loss_weight_sums` float64[N] sums of their weights: all
-    mapped. `fingerprint`: SHA-256 over all tokens and weights, in order.
+    mapped. `fingerprint`: SHA-256 over all tokens and weights, in order. `sources`: the recipe's sources in the order
+    of their rows.
     """
 
     def __init__(self, folder: Path, corpus: Corpus) -> None:
@@ -169,6 +170,8 @@ class TokenStore:
         self.folder, self.corpus = folder, corpus
         self.fingerprint: str = header["fingerprint"]
         self.meta: dict[str, Any] = header["meta"]
+        self.sources: list[str] = self.meta.get("sources", [""])
+        self._source_ends = np.array(self.meta.get("source_ends", [len(corpus)]))
         self.rows = _map_array(folder / "rows.npy", header["num_examples"])
         self.lengths, self.num_loss_tokens, self.loss_weight_sums = (
             _map_array(folder / f"{name}.npy", header["num_examples"]) for name in GATHERED
@@ -201,10 +204,33 @@ class TokenStore:
         """Example `index` as it was written."""
         return self.corpus.example(self._row(index))
 
+    def source_of(self, indices: np.ndarray) -> np.ndarray:
+        """Place in `sources` of each example of `indices`: int64[K]."""
+        return np.searchsorted(self._source_ends, self.rows[indices], side="right")
+
+    def by_source(self) -> dict[str, TokenStore]:
+        """The examples of each source that has any, as stores of their own; itself where there is but one."""
+        source_of = self.source_of(np.arange(len(self)))
+        present = np.unique(source_of).tolist()
+        if len(present) == 1:
+            return {self.sources[present[0]]: self}
+        return {self.sources[number]: self._only(np.flatnonzero(source_of == number)) for number in present}
+
+    def _only(self, indices: np.ndarray) -> TokenStore:
+        part = copy(self)
+        for name in ("rows", *GATHERED):
+            setattr(part, name, getattr(self, name)[indices])
+        part.fingerprint = _fingerprint(self.corpus, part.rows)
+        return part
+
     def _row(self, index: int) -> int:
         if not 0 <= index < len(self.rows):
             raise IndexError(f"example {index} is outside 0..{len(self.rows) - 1}")
         return int(self.rows[index])
+
+
+def _fingerprint(corpus: Corpus, rows: np.ndarray) -> str:
+    return hashlib.sha256(corpus.column("digest")[rows].astype("<u8").tobytes()).hexdigest()
 
 
 class _Ragged:

@@ -1,8 +1,9 @@
 """Chat templates compiled so that text keeps its provenance.
 
-They run in Jinja's immutable sandbox, within a budget of steps and text (`render_budget`), with the settings that Hugging
-Face tokenizers use (trimmed blocks, loop controls, generation tags, `tojson` without HTML escapes, `raise_exception`,
-`strftime_now`), so the text is the same to the last character. Four things differ, all invisible to the template:
+They run in Jinja's immutable sandbox, within a budget of steps and text (`render_budget`), with the settings that
+Hugging Face tokenizers use (trimmed blocks, loop controls, generation tags, `tojson` without HTML escapes,
+`raise_exception`, `strftime_now`), so the text is the same to the last character. Four things differ, all of them
+invisible to the template:
 
 - string constants and template data are compiled into traced literals, so a plain string at run time is *unknown*;
 - output, macros, `set` blocks and `~` are joined by `provenance.concat`;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 
@@ -9,11 +11,35 @@ from sft_dist.data.loader import Loader
 from sft_dist.parallel.engine import Engine
 
 
-def heldout_loss(engine: Engine, loader: Loader, num_steps: int, device: torch.device) -> tuple[float, int]:
-    """(loss per supervised token, number of supervised tokens) over all ranks.
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A sum of losses and what it is divided by; measurements of parts add up to that of the whole."""
 
-    `num_steps` steps of an evaluation plan cover the split once. No random number is drawn, so
-    evaluating changes nothing in the training that follows.
+    loss_sum: float
+    divisor: float
+    num_loss_tokens: int
+
+    @classmethod
+    def nothing(cls) -> Measured:
+        return cls(0.0, 0.0, 0)
+
+    @property
+    def loss(self) -> float:
+        """Loss per supervised token."""
+        return self.loss_sum / self.divisor
+
+    def __add__(self, other: Measured) -> Measured:
+        return Measured(
+            self.loss_sum + other.loss_sum,
+            self.divisor + other.divisor,
+            self.num_loss_tokens + other.num_loss_tokens,
+        )
+
+
+def heldout_loss(engine: Engine, loader: Loader, num_steps: int, device: torch.device) -> Measured:
+    """The loss over all ranks. `num_steps` steps of an evaluation plan cover the split once.
+
+    No random number is drawn, so evaluating changes nothing in the training that follows.
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     divisor, num_loss_tokens = 0.0, 0
@@ -25,4 +51,4 @@ def heldout_loss(engine: Engine, loader: Loader, num_steps: int, device: torch.d
             for batch in loaded.batches:
                 total += engine.packed(batch.to(device)).double()
     dist.all_reduce(total)
-    return total.item() / divisor, num_loss_tokens
+    return Measured(total.item(), divisor, num_loss_tokens)

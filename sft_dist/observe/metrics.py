@@ -24,9 +24,12 @@ class MetricsLog:
         self._board = _tensorboard(run_dir) if "tensorboard" in trackers else None
 
     def step(self, metrics: StepMetrics) -> None:
-        self._write({"kind": "step", **asdict(metrics)})
+        values = asdict(metrics)
+        if values["tokens_by_source"] is None:
+            del values["tokens_by_source"]
+        self._write({"kind": "step", **values})
 
-    def evaluation(self, step: int, eval_loss: float, num_loss_tokens: int, **named: float) -> None:
+    def evaluation(self, step: int, eval_loss: float, num_loss_tokens: int, **named: Any) -> None:
         self._write({"kind": "eval", "step": step, "eval_loss": eval_loss, "num_loss_tokens": num_loss_tokens, **named})
 
     def close(self) -> None:
@@ -39,8 +42,9 @@ class MetricsLog:
         self._file.flush()
         if self._board is not None:
             for key, value in line.items():
-                if isinstance(value, int | float) and key not in ("step", "attempt"):
-                    self._board.add_scalar(f"{line['kind']}/{key}", value, line["step"])
+                for name, number in value.items() if isinstance(value, dict) else [("", value)]:
+                    if isinstance(number, int | float) and key not in ("step", "attempt"):
+                        self._board.add_scalar("/".join(filter(None, (line["kind"], key, name))), number, line["step"])
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,7 @@ def render(
         facts=facts(read_json(run_dir / "header.json"), fingerprint),
         attempts=attempts,
         data=prepare_report,
+        mix=mix(lines),
         scores=scores(read_lines(run_dir / "exact_match.jsonl")),
         samples=samples[:MAX_SAMPLES],
         num_samples=len(samples),
@@ -145,6 +146,24 @@ def figures(summary: dict[str, Any], lines: Sequence[Line]) -> list[tuple[str, s
             ("peak memory", f"{max(line['peak_memory_gib'] for line in steps):.2f} GiB", ""),
         ]
     return found
+
+
+def mix(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """What each source gave to the training and what was measured on its held-out part; empty with one source."""
+    tokens: Counter[str] = Counter()
+    for line in lines:
+        tokens.update(line.get("tokens_by_source") or {})
+    losses = [line["by_source"] for line in lines if "by_source" in line] or [{}]
+    return [
+        {
+            "source": source,
+            "tokens": count,
+            "share": count / tokens.total(),
+            "first": losses[0].get(source, math.nan),
+            "last": losses[-1].get(source, math.nan),
+        }
+        for source, count in tokens.most_common()
+    ]
 
 
 def facts(header: Iterable[Sequence[str]] | None, fingerprint: dict[str, Any]) -> list[tuple[str, str]]:

@@ -143,3 +143,21 @@ def test_an_adapter_is_not_continued_on_other_base_weights(tmp_path: Path) -> No
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     printed = train(adapter, *settings, code=2)
     assert "frozen weights (the weights of" in printed and "Traceback" not in printed
+
+
+def test_tokens_and_losses_are_accounted_to_their_sources(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, optim={"epochs": 2, "max_steps": None})
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps([{"instruction": f"Say {n} once.", "output": f"{n}"} for n in range(100, 130)]))
+    sources = [str(tmp_path / "data.json"), str(other)]
+    train(recipe, f"data.sources.1.path={other}", "data.sources.1.weight=2.0", "--nproc", "2")
+    steps, evals = lines(tmp_path / "run", "step"), lines(tmp_path / "run", "eval")
+    assert all(sum(line["tokens_by_source"].values()) == line["num_tokens"] for line in steps)
+    report = json.loads((tmp_path / "run" / "prepare_report.json").read_text())
+    assert [source["copies"] for source in report["sources"]] == [1.0, 2.0]
+    trained = sum(line["tokens_by_source"].get(sources[1], 0) for line in steps)
+    assert 0.85 < trained / (2 * 2 * report["sources"][1]["tokens"]) <= 1.0  # two epochs, twice, less what is held out
+    for line in evals:
+        low, high = sorted(line["by_source"].values())
+        assert low <= line["eval_loss"] <= high
+    assert "<h3>Mix</h3>" in (tmp_path / "run" / "report.html").read_text()
