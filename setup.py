@@ -18,6 +18,7 @@ RUNTIME = [
     "huggingface-hub>=1.31",
     "jinja2>=3.1.6",
     "matplotlib>=3.9",
+    "numba>=0.68",
     "numpy>=2.0",
     "peft>=0.21",
     "pydantic>=2.11",

@@ -260,46 +260,56 @@ class BoundTemplate:
 
     def example(self, frame: TokenizedExample, text: str, spans: list[Span], encoding: Any) -> TokenizedExample:
         """`frame` filled with token ids and weights."""
-        ids, edges = encoding.ids, token_edges(encoding.offsets)
-        weights, answers = token_weights(edges, spans), token_answers(edges, spans)
+        ids, ranges = encoding.ids, token_ranges(encoding, len(text), spans)
+        weights, answers = token_weights(len(ids), ranges, spans), token_answers(ranges, spans)
         if self.bos_to_prepend and not text.startswith(self.bos_to_prepend):
             ids, weights = [self.tokenizer.bos_token_id, *ids], np.concatenate([_ZERO, weights])
             answers = tuple((start + 1, end + 1) for start, end in answers)
         return TokenizedExample(np.asarray(ids, dtype=np.int32), weights, frame.source, frame.id, answers)
 
 
-def token_edges(offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """First character and end of each token: int64[L] each, from a tokenizer's offsets.
+def token_ranges(encoding: Any, num_characters: int, spans: Sequence[Span]) -> list[tuple[int, int]]:
+    """The tokens [first, end) that cover at least one character of each span.
 
-    Some tokenizers report offsets without the white space of a token; a gap belongs to the token behind it.
+    Asks the native encoding for the edges of a span alone. Some tokenizers report tokens without the white space they
+    hold; where a span begins or ends in such a gap, all offsets are looked at.
     """
+    ranges = []
+    for span in spans:
+        first = encoding.char_to_token(span.start)
+        end = len(encoding) if span.end >= num_characters else encoding.char_to_token(span.end)
+        if first is None or end is None or span.end <= span.start:
+            return ranges_by_offsets(encoding.offsets, spans)
+        if end < len(encoding) and encoding.token_to_chars(end)[0] < span.end:
+            end += 1  # a token that reaches over the end
+        ranges.append((first, end))
+    return ranges
+
+
+def ranges_by_offsets(offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[tuple[int, int]]:
+    """The same from all tokens' characters [start, end): the reference. A gap belongs to the token behind it."""
     edges = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
     ends = edges[:, 1]
-    if not len(ends):
-        return ends, ends
-    return np.minimum(edges[:, 0], np.concatenate([_ORIGIN, np.maximum.accumulate(ends)[:-1]])), ends
+    starts = np.minimum(edges[:, 0], np.concatenate([_ORIGIN, np.maximum.accumulate(ends)[:-1]])[: len(ends)])
+    covered = [np.flatnonzero((starts < span.end) & (ends > span.start)) for span in spans]
+    return [(int(tokens[0]), int(tokens[-1]) + 1) if len(tokens) else (0, 0) for tokens in covered]
 
 
-def token_weights(edges: tuple[np.ndarray, np.ndarray], spans: Sequence[Span]) -> np.ndarray:
-    """float32[L]: the largest weight among the supervised characters a token covers, 0 for none."""
-    starts, ends = edges
-    weights = np.zeros(len(ends), dtype=np.float32)
-    for span in spans:
-        covered = (starts < span.end) & (ends > span.start)
-        np.maximum(weights, np.float32(span.weight), out=weights, where=covered)
+def token_weights(num_tokens: int, ranges: Sequence[tuple[int, int]], spans: Sequence[Span]) -> np.ndarray:
+    """float32[num_tokens]: the largest weight among the spans that a token is in, 0 for none."""
+    weights = np.zeros(num_tokens, dtype=np.float32)
+    for (first, end), span in zip(ranges, spans, strict=True):
+        np.maximum(weights[first:end], np.float32(span.weight), out=weights[first:end])
     return weights
 
 
-def token_answers(edges: tuple[np.ndarray, np.ndarray], spans: Sequence[Span]) -> tuple[tuple[int, int], ...]:
+def token_answers(ranges: Sequence[tuple[int, int]], spans: Sequence[Span]) -> tuple[tuple[int, int], ...]:
     """The token range [start, end) of each learned answer, in order."""
-    starts, ends = edges
-    ranges: dict[int, tuple[int, int]] = {}
-    for span in spans:
-        covered = np.flatnonzero((starts < span.end) & (ends > span.start))
-        if span.answer is not None and span.weight > 0 and len(covered):
-            first = ranges[span.answer][0] if span.answer in ranges else int(covered[0])
-            ranges[span.answer] = first, int(covered[-1]) + 1
-    return tuple(ranges.values())
+    found: dict[int, tuple[int, int]] = {}
+    for (first, end), span in zip(ranges, spans, strict=True):
+        if span.answer is not None and span.weight > 0 and end > first:
+            found[span.answer] = found[span.answer][0] if span.answer in found else first, end
+    return tuple(found.values())
 
 
 _ORIGIN = np.zeros(1, dtype=np.int64)

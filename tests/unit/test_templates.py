@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from template_cases import (
     BUILTIN,
@@ -23,7 +23,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from sft_dist.data.formats import to_conversation
 from sft_dist.data.sources import Rejects, read_records
 from sft_dist.data.supervision import Span, Stops
-from sft_dist.data.templates import ChatTemplate, resolve_template, spans, token_answers, token_edges, token_weights
+from sft_dist.data.templates import (
+    ChatTemplate,
+    ranges_by_offsets,
+    resolve_template,
+    spans,
+    token_answers,
+    token_ranges,
+    token_weights,
+)
 from sft_dist.errors import BadRecord, ConfigError
 from sft_dist.types import Conversation, Message, TokenizedExample
 
@@ -327,16 +335,32 @@ def test_spans_of_weights() -> None:
 
 def test_token_weights_take_the_larger_weight_and_fill_gaps() -> None:
     offsets = [(0, 2), (3, 5), (5, 5), (6, 9)]  # the white space at 2 and 5 is trimmed off, and belongs to what follows
-    weights = token_weights(token_edges(offsets), [Span(2, 3, 1.0), Span(4, 6, 0.5)])
+    chosen = [Span(2, 3, 1.0), Span(4, 6, 0.5)]
+    weights = token_weights(len(offsets), ranges_by_offsets(offsets, chosen), chosen)
     assert weights.tolist() == [0.0, 1.0, 0.5, 0.5]
-    assert token_weights(token_edges([]), []).tolist() == []
+    assert token_weights(0, [], []).tolist() == [] and ranges_by_offsets([], [Span(0, 1, 1.0)]) == [(0, 0)]
 
 
 def test_answers_are_the_tokens_of_each_learned_turn() -> None:
     offsets = [(0, 2), (2, 4), (4, 6), (6, 8), (8, 9)]
     asked, muted = Span(0, 2, 1.0), Span(0, 2, 0.0, 0)
     pieces = [Span(3, 4, 1.0, 1), Span(5, 6, 1.0, 1), Span(8, 9, 0.5, 3)]
-    assert token_answers(token_edges(offsets), [asked, muted, *pieces]) == ((1, 3), (4, 5))
+    chosen = [asked, muted, *pieces]
+    assert token_answers(ranges_by_offsets(offsets, chosen), chosen) == ((1, 3), (4, 5))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    text=st.text("ab c<|im_end|>\n\u2028é漢🎉\u0301", min_size=1, max_size=40),
+    edges=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 12)), min_size=1, max_size=4),
+)
+def test_ranges_from_edges_equal_ranges_from_all_offsets(shared: Path, text: str, edges: list[tuple[int, int]]) -> None:
+    chosen = [Span(min(at, len(text) - 1), min(at + length + 1, len(text)), 1.0) for at, length in edges]
+    stories = AutoTokenizer.from_pretrained(shared / "models" / "stories260K")
+    for tokenizer in (BYTES, gpt2_tokenizer(shared), stories):
+        (encoding,) = tokenizer([text], add_special_tokens=False).encodings
+        expected = ranges_by_offsets(encoding.offsets, chosen)
+        assert token_ranges(encoding, len(text), chosen) == expected, (tokenizer.name_or_path, encoding.offsets)
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "all", "last_turn"])

@@ -1,0 +1,247 @@
+"""From a file of chats to packed batches with loss masks, beside TRL; and how long a training loop waits for data.
+
+    python benchmarks/data_path.py [--rows 20000] [--repeats 3] [--out benchmarks/results/data_path.md]
+
+Same file, same tokenizer (GPT-2's), same chat template (TRL's `qwen2_5_training`, whose generation tags TRL needs for
+its mask), sequences of 2048, packing on both sides, loss on the assistant's tokens only; nothing is cached. The clock
+runs from the file to the last batch of one epoch. TRL prepares the way its SFTTrainer does, with one and with two
+processes. Sides take turns, each run a process of its own. The numbers of tokens and of supervised tokens are compared:
+a faster reader that drops something would show.
+
+The stall is measured in a run of its own: the share of a step that the loop spends waiting for the next batch while a
+step computes for 50 ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gzip
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+SHARED = ROOT.parent / "shared" / "data"
+RESULT = Path(__file__).parent / "results" / "data_path.md"
+TEMPLATE = SHARED / "chat_templates" / "trl" / "qwen2_5_training.jinja"
+SEQ_LEN, STEP_SECONDS, STEPS = 2048, 0.05, 100
+VERSIONS = ("trl", "transformers", "tokenizers", "datasets", "torch")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--part", choices=sorted(PARTS), help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.part:
+        print(json.dumps(PARTS[options.part](options.file)))
+        return 0
+    if not TEMPLATE.is_file():
+        print(f"data_path: {SHARED} is not on this machine: nothing to read")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="sft-data-") as folder:
+        file = Path(folder) / "chats.jsonl"
+        write_chats(file, options.rows)
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in PARTS}
+        for _ in range(options.repeats):
+            for name in ("ours", "trl_1", "trl_2"):
+                runs[name].append(run(name, file))
+        runs["stall"].append(run("stall", file))
+    text = report(runs, options)
+    print(text)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(text)
+    return 0
+
+
+def write_chats(file: Path, rows: int) -> None:
+    """Alpaca records as two-message chats, repeated with a number until there are enough."""
+    with gzip.open(SHARED / "instruct" / "alpaca_subset.json.gz") as packed:
+        records = [record for record in json.load(packed) if record["output"].strip()]
+    with open(file, "w", encoding="utf-8") as out:
+        for number in range(rows):
+            record = records[number % len(records)]
+            asked = f"{record['instruction']} {record['input']} ({number})"
+            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": record["output"].strip()}]
+            out.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
+
+
+def run(name: str, file: Path) -> dict[str, Any]:
+    """One side in a process of its own."""
+    command = [sys.executable, __file__, "--part", name, "--file", str(file)]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, env=env, text=True, capture_output=True)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    print(f"{name}: {found}", file=sys.stderr)
+    return found
+
+
+def tokenizer() -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    path = str(SHARED / "tokenizers" / "gpt2" / "tokenizer.json")
+    loaded = PreTrainedTokenizerFast(tokenizer_file=path, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    loaded.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    loaded.chat_template = TEMPLATE.read_text()
+    return loaded
+
+
+def prepare_ours(file: Path, folder: str) -> tuple[Any, Any]:
+    """(store, plan) of the file, nothing cached."""
+    from sft_dist.config.schema import Recipe
+    from sft_dist.data.plan import build_plan
+    from sft_dist.data.prepare import prepare
+
+    data = {"sources": [{"path": str(file)}], "chat_template": "auto", "seq_len": SEQ_LEN, "eval_fraction": 0.0}
+    recipe = Recipe(model={"path": "none"}, run={"dir": f"{folder}/run"}, data=data)
+    store = prepare(recipe, tokenizer(), notice=lambda text: None).train
+    plan = build_plan(
+        lengths=store.lengths,
+        num_loss_tokens=store.num_loss_tokens,
+        loss_weight_sums=store.loss_weight_sums,
+        seq_len=SEQ_LEN,
+        packing="best_fit",
+        packs_per_micro_batch=4,
+        micro_batches_per_step=1,
+        examples_per_step=None,
+        seed=0,
+        epochs=1,
+        max_steps=None,
+        store_fingerprint=store.fingerprint,
+    )
+    return store, plan
+
+
+def open_loader(store: Any, plan: Any) -> Any:
+    from sft_dist.data.loader import Loader
+
+    return Loader(store, plan, rank=0, world_size=1, packing="best_fit", pad_token_id=0, pad_to_multiple_of=8)
+
+
+def ours(file: Path) -> dict[str, Any]:
+    import torch  # noqa: F401 (both sides have paid for their imports when the clock starts)
+    import transformers  # noqa: F401
+
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="sft-data-") as folder:
+        store, plan = prepare_ours(file, folder)
+        tokens = supervised = 0
+        with open_loader(store, plan) as loader:
+            for number in range(1, plan.num_steps + 1):
+                for batch in loader.step(number).batches:
+                    tokens += batch.num_tokens
+                    supervised += int((batch.labels != -100).sum())
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "tokens": tokens, "supervised": supervised, "efficiency": plan.efficiency}
+
+
+def trl(file: Path, num_processes: int) -> dict[str, Any]:
+    """SFTTrainer's own preparation and data loader; the model is as small as one can be."""
+    import datasets
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    datasets.disable_progress_bars()
+    words = tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="sft-data-") as folder:
+        settings = SFTConfig(
+            output_dir=folder, packing=True, packing_strategy="bfd", max_length=SEQ_LEN, assistant_only_loss=True,
+            dataset_num_proc=num_processes, per_device_train_batch_size=4, report_to=[], use_cpu=True, bf16=False,
+            dataloader_num_workers=0, gradient_checkpointing=False,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config)
+        started = time.perf_counter()
+        rows = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=f"{folder}/cache")
+        trainer = SFTTrainer(model, args=settings, train_dataset=rows, processing_class=words)
+        tokens = supervised = 0
+        for batch in trainer.get_train_dataloader():
+            labels = batch["labels"]
+            starts = batch["position_ids"] == 0 if "position_ids" in batch else torch.zeros_like(labels, dtype=bool)
+            tokens += labels.numel()
+            supervised += int(((labels != -100) & ~starts).sum())
+        return {"seconds": time.perf_counter() - started, "tokens": tokens, "supervised": supervised}
+
+
+def stall(file: Path) -> dict[str, Any]:
+    """Waiting for the next batch as a share of the step, while a step computes for a fixed time."""
+    import torch
+
+    with tempfile.TemporaryDirectory(prefix="sft-data-") as folder:
+        store, plan = prepare_ours(file, folder)
+        with open_loader(store, plan) as loader:
+            loader.step(1)
+            waited, started = 0.0, time.perf_counter()
+            steps = min(STEPS, plan.num_steps - 1)
+            matrix = torch.randn(512, 512)
+            for number in range(2, steps + 2):
+                asked = time.perf_counter()
+                loader.step(number)
+                waited += time.perf_counter() - asked
+                ends = time.perf_counter() + STEP_SECONDS
+                while time.perf_counter() < ends:  # compute, as a step does: it lets go of the interpreter's lock
+                    matrix = torch.tanh(matrix @ matrix)
+            return {"share": waited / (time.perf_counter() - started), "steps": steps}
+
+
+PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "ours": ours,
+    "trl_1": lambda file: trl(file, 1),
+    "trl_2": lambda file: trl(file, 2),
+    "stall": stall,
+}
+
+
+def report(runs: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> str:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in VERSIONS)
+    rates = {name: [r["supervised"] / r["seconds"] for r in runs[name]] for name in ("ours", "trl_1", "trl_2")}
+    tokens = {name: runs[name][0]["supervised"] for name in rates}
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    rows = {
+        "ours": "sft_dist",
+        "trl_1": "TRL, dataset_num_proc=1",
+        "trl_2": "TRL, dataset_num_proc=2",
+    }
+    table = "\n".join(
+        f"| {label} | {statistics.median(r['seconds'] for r in runs[name]):.1f} | {median[name]:,.0f} | "
+        f"{max(rates[name]):,.0f} | {tokens[name]:,} | {median['ours'] / median[name]:.2f} x |"
+        for name, label in rows.items()
+    )
+    return f"""# From a file of chats to packed batches
+
+`python benchmarks/data_path.py --rows {options.rows}`, {datetime.date.today()}, {os.cpu_count()} cores,
+{platform.machine()}, {versions}.
+{options.rows:,} two-message chats, GPT-2 tokenizer, `qwen2_5_training` template, sequences of {SEQ_LEN},
+best-fit packing, loss on the assistant's tokens, {options.repeats} interleaved runs, nothing cached.
+
+| | seconds (median) | supervised tokens/s (median) | best | supervised tokens | ours : theirs |
+|---|---|---|---|---|---|
+{table}
+
+Waiting for the next batch: {runs["stall"][0]["share"]:.2%} of a step of {STEP_SECONDS * 1000:.0f} ms, over
+{runs["stall"][0]["steps"]} steps of 4 x {SEQ_LEN} tokens.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
