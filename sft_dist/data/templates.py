@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -86,21 +86,30 @@ class ChatTemplate:
         prompt_loss_weight: float = 0.0,
     ) -> list[TokenizedExample | BadRecord]:
         """All conversations with one native tokenizer call; what cannot be used comes back as its BadRecord."""
+        batch = self.supervise_batch(conversations, tokenizer, loss_on=loss_on, prompt_loss_weight=prompt_loss_weight)
+        return batch.examples(batch.encode())
+
+    def supervise_batch(
+        self,
+        conversations: Sequence[Conversation],
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        loss_on: str,
+        prompt_loss_weight: float = 0.0,
+    ) -> SupervisedBatch:
+        """The first half of `tokenize_batch`: texts and masks."""
         bound = self.bind(tokenizer)
-        results: list[TokenizedExample | BadRecord] = []
-        texts: list[str] = []
-        masks: list[list[Span]] = []
+        batch = SupervisedBatch(bound)
         for conversation in conversations:
             try:
                 text, spans = bound.supervised_text(conversation, loss_on, prompt_loss_weight)
             except BadRecord as error:
-                results.append(_located(error, conversation))
+                batch.frames.append(_located(error, conversation))
                 continue
-            texts.append(text)
-            masks.append(spans)
-            results.append(TokenizedExample(_NO_IDS, _NO_WEIGHTS, conversation.source, conversation.id))
-        tokens = iter(zip(texts, masks, _encode(tokenizer, texts), strict=True))
-        return [one if isinstance(one, BadRecord) else bound.example(one, *next(tokens)) for one in results]
+            batch.texts.append(text)
+            batch.masks.append(spans)
+            batch.frames.append(TokenizedExample(_NO_IDS, _NO_WEIGHTS, conversation.source, conversation.id))
+        return batch
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
         """Ids at which generation ends: stop texts that are one token, and the tokenizer's end token."""
@@ -153,6 +162,25 @@ def spans(loss_weights: np.ndarray) -> list[tuple[int, int]]:
 def _bind(template: ChatTemplate, tokenizer: PreTrainedTokenizerFast, vocabulary_size: int) -> BoundTemplate:
     """`vocabulary_size` is part of the key because tokens can be added to a tokenizer."""
     return BoundTemplate(template, tokenizer)
+
+
+@dataclass(slots=True)
+class SupervisedBatch:
+    """Rendered conversations on their way to the tokenizer: texts, the spans under loss, and what could not be used."""
+
+    bound: BoundTemplate
+    texts: list[str] = field(default_factory=list)
+    masks: list[list[Span]] = field(default_factory=list)
+    frames: list[TokenizedExample | BadRecord] = field(default_factory=list)  # of all, in order
+
+    def encode(self) -> Sequence[Any]:
+        """One `tokenizers.Encoding` for each text. Native: another thread can go on meanwhile."""
+        return _encode(self.bound.tokenizer, self.texts)
+
+    def examples(self, encodings: Sequence[Any]) -> list[TokenizedExample | BadRecord]:
+        """The frames filled with tokens and weights."""
+        tokens = iter(zip(self.texts, self.masks, encodings, strict=True))
+        return [one if isinstance(one, BadRecord) else self.bound.example(one, *next(tokens)) for one in self.frames]
 
 
 class BoundTemplate:

@@ -9,9 +9,10 @@ everything beyond `seq_len`. What is not used is listed with its record and the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,7 @@ from sft_dist.data.formats import to_conversation
 from sft_dist.data.sources import Record
 from sft_dist.data.splits import content_key
 from sft_dist.data.store import to_table
-from sft_dist.data.templates import ChatTemplate
+from sft_dist.data.templates import ChatTemplate, SupervisedBatch
 from sft_dist.errors import BadRecord
 from sft_dist.types import Conversation, TokenizedExample
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 _BATCH_EXAMPLES = 512  # per native tokenizer call
 
+Given = tuple[int, str, Conversation | TokenizedExample]  # number of the record, which of its examples, the example
+T = TypeVar("T")
 Kind = Literal["rejected", "too_long", "no_target", "truncated", "split"]
 
 
@@ -43,6 +46,12 @@ class Rules:
     prompt_loss_weight: float
     seq_len: int
     long_examples: str  # drop | truncate | split
+
+    def supervise(self, conversations: Sequence[Conversation]) -> SupervisedBatch:
+        """Texts and masks of `conversations`."""
+        return self.template.supervise_batch(
+            conversations, self.tokenizer, loss_on=self.loss_on, prompt_loss_weight=self.prompt_loss_weight
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +80,16 @@ def tokenise(records: Iterable[tuple[int, Record]], source: SourceSection, forma
     rows: list[tuple[int, str, TokenizedExample]] = []
     contents: list[int] = []
     events: list[Event] = []
-    examples = _read(records, source, format, events)
-    while batch := list(islice(examples, _BATCH_EXAMPLES)):
-        for (number, part, given), result in zip(batch, _tokens([one for _, _, one in batch], rules), strict=True):
-            if isinstance(result, BadRecord):
-                events.append(Event(number, part, "rejected", result.reason))
-                continue
-            fitted, event = fit(result, rules)
-            if event:
-                events.append(Event(number, part, *event))
-            content = content_key(given)
-            rows += [(number, part + piece, example) for piece, example in fitted]
-            contents += [content] * len(fitted)
+    for number, part, given, result in _tokens(_read(records, source, format, events), rules):
+        if isinstance(result, BadRecord):
+            events.append(Event(number, part, "rejected", result.reason))
+            continue
+        fitted, event = fit(result, rules)
+        if event:
+            events.append(Event(number, part, *event))
+        content = content_key(given)
+        rows += [(number, part + piece, example) for piece, example in fitted]
+        contents += [content] * len(fitted)
     table = to_table([example for _, _, example in rows], contents)
     table = table.append_column("record", pa.array([number for number, _, _ in rows], pa.int32()))
     return Shard(table.append_column("part", pa.array([part for _, part, _ in rows], pa.string())), events)
@@ -90,8 +97,8 @@ def tokenise(records: Iterable[tuple[int, Record]], source: SourceSection, forma
 
 def _read(
     records: Iterable[tuple[int, Record]], source: SourceSection, format: str, events: list[Event]
-) -> Iterator[tuple[int, str, Conversation | TokenizedExample]]:
-    """(record number, part, what is to be tokenised) of each example."""
+) -> Iterator[Given]:
+    """What is to be tokenised of each record."""
     for number, record in records:
         try:
             found = [to_conversation(record, format, source.columns)]
@@ -101,17 +108,34 @@ def _read(
         yield from ((number, one.id.removeprefix(record.id), one) for one in found)
 
 
-def _tokens(given: Sequence[Conversation | TokenizedExample], rules: Rules) -> list[TokenizedExample | BadRecord]:
-    """Conversations through the template and the tokenizer; what is tokens already stays as it is."""
-    tokenised = iter(
-        rules.template.tokenize_batch(
-            [one for one in given if isinstance(one, Conversation)],
-            rules.tokenizer,
-            loss_on=rules.loss_on,
-            prompt_loss_weight=rules.prompt_loss_weight,
-        )
-    )
-    return [next(tokenised) if isinstance(one, Conversation) else one for one in given]
+def _tokens(
+    given: Iterator[Given], rules: Rules
+) -> Iterator[tuple[int, str, Conversation | TokenizedExample, TokenizedExample | BadRecord]]:
+    """Each with its tokens; what is tokens already stays as it is.
+
+    While the tokenizer, which is native, works on one batch, the next one is rendered.
+    """
+    with ThreadPoolExecutor(1) as native:
+
+        def begun() -> Iterator[tuple[list[Given], SupervisedBatch, Future[Sequence[Any]]]]:
+            while batch := list(islice(given, _BATCH_EXAMPLES)):
+                texts = rules.supervise([one for _, _, one in batch if isinstance(one, Conversation)])
+                yield batch, texts, native.submit(texts.encode)
+
+        for batch, texts, encodings in _one_ahead(begun()):
+            tokenised = iter(texts.examples(encodings.result()))
+            for number, part, one in batch:
+                yield number, part, one, one if isinstance(one, TokenizedExample) else next(tokenised)
+
+
+def _one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each given out when the one behind it has been begun."""
+    held: list[T] = []
+    for item in items:
+        held.append(item)
+        if len(held) > 1:
+            yield held.pop(0)
+    yield from held
 
 
 def fit(example: TokenizedExample, rules: Rules) -> tuple[list[tuple[str, TokenizedExample]], tuple[Kind, str] | None]:

@@ -14,11 +14,10 @@ from preparing import byte_tokenizer, decoded, make_recipe, records, said, write
 
 from sft_dist.config.schema import SourceSection
 from sft_dist.data import shards as shards_module
-from sft_dist.data import tokenise as tokenise_module
 from sft_dist.data.prepare import PreparedData, prepare, temperate
 from sft_dist.data.shards import chunks
 from sft_dist.data.sources import Rejects
-from sft_dist.data.tokenise import split, trim
+from sft_dist.data.tokenise import Rules, split, trim
 from sft_dist.errors import BadRecord
 from sft_dist.types import TokenizedExample
 
@@ -32,13 +31,13 @@ def tokenizer():
 def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many examples went through the tokenizer, one number per call."""
     calls: list[int] = []
-    original = tokenise_module._tokens
+    original = Rules.supervise
 
-    def counting(given, rules):
-        calls.append(len(given))
-        return original(given, rules)
+    def counting(self, conversations):
+        calls.append(len(conversations))
+        return original(self, conversations)
 
-    monkeypatch.setattr(tokenise_module, "_tokens", counting)
+    monkeypatch.setattr(Rules, "supervise", counting)
     return calls
 
 
