@@ -15,9 +15,10 @@ origin. What has no single origin becomes UNKNOWN, and the caller reports it: an
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, SupportsIndex
+
+import numpy as np
 
 from sft_dist.data.render_budget import BUDGET, PIECE
 
@@ -219,19 +220,10 @@ def trace(value: Any, origin: str) -> Any:
     return value
 
 
-class _Tags(dict[int, int]):
-    """Letter -> the same letter inside generation tags, as `str.translate` asks for it."""
-
-    def __missing__(self, code: int) -> int:
-        return self.setdefault(code, code | _TAGGED)
-
-
-_TAGS = _Tags()
-
-
 def tag(text: str) -> Traced:
     """`text` marked as lying inside a template's generation tags."""
-    return Traced(text, origin_of(text).translate(_TAGS))
+    letters = np.frombuffer(origin_of(text).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    return Traced(text, (letters | _TAGGED).tobytes().decode("utf-32-le", "surrogatepass"))
 
 
 class Run(NamedTuple):
@@ -252,14 +244,17 @@ class Run(NamedTuple):
         return self.message < 0 and self.slot == ord(UNKNOWN)
 
 
-_RUN = re.compile(r"(.)\1*", re.DOTALL)
-
-
 def runs(text: str) -> list[Run]:
     """The whole text as maximal runs, in order."""
-    found = []
-    for match in _RUN.finditer(origin_of(text)):
-        code = ord(match[1])
-        message = ((code & (_TAGGED - 1)) >> _SLOT_BITS) - 1
-        found.append(Run(*match.span(), message, code & MAX_SLOT, code >= _TAGGED))
-    return found
+    letters = np.frombuffer(origin_of(text).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    if not len(letters):
+        return []
+    starts = np.concatenate([_FIRST, np.flatnonzero(letters[1:] != letters[:-1]) + 1])
+    edges = zip(starts.tolist(), [*starts[1:].tolist(), len(letters)], letters[starts].tolist(), strict=True)
+    return [
+        Run(start, end, ((code & (_TAGGED - 1)) >> _SLOT_BITS) - 1, code & MAX_SLOT, code >= _TAGGED)
+        for start, end, code in edges
+    ]
+
+
+_FIRST = np.zeros(1, dtype=np.int64)

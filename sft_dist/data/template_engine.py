@@ -75,10 +75,14 @@ class _TracingCode(CodeGenerator):
         return f"environment.literals[{super()._output_const_repr(group)}]"
 
     def visit_For(self, node: nodes.For, frame: Frame) -> None:
-        """Each turn is counted."""
-        counted = nodes.EnvironmentAttribute("counted")
-        node.iter = nodes.Call(counted, [node.iter], [], None, None).set_lineno(node.lineno)
+        """Each turn is counted. Jinja takes no new kinds of nodes: one that no template makes stands for the count."""
+        node.iter = nodes.MarkSafe(node.iter).set_lineno(node.lineno)
         super().visit_For(node, frame)
+
+    def visit_MarkSafe(self, node: nodes.MarkSafe, frame: Frame) -> None:
+        self.write("environment.counted(")
+        self.visit(node.expr, frame)
+        self.write(")")
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.concat(map(str, (")
