@@ -6,27 +6,26 @@ import argparse
 import json
 import os
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_dist.cli.arguments import add_recipe_arguments, read_recipe
 from sft_dist.cli.progress import bar
 from sft_dist.config.schema import Recipe
-from sft_dist.errors import EXIT_DONE, ConfigError
+from sft_dist.errors import EXIT_DONE, ConfigError, StorageError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerFast
 
     from sft_dist.config.auto import Choices
-    from sft_dist.data.inspect import ExampleView
+    from sft_dist.data.inspect import PackView
     from sft_dist.data.prepare import PreparedData
-    from sft_dist.data.report import PrepareReport
     from sft_dist.data.store import TokenStore
 
 _EXAMPLES_AFTER_PREPARE = 3
-_MAX_LISTED = 20
-_WORLD_SIZES = (1, 2, 4, 8)
+_WORLD_SIZES = (1, 2, 4, 8, 64, 1024)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -49,12 +48,21 @@ def add_parser(subparsers: Any) -> None:
     inspect.add_argument("-n", type=int, default=3, metavar="N", help="how many examples (default 3)")
     inspect.add_argument("--row", type=int, action="append", metavar="I", help="this row; may be given again")
     inspect.add_argument("--split", choices=["train", "eval", "test"], default="train")
-    inspect.add_argument("--html", type=Path, metavar="FILE", help="write a page instead")
-    parsers["plan"].add_argument("--world-size", type=int, metavar="N", help="ranks to plan for (default 1)")
+    inspect.add_argument("--source", metavar="TEXT", help="rows of files with this in their name")
+    inspect.add_argument("--grep", metavar="TEXT", help="rows with this in their text, case aside")
+    inspect.add_argument("--longest", action="store_true", help="the longest rows")
+    inspect.add_argument("--step", type=int, metavar="N", help="the packs of this planned optimizer step")
+    inspect.add_argument("--pack", metavar="STEP:MICRO:PACK", help="the documents of one pack, counted as --step does")
+    for name in ("inspect", "stats"):
+        parsers[name].add_argument("--html", type=Path, metavar="FILE", help="write a page instead")
+    for name in ("inspect", "plan"):
+        parsers[name].add_argument("--world-size", type=int, metavar="N", help="ranks to plan for (default 1)")
 
 
 def prepare_them(args: argparse.Namespace) -> int:
     """Fill the cache and say what became of every source."""
+    from sft_dist.cli.data_views import show_examples, views_of
+
     recipe, tokenizer, data = _prepared(args)
     if args.json:
         print(json.dumps({"folder": str(data.folder), **data.report.as_dict()}, indent=2, ensure_ascii=False))
@@ -63,52 +71,55 @@ def prepare_them(args: argparse.Namespace) -> int:
     for line in data.report.lines():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     rows = _sample(len(data.train), _EXAMPLES_AFTER_PREPARE, recipe.run.seed)
-    _show(console, _views(data.train, rows, tokenizer))
+    show_examples(console, views_of(data.train, rows, tokenizer))
     console.print(f"store: {data.folder}", markup=False, highlight=False, soft_wrap=True)
     return EXIT_DONE
 
 
 def inspect_them(args: argparse.Namespace) -> int:
-    """Show chosen rows, or a seeded sample."""
+    """Show chosen rows, a seeded sample, or what shares the packs of a planned step."""
+    from sft_dist.cli.data_views import show_examples, show_packs, views_of
+
     recipe, tokenizer, data = _prepared(args)
     store = getattr(data, args.split)
     if store is None:
         raise ConfigError(f"--split {args.split}: this recipe has no such split; raise data.{args.split}_fraction")
-    rows = args.row or _sample(len(store), args.n, recipe.run.seed)
-    for row in rows:
-        if not 0 <= row < len(store):
-            raise ConfigError(f"--row {row}: the {args.split} split has rows 0 to {len(store) - 1}")
-    views = _views(store, rows, tokenizer)
+    packs = _asked_packs(args, recipe, store)
+    rows = [row for pack in packs for row in pack.rows] if packs else _asked_rows(args, recipe, store, tokenizer)
+    listed = [] if args.step is not None and not args.html else rows
+    views = views_of(store, listed, tokenizer)
     if args.json:
-        print(json.dumps([view.as_dict() for view in views], indent=2, ensure_ascii=False))
+        shown = {"packs": [pack.as_dict() for pack in packs], "examples": [view.as_dict() for view in views]}
+        print(json.dumps(shown if packs else shown["examples"], indent=2, ensure_ascii=False))
     elif args.html:
         from sft_dist.data.inspect import html_page
 
-        args.html.write_text(html_page(views, f"{recipe.run.name}: {args.split}"), encoding="utf-8")
-        print(args.html)
+        _write(args.html, html_page(views, f"{recipe.run.name}: {args.split}", packs))
     else:
-        _show(_console(), views)
+        show_packs(_console(), packs)
+        if views:
+            show_examples(_console(), views)
     return EXIT_DONE
 
 
 def count_them(args: argparse.Namespace) -> int:
-    """Print the preparation's report as tables."""
-    data = _prepared(args)[2]
+    """Print the preparation's report and a survey of its rows, or write them as a page."""
+    from sft_dist.cli.data_stats import as_json, show_report, show_survey
+    from sft_dist.data.survey import survey
+
+    recipe, tokenizer, data = _prepared(args)
+    stores = {name: getattr(data, name) for name in data.report.splits}
+    with bar("looking", "rows") as progress:
+        found = survey(stores, data.template, tokenizer, seed=recipe.run.seed, progress=progress)
     if args.json:
-        print(json.dumps(data.report.as_dict(), indent=2, ensure_ascii=False))
-        return EXIT_DONE
-    console = _console()
-    for source in data.report.sources:
-        line = f"{source.describe()}, {source.supervised_share:.1%} supervised"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(_split_table(data.report))
-    for name, split in data.report.splits.items():
-        console.print(f"\nlengths of {name}, in tokens", style="bold")
-        for line in _bars(split.histogram):
-            console.print(line, markup=False, highlight=False)
-    for title, lines in (("bad records", _rejects(data.report)), ("dropped", _dropped(data.report))):
-        _list(console, title, lines)
-    _list(console, "notices", data.report.notices)
+        print(as_json(data.report, found))
+    elif args.html:
+        from sft_dist.observe.data_page import render
+
+        _write(args.html, render(recipe.run.name, data.report.as_dict(), found.as_dict()))
+    else:
+        show_report(_console(), data.report)
+        show_survey(_console(), found)
     return EXIT_DONE
 
 
@@ -126,11 +137,15 @@ def plan_them(args: argparse.Namespace) -> int:
         "steps_per_epoch": plan.steps_per_epoch,
         "examples": plan.num_examples,
         "packs_per_epoch": plan.num_packs,
+        "packs_by_epoch": [plan.packs_in_epoch(epoch) for epoch in range(plan.num_epochs)],
         "packs_per_micro_batch": choices.packs_per_micro_batch,
         "micro_batches_per_step": choices.micro_batches_per_step,
         "examples_per_step": recipe.batch.examples_per_step,
         "mean_tokens_per_step": round(tokens_per_step, 1),
+        "tokens_per_epoch": plan.num_tokens,
+        "padding_per_epoch": plan.num_slots - plan.num_tokens,
         "efficiency": plan.efficiency,
+        "measured_share": plan.measured_share,
         "balance": {str(size): plan.balance(size) for size in sorted({*_WORLD_SIZES, asked})},
         "digest": plan.digest,
     }
@@ -181,6 +196,72 @@ def _choices(recipe: Recipe, store: TokenStore, world_size: int) -> Choices:
     return choose(recipe, facts)
 
 
+def _asked_rows(
+    args: argparse.Namespace, recipe: Recipe, store: TokenStore, tokenizer: PreTrainedTokenizerFast
+) -> list[int]:
+    """The rows of `--row`; else of those that `--source` and `--grep` leave the longest, the first or a sample."""
+    import numpy as np
+
+    from sft_dist.data.inspect import find_rows
+
+    for row in args.row or []:
+        if not 0 <= row < len(store):
+            raise ConfigError(f"--row {row}: the {args.split} split has rows 0 to {len(store) - 1}")
+    if args.row:
+        return list(args.row)
+    if args.source is None and args.grep is None:
+        longest = np.argsort(-store.lengths, kind="stable")[: args.n].tolist() if args.longest else None
+        return longest or _sample(len(store), args.n, recipe.run.seed)
+    found = find_rows(store, tokenizer, source=args.source, grep=args.grep)
+    rows = sorted(found, key=lambda row: -store.lengths[row])[: args.n] if args.longest else list(islice(found, args.n))
+    if not rows:
+        asked = {"--source": args.source, "--grep": args.grep}
+        options = " ".join(f"{name} {text!r}" for name, text in asked.items() if text is not None)
+        raise ConfigError(f"{options}: no row of the {args.split} split fits; `data stats` lists its files")
+    return rows
+
+
+def _asked_packs(args: argparse.Namespace, recipe: Recipe, store: TokenStore) -> list[PackView]:
+    """The packs of `--step` or `--pack`, of the plan as `data plan` makes it."""
+    if args.step is None and args.pack is None:
+        return []
+    if args.split != "train":
+        raise ConfigError(f"--split {args.split}: only train is planned in steps; leave out --step and --pack")
+    from sft_dist.data.inspect import view_packs
+    from sft_dist.parts import train_plan
+
+    step, *place = _pack_place(args)
+    plan = train_plan(recipe, _choices(recipe, store, args.world_size or 1), store)
+    if not 1 <= step <= plan.num_steps:
+        raise ConfigError(f"step {step}: this run has steps 1 to {plan.num_steps:,}")
+    packs = view_packs(plan.step(step), store.lengths, recipe.data.seq_len)
+    chosen = [pack for pack in packs if place in ([], [pack.micro_batch, pack.number])]
+    if not chosen:
+        raise ConfigError(f"--pack {args.pack}: step {step} has packs {packs[0].name} to {packs[-1].name}")
+    return chosen
+
+
+def _pack_place(args: argparse.Namespace) -> list[int]:
+    """[step], or [step, micro-batch, pack]."""
+    if args.pack is None:
+        return [args.step]
+    if args.step is not None:
+        raise ConfigError(f"--step {args.step}: --pack {args.pack} names its step already; give one of them")
+    parts = args.pack.split(":")
+    if len(parts) != 3 or not all(part.isdigit() for part in parts):
+        raise ConfigError(f"--pack {args.pack}: must be STEP:MICRO:PACK, three numbers, as in --pack 3:0:1")
+    return [int(part) for part in parts]
+
+
+def _write(path: Path, page: str) -> None:
+    """Write a page and say where. Raises StorageError when it cannot be written."""
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"--html {path}: cannot be written ({error.strerror}); name another file") from error
+    print(path)
+
+
 def _sample(num_rows: int, n: int, seed: int) -> list[int]:
     """`n` different rows, the same for the same seed."""
     import numpy as np
@@ -190,59 +271,10 @@ def _sample(num_rows: int, n: int, seed: int) -> list[int]:
     return permute(np.arange(min(n, num_rows)), num_rows, derive_key("inspect", seed)).tolist()
 
 
-def _views(store: TokenStore, rows: list[int], tokenizer: PreTrainedTokenizerFast) -> list[ExampleView]:
-    from sft_dist.data.inspect import view_example
-
-    return [view_example(store.example(row), row=row, tokenizer=tokenizer) for row in rows]
-
-
 def _console() -> Console:
     from rich.console import Console
 
     return Console()
-
-
-def _show(console: Console, views: list[ExampleView]) -> None:
-    """Each example between rules: its tokens in colour, then what is learned as text."""
-    from rich.text import Text
-
-    from sft_dist.data.inspect import terminal_text
-
-    for view in views:
-        share = f"{view.num_tokens} tokens, {view.num_loss_tokens} learned"
-        console.rule(Text(f"row {view.row} · {view.id} · {share}"), align="left", style="dim")
-        console.print(terminal_text(view), soft_wrap=True)
-        for text in view.learned:
-            console.print(Text.assemble(("\nlearned  ", "bold green"), repr(text)), soft_wrap=True)
-    console.rule(style="dim")
-
-
-def _split_table(report: PrepareReport) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        box=box.SIMPLE, title=f"\nrendered with {report.template}, data.seq_len={report.seq_len}", title_justify="left"
-    )
-    table.add_column("split")
-    for name in ("examples", "tokens", "supervised", "min", "mean", "p50", "p90", "p99", "max"):
-        table.add_column(name, justify="right")
-    for name, split in report.splits.items():
-        lengths = [f"{split.lengths[key]:,.0f}" for key in ("min", "mean", "p50", "p90", "p99", "max")]
-        table.add_row(name, f"{split.examples:,}", f"{split.tokens:,}", f"{split.supervised_share:.1%}", *lengths)
-    return table
-
-
-def _bars(histogram: dict[str, list[int]], width: int = 50) -> list[str]:
-    """One line per bin from the first to the last used one, drawn with eighths of a block."""
-    edges, counts = histogram["edges"], histogram["counts"]
-    used = [number for number, count in enumerate(counts) if count]
-    lines = []
-    for number in range(used[0], used[-1] + 1):
-        eighths = round(8 * width * counts[number] / max(counts))
-        bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
-        lines.append(f"{edges[number]:>7,} to {edges[number + 1] - 1:>7,} {counts[number]:>9,}  {bar}".rstrip())
-    return lines
 
 
 def _plan_table(figures: dict[str, Any], recipe: Recipe) -> Any:
@@ -253,35 +285,22 @@ def _plan_table(figures: dict[str, Any], recipe: Recipe) -> Any:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     per_step = figures["micro_batches_per_step"]
+    fewest, most = min(figures["packs_by_epoch"]), max(figures["packs_by_epoch"])
+    packs = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    measured = figures["measured_share"]
+    estimate = f"; estimated from {measured:.1%} of the steps" if measured < 1 else ""
     batch = f"micro-batches: {per_step}" if per_step else f"examples: {figures['examples_per_step']}, in micro-batches"
     rows = {
         "steps": f"{figures['steps']:,} ({figures['steps_per_epoch']:,} per epoch)",
         "a step": f"{batch} of {figures['packs_per_micro_batch']} x {recipe.data.seq_len} tokens; "
         f"{figures['mean_tokens_per_step']:,.0f} real tokens on average",
-        "an epoch": f"{figures['examples']:,} examples in {figures['packs_per_epoch']:,} packs",
-        "efficiency": f"{figures['efficiency']:.2%} of the token slots hold tokens",
-        "balance": ", ".join(f"{share:.1%} on {size}" for size, share in figures["balance"].items())
-        + " ranks (mean work over the slowest rank's)",
+        "an epoch": f"{figures['examples']:,} examples, {figures['tokens_per_epoch']:,} tokens in {packs} packs",
+        "efficiency": f"{figures['efficiency']:.2%} of the token slots hold tokens, "
+        f"{figures['padding_per_epoch']:,} are padding" + (estimate if recipe.data.packing == "padded" else ""),
+        "balance": ", ".join(f"{share:.1%} on {int(size):,}" for size, share in figures["balance"].items())
+        + f" ranks (mean work over the slowest rank's{estimate})",
         "digest": figures["digest"][:16] + " (its first 16 of 64 digits)",
     }
     for name, text in rows.items():
         table.add_row(name, text)
     return table
-
-
-def _rejects(report: PrepareReport) -> list[str]:
-    return [f"{bad['file']}:{bad['line']} (byte {bad['byte']}): {bad['reason']}" for bad in report.rejects]
-
-
-def _dropped(report: PrepareReport) -> list[str]:
-    return [f"{row['id']}: {row['reason']}" for row in report.dropped]
-
-
-def _list(console: Console, title: str, lines: list[str]) -> None:
-    if not lines:
-        return
-    console.print(f"\n{title}", style="bold")
-    for line in lines[:_MAX_LISTED]:
-        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
-    if len(lines) > _MAX_LISTED:
-        console.print(f"  ... and {len(lines) - _MAX_LISTED:,} more (--json lists all)", highlight=False)

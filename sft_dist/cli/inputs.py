@@ -8,6 +8,8 @@ from pathlib import Path
 
 from sft_dist.config.schema import Recipe
 from sft_dist.data.builtin_templates import BUILTIN
+from sft_dist.data.files import is_url
+from sft_dist.data.hub import is_hub_id
 from sft_dist.errors import ConfigError
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -36,7 +38,9 @@ def _missing_sources(recipe: Recipe) -> list[str]:
         f"data.{name}.{position}.path = {source.path}: no such file, folder or pattern (from {Path.cwd()})"
         for name, sources in named.items()
         for position, source in enumerate(sources)
-        if not glob.glob(source.path, recursive=True) and not Path(source.path).exists()
+        if not (is_url(source.path) or is_hub_id(source.path))
+        and not glob.glob(source.path, recursive=True)
+        and not Path(source.path).exists()
     ]
 
 

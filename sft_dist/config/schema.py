@@ -78,12 +78,51 @@ class TuningSection(Section):
 
 
 class SourceSection(Section):
-    path: str
+    path: str  # file, folder, glob, URL such as s3://..., or the id of a data set of the hub
     format: Literal[
-        "auto", "messages", "sharegpt", "alpaca", "dolly", "prompt_completion", "question_answer", "text"
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "dolly",
+        "prompt_completion",
+        "question_answer",
+        "chain_of_thought",
+        "self_instruct",
+        "natural_instructions",
+        "oasst",
+        "tokenized",
+        "text",
+        "template",
     ] = "auto"
-    columns: dict[str, str] = {}  # our field -> their field
+    columns: dict[str, Annotated[int, Field(ge=0)] | str] = {}  # our field -> theirs; a number: tables without a header
+    template: str | None = None  # file of instruction forms, for format: template
+    quotes: bool = True  # CSV, TSV: "a, b" is one cell
+    escapes: bool = False  # CSV, TSV: a written-out \n is a line end, \t a tab
+    split: str | None = None  # of a data set of the hub; train by default
+    subset: str | None = None
+    revision: str | None = None  # commit or tag of a data set of the hub
     weight: Annotated[float, Field(gt=0)] = 1.0  # copies per epoch; 0.5 takes half the rows, 2.0 each row twice
+
+    @model_validator(mode="after")
+    def _forms_have_a_file(self) -> SourceSection:
+        if (self.format == "template") != (self.template is not None):
+            raise ValueError("template=FILE and format=template belong together: set both, or neither")
+        return self
+
+
+class ScoreSection(Section):
+    column: str  # of the record, before anything is renamed
+    min: float
+
+
+class FiltersSection(Section):
+    """What to leave out; the defaults leave out nothing."""
+
+    min_answer_tokens: Annotated[int, Field(ge=0)] = 0
+    max_repetition: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0  # share of repeated 4-grams in an answer
+    drop_refusals: bool = False
+    score: ScoreSection | None = None
 
 
 class DataSection(Section):
@@ -99,6 +138,8 @@ class DataSection(Section):
     packing: Literal["best_fit", "none", "padded"] = "best_fit"
     loss_on: Literal["assistant", "last_turn", "completion", "all"] = "assistant"
     prompt_loss_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    filters: FiltersSection = FiltersSection()
+    near_duplicates: Literal["ignore", "together", "drop"] = "ignore"  # together: never on both sides of a split
     on_bad_record: Literal["stop", "skip"] = "stop"
     max_bad_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
     cache_dir: str | None = None
@@ -126,7 +167,18 @@ class OptimSection(Section):
 
 
 class ParallelSection(Section):
-    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
+    offload: Literal["none", "optimizer", "params"] = "none"  # to CPU memory; `params` offloads the optimizer too
+
+    @model_validator(mode="after")
+    def _offloads_what_is_partitioned(self) -> ParallelSection:
+        able = {"none": None, "optimizer": ("zero1", "zero2", "zero3"), "params": ("zero3",)}[self.offload]
+        if able and self.strategy not in ("auto", *able):
+            raise ValueError(
+                f"parallel.offload={self.offload} needs parallel.strategy={' or '.join(able)} (or auto), "
+                f"not {self.strategy}"
+            )
+        return self
 
 
 class MemorySection(Section):
@@ -224,10 +276,9 @@ NOT_YET: dict[str, str] = {
     "precision.compile": "torch.compile",
     "optim.lora_plus_ratio": "LoRA+",
     "optim.neftune_alpha": "NEFTune noise",
-    "parallel.offload": "offloading",
     "parallel.dp_replicate": "HSDP meshes",
     "parallel.sequence": "sequence parallel",
-    "parallel.deepspeed_config": "DeepSpeed ZeRO",
+    "parallel.deepspeed_config": "DeepSpeed's own files: set parallel.strategy and parallel.offload",
     "memory.activation_offload": "activation offloading",
     "checkpoint.async": "asynchronous checkpoints",
     "resilience.hang_seconds": "the hang watchdog",
@@ -236,17 +287,13 @@ NOT_YET: dict[str, str] = {
     "log.project": "hosted trackers",
     "log.group": "hosted trackers",
     "hub": "hub upload",
-    **dict.fromkeys(
-        [f"data.sources.*.{name}" for name in ("split", "subset", "revision", "streaming")], "data sets of the hub"
-    ),
-    "data.sources.*.template": "Jinja forms for labelled records",
+    "data.sources.*.streaming": "data sets of the hub that are never downloaded whole",
     "data.sources.*.repeat": "repetition: use weight",
     "run.deterministic=elastic": "bit-exact runs at any world size",
     **dict.fromkeys(
         [f"tuning.method={name}" for name in ("dora", "qlora", "prefix", "prompt", "bitfit")],
         "other methods than LoRA",
     ),
-    **dict.fromkeys([f"parallel.strategy={name}" for name in ("zero1", "zero2", "zero3")], "DeepSpeed ZeRO"),
     "memory.activation_checkpointing=selective": "selective checkpointing",
     **dict.fromkeys([f"log.trackers={name}" for name in ("wandb", "mlflow")], "hosted trackers"),
     **dict.fromkeys([f"cluster.target={name}" for name in ("ssh", "slurm")], "several machines"),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_dist.config.schema import Recipe
-from sft_dist.errors import DataError, StorageError
+from sft_dist.errors import StorageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,6 +34,7 @@ _SETTINGS = (
     "eval_fraction",
     "test_fraction",
     "mixture_temperature",
+    "near_duplicates",
     "on_bad_record",
     "max_bad_fraction",
 )
@@ -59,6 +60,7 @@ def cache_name(
         "template": template_text,
         "tokenizer": tokenizer_digest(tokenizer),
         "settings": {name: getattr(data, name) for name in _SETTINGS},
+        "filters": data.filters.model_dump(),
         "seed": recipe.run.seed,
         "code": code_digest(),
     }
@@ -71,18 +73,10 @@ def rules_digest(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, template_te
         "template": template_text,
         "tokenizer": tokenizer_digest(tokenizer),
         "settings": {name: getattr(recipe.data, name) for name in _TOKEN_SETTINGS},
+        "score": recipe.data.filters.model_dump()["score"],
         "code": code_digest(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, hex. Raises DataError when it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -1,32 +1,45 @@
 """Records in the field's data formats into conversations.
 
-    messages            messages: [{role, content, tool_calls?, weight? | train? | loss_weight?}], tools?
-    sharegpt            conversations: [{from: human | gpt | ..., value}], system?, tools?
-    alpaca              instruction, input?, output, system?, history?
-    dolly               instruction, context?, response
-    prompt_completion   prompt, completion | response (texts, or lists of messages)
-    question_answer     question, answer
-    text                text, learned whole and without a template
+    messages              messages: [{role, content, tool_calls?, weight? | train? | loss_weight?}], tools?
+    sharegpt              conversations: [{from: human | gpt | ..., value}], system?, tools?
+    alpaca                instruction, input?, output, system?, history?
+    dolly                 instruction, context?, response
+    prompt_completion     prompt, completion | response (texts, or lists of messages)
+    question_answer       question, answer
+    chain_of_thought      question, rationale, answer: the assistant thinks aloud, then "The answer is ..."
+    self_instruct         instruction, instances: [{input?, output}]
+    natural_instructions  Definition, Instances; or definition, input, output
+    oasst                 prompt: {role, text, replies}: one conversation for each leaf
+    tokenized             input_ids, labels | loss_weights | attention_mask
+    text                  text, learned whole and without a template
 
 `detect_format` names the one format a record fits, and refuses when none or several do: a guess is never silent.
+`format: template` is never guessed: a file of forms (`forms`) says how a labelled record asks and answers.
 What cannot be trained on as text (images, unfilled placeholders, empty answers, conversations without an answer) is a
-BadRecord with the reason.
+BadRecord with the reason. Thoughts beside an answer (`reasoning_content`, `thinking`, `reasoning`) go with its message.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from sft_dist.data.messages import read_messages, read_tools
-from sft_dist.data.sources import Record
+from sft_dist.data.fields import Turns, Value, task_message, text_field
+from sft_dist.data.forms import Forms
+from sft_dist.data.messages import read_messages, read_tools, reasoning_of
+from sft_dist.data.records import Record
 from sft_dist.data.strict_json import kind_of
+from sft_dist.data.task_files import (
+    is_natural_instructions,
+    is_self_instruct,
+    read_natural_instructions,
+    read_self_instruct,
+)
+from sft_dist.data.tokenized import is_tokenized, read_tokenized
+from sft_dist.data.trees import is_tree, read_tree
 from sft_dist.errors import BadRecord
-from sft_dist.types import Conversation, Message
-
-Value = Mapping[str, Any]
-Turns = tuple[list[Message], Sequence[Any]]  # messages, tools
+from sft_dist.types import Conversation, Message, TokenizedExample
 
 _CONVERSATION_KEYS = ("messages", "conversations", "conversation")
 _MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
@@ -54,39 +67,58 @@ def detect_format(record: Mapping[str, Any]) -> str:
     return fits[0]
 
 
-def to_conversation(record: Record, format: str, columns: Mapping[str, str]) -> Conversation:
-    """The conversation a record stands for.
+def to_conversations(
+    record: Record,
+    format: str,
+    columns: Mapping[str, str | int],
+    forms: Forms | None = None,
+    skipped: Callable[[str], None] = lambda reason: None,
+) -> list[Conversation | TokenizedExample]:
+    """What a record stands for: at least one conversation, or one example of tokens that somebody else made.
 
-    `format` is a name of the table above or "auto" (detected for this record); `columns` maps our field names to the
-    record's. Raises BadRecord with the place and the reason.
+    `format` is a name of the table above, "template" (then `forms` must be given) or "auto" (detected for this record);
+    `columns` maps our field names to the record's. The only conversation has the record's id, the k-th of several
+    `file:line#k`, counted from 1. `skipped` gets the reason for each form that leaves this record out. Raises BadRecord
+    with the place and the reason when any part of the record cannot be used.
     """
     try:
         value = rename_columns(record.value, columns)
         _refuse_media(value)
-        messages, tools = _READERS[detect_format(value) if format == "auto" else format](value)
-        _check(messages)
-        return Conversation(tuple(messages), tuple(tools), record.file, record.id)
+        format = detect_format(value) if format == "auto" else format
+        if format == "tokenized":
+            return [read_tokenized(value, record.file, record.id)]
+        if format == "template":
+            assert forms is not None, "format: template comes with its forms"
+            found = list(forms.conversations(value, skipped))
+        else:
+            found = list(_READERS[format](value))
+        _check_all([messages for messages, _ in found])
     except BadRecord as error:
         raise record.bad(error.reason) from None
+    ids = [record.id] if len(found) == 1 else [f"{record.id}#{number}" for number in range(1, len(found) + 1)]
+    return [Conversation(tuple(m), tuple(t), record.file, id) for (m, t), id in zip(found, ids, strict=True)]
 
 
-def rename_columns(value: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
+def rename_columns(value: Value, columns: Mapping[str, str | int]) -> Value:
     """`value` with the fields that `columns` (ours -> theirs) names under our names."""
-    for ours, theirs in columns.items():
+    if not columns:
+        return value
+    names = {ours: str(theirs) for ours, theirs in columns.items()}
+    for ours, theirs in names.items():
         if theirs not in value:
             raise BadRecord(f"columns: {ours}={theirs}, but the record has no field {theirs!r}")
-    taken = set(columns.values())
-    rest = {key: item for key, item in value.items() if key not in taken and key not in columns}
-    return rest | {ours: value[theirs] for ours, theirs in columns.items()}
+    taken = set(names.values())
+    rest = {key: item for key, item in value.items() if key not in taken and key not in names}
+    return rest | {ours: value[theirs] for ours, theirs in names.items()}
 
 
 def _hint(value: Value) -> str:
     if {"chosen", "rejected"} <= value.keys():
         return " (it looks like preference data, which has no single answer)"
-    if "instances" in value:
-        return " (nested instances are not read in this version: write one record for each)"
-    if "input_ids" in value:
-        return " (tokenized data are not read in this version: give the text)"
+    if {"message_id", "parent_id"} <= value.keys():
+        return " (it looks like one message of an Open Assistant export: use the file of whole trees)"
+    if {"label", "labels"} & value.keys():
+        return " (it looks like a labelled record: format=template with a file of forms makes instructions of it)"
     return ""
 
 
@@ -113,11 +145,16 @@ _SIGNATURES: dict[str, Callable[[Value], bool]] = {
     "alpaca": _has("instruction", "output"),
     "dolly": _has("instruction", "response"),
     "prompt_completion": lambda value: "prompt" in value and ("completion" in value or "response" in value),
-    "question_answer": _has("question", "answer"),
+    "question_answer": lambda value: {"question", "answer"} <= value.keys() and "rationale" not in value,
+    "chain_of_thought": _has("question", "rationale", "answer"),
+    "self_instruct": is_self_instruct,
+    "natural_instructions": is_natural_instructions,
+    "oasst": is_tree,
+    "tokenized": is_tokenized,
     "text": _is_plain_text,
 }
 # Fields that hold a part of the question, and those of them that each format reads.
-_INPUTS = {"input", "context", "passage", "choices", "options", "system", "system_prompt", "history"}
+_INPUTS = {"input", "context", "rationale", "passage", "choices", "options", "system", "system_prompt", "history"}
 _READ: dict[str, set[str]] = {
     "messages": {"system"},
     "sharegpt": {"system"},
@@ -125,28 +162,18 @@ _READ: dict[str, set[str]] = {
     "dolly": {"context"},
     "prompt_completion": {"system"},
     "question_answer": {"system"},
+    "chain_of_thought": {"rationale", "system"},
+    "self_instruct": set(),
+    "natural_instructions": {"input"},
+    "oasst": set(),
+    "tokenized": set(),
     "text": set(),
 }
 
 
-def _text(value: Value, key: str, *, optional: bool = False) -> str:
-    """The string `value[key]`; required ones must not be blank."""
-    text = value.get(key)
-    if text is None and optional:
-        return ""
-    if key not in value:
-        raise BadRecord(f"field {key!r} is missing; the record has {', '.join(sorted(map(str, value))) or 'no fields'}")
-    if not isinstance(text, str):
-        raise BadRecord(f"field {key!r} must be text, it is {kind_of(text)}")
-    if not optional and not text.strip():
-        raise BadRecord(f"field {key!r} is empty")
-    return text
-
-
 def _read_alpaca(value: Value) -> Turns:
-    task = _task(_text(value, "instruction"), _text(value, "input", optional=True))
-    answer = Message("assistant", _text(value, "output"))
-    return [*_system(value), *_history(value), task, answer], read_tools(value.get("tools"))
+    task = task_message(text_field(value, "instruction"), text_field(value, "input", optional=True))
+    return [*_system(value), *_history(value), task, _answer(value, "output")], read_tools(value.get("tools"))
 
 
 def _history(value: Value) -> list[Message]:
@@ -160,20 +187,24 @@ def _history(value: Value) -> list[Message]:
 
 
 def _read_dolly(value: Value) -> Turns:
-    task = _task(_text(value, "instruction"), _text(value, "context", optional=True))
-    return [task, Message("assistant", _text(value, "response"))], ()
+    task = task_message(text_field(value, "instruction"), text_field(value, "context", optional=True))
+    return [task, _answer(value, "response")], ()
 
 
-def _task(instruction: str, given: str) -> Message:
-    """An instruction with its input; templates that tell them apart find both beside the joined content."""
-    if not given.strip():
-        return Message("user", instruction)
-    return Message("user", f"{instruction}\n\n{given}", extra={"instruction": instruction, "input": given})
+def _answer(value: Value, key: str) -> Message:
+    """The assistant's turn, with the thoughts that stand beside it."""
+    return Message("assistant", text_field(value, key), extra=reasoning_of(value))
 
 
 def _read_question_answer(value: Value) -> Turns:
-    asked, answered = Message("user", _text(value, "question")), Message("assistant", _text(value, "answer"))
-    return [*_system(value), asked, answered], ()
+    return [*_system(value), Message("user", text_field(value, "question")), _answer(value, "answer")], ()
+
+
+def _read_chain_of_thought(value: Value) -> Turns:
+    """The rationale, then the answer in the words of Wei et al. (2022, "Chain-of-thought prompting")."""
+    rationale, answer = text_field(value, "rationale").rstrip(), text_field(value, "answer").strip()
+    said = Message("assistant", f"{rationale}\nThe answer is {answer.removesuffix('.')}.")
+    return [*_system(value), Message("user", text_field(value, "question")), said], ()
 
 
 def _read_prompt_completion(value: Value) -> Turns:
@@ -183,7 +214,7 @@ def _read_prompt_completion(value: Value) -> Turns:
     if isinstance(prompt, list) and isinstance(answer, list):
         asked = [_muted(message) for message in read_messages(prompt, "role", "content")]
         return [*asked, *read_messages(answer, "role", "content")], read_tools(value.get("tools"))
-    texts = Message("user", _text(value, "prompt")), Message("assistant", _text(value, answer_key))
+    texts = Message("user", text_field(value, "prompt")), _answer(value, answer_key)
     return [*_system(value), *texts], read_tools(value.get("tools"))
 
 
@@ -193,7 +224,7 @@ def _muted(message: Message) -> Message:
 
 
 def _read_text(value: Value) -> Turns:
-    return [Message("text", _text(value, "text"))], ()
+    return [Message("text", text_field(value, "text"))], ()
 
 
 def _read_messages(value: Value) -> Turns:
@@ -212,7 +243,7 @@ def _conversation(value: Value, role_key: str, content_key: str) -> Turns:
 
 
 def _system(value: Value) -> list[Message]:
-    system = _text(value, "system", optional=True)
+    system = text_field(value, "system", optional=True)
     return [Message("system", system)] if system.strip() else []
 
 
@@ -230,6 +261,18 @@ def _refuse_media(value: Value) -> None:
         raise BadRecord(f"multimodal record (field {held[0]!r}): only text is trained on")
 
 
+def _check_all(conversations: Sequence[Sequence[Message]]) -> None:
+    if not conversations:
+        raise BadRecord("no assistant turn: there is nothing to learn")
+    for number, messages in enumerate(conversations, 1):
+        try:
+            _check(messages)
+        except BadRecord as error:
+            raise BadRecord(
+                f"conversation {number}: {error.reason}" if len(conversations) > 1 else error.reason
+            ) from None
+
+
 def _check(messages: Sequence[Message]) -> None:
     """Something to learn, all of it written out."""
     for number, message in enumerate(messages, 1):
@@ -242,12 +285,20 @@ def _check(messages: Sequence[Message]) -> None:
         raise BadRecord("no assistant turn: there is nothing to learn")
 
 
-_READERS: dict[str, Callable[[Value], Turns]] = {
-    "messages": _read_messages,
-    "sharegpt": _read_sharegpt,
-    "alpaca": _read_alpaca,
-    "dolly": _read_dolly,
-    "prompt_completion": _read_prompt_completion,
-    "question_answer": _read_question_answer,
-    "text": _read_text,
+def _one(read: Callable[[Value], Turns]) -> Callable[[Value], Iterable[Turns]]:
+    return lambda value: (read(value),)
+
+
+_READERS: dict[str, Callable[[Value], Iterable[Turns]]] = {
+    "messages": _one(_read_messages),
+    "sharegpt": _one(_read_sharegpt),
+    "alpaca": _one(_read_alpaca),
+    "dolly": _one(_read_dolly),
+    "prompt_completion": _one(_read_prompt_completion),
+    "question_answer": _one(_read_question_answer),
+    "chain_of_thought": _one(_read_chain_of_thought),
+    "self_instruct": read_self_instruct,
+    "natural_instructions": read_natural_instructions,
+    "oasst": read_tree,
+    "text": _one(_read_text),
 }

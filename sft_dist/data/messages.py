@@ -49,8 +49,12 @@ def _message(turn: Any, number: int, role_key: str, content_key: str) -> Message
     if turn.get("tool_calls"):
         extra["tool_calls"] = _calls(list, turn["tool_calls"], number)
     extra |= {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
-    reasoning = next((turn[key] for key in _REASONING_KEYS if isinstance(turn.get(key), str)), None)
-    return Message(role, text, _weight(turn, number), extra | _reasoning(reasoning))
+    return Message(role, text, _weight(turn, number), extra | reasoning_of(turn))
+
+
+def reasoning_of(turn: Mapping[str, Any]) -> dict[str, str]:
+    """The thoughts that stand beside an answer, as extra of its message."""
+    return _reasoning(next((turn[key] for key in _REASONING_KEYS if isinstance(turn.get(key), str)), None))
 
 
 def _reasoning(text: str | None) -> dict[str, str]:

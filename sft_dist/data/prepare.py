@@ -15,9 +15,9 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -25,13 +25,13 @@ import numpy as np
 import pyarrow as pa
 
 from sft_dist.config.schema import Recipe, SourceSection
-from sft_dist.data.cache import cache_name, cache_root, file_digest, only_one, rules_digest
+from sft_dist.data.cache import cache_name, cache_root, only_one, rules_digest
+from sft_dist.data.files import file_digest
 from sft_dist.data.folder import atomic_folder, remove_unfinished
-from sft_dist.data.permutation import derive_key, permute
 from sft_dist.data.report import PrepareReport, SourceReport, SplitReport
+from sft_dist.data.selection import ROLES, Origin, Said, select
 from sft_dist.data.shards import Chunk, ShardCache, chunks
-from sft_dist.data.sources import Rejects, source_files
-from sft_dist.data.splits import EVAL, TEST, TRAIN, draw_splits
+from sft_dist.data.sources import Rejects, source_digests, source_sizes
 from sft_dist.data.store import CORPUS, Corpus, TokenStore, open_store, with_places, write_corpus, write_split
 from sft_dist.data.templates import ChatTemplate, resolve_template
 from sft_dist.data.tokenise import Event, Rules, Shard
@@ -41,8 +41,6 @@ from sft_dist.errors import BadRecord, DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SPLITS = {"train": TRAIN, "eval": EVAL, "test": TEST}
-ROLES = {"sources": None, "eval_sources": EVAL, "test_sources": TEST}  # key of the recipe -> split it is given to
 REPORT_FILE, REJECTS_FILE, DROPPED_FILE = "report.json", "rejects.jsonl", "dropped.jsonl"
 SHARDS = "shards"
 BYTES_PER_WORKER = 16 << 20  # of source files: less is tokenised before another process has started
@@ -72,15 +70,16 @@ def prepare(
     DataError (nothing trainable, or too many bad records) and StorageError.
     """
     template = resolve_template(recipe.data.chat_template, tokenizer)
-    files = {str(path) for role in ROLES for source in getattr(recipe.data, role) for path in source_files(source.path)}
-    digests = {path: file_digest(path) for path in sorted(files)}
+    sources = [source for role in ROLES for source in getattr(recipe.data, role)]
+    digests = {name: digest for source in sources for name, digest in source_digests(source).items()}
+    digests |= {source.template: file_digest(source.template) for source in sources if source.template}
     folder = cache_root(recipe) / cache_name(recipe, tokenizer, template.text, digests)
     prepared = _find(folder, template)
     if prepared is None:
         waiting = f"another process is preparing this data; waiting for it ({folder})"
         with only_one(folder.with_suffix(".lock"), lambda: notice(waiting)):
             prepared = _find(folder, template) or _make(
-                folder, recipe, tokenizer, template, notice, _Meter(files, progress)
+                folder, recipe, tokenizer, template, notice, _Meter(sources, progress)
             )
     for line in prepared.report.lines():
         notice(line)
@@ -119,43 +118,6 @@ def _read(folder: Path, template: ChatTemplate) -> PreparedData:
     return PreparedData(stores["train"], stores.get("eval"), stores.get("test"), template, report, folder)
 
 
-def num_copies(num_rows: int, weight: float | Fraction, key: int) -> np.ndarray:
-    """How often each row of a source comes per epoch: int64[num_rows], in sum `num_rows * weight` rounded half up.
-
-    An exact integer schedule: every row floor(weight) times, and a share of them, chosen by `key`, once more.
-    """
-    exact = Fraction(str(weight))
-    whole, part = divmod(exact, 1)
-    extra = (2 * part.numerator * num_rows + part.denominator) // (2 * part.denominator)
-    rank = permute(np.arange(num_rows), num_rows, key) if extra else np.arange(num_rows)
-    return int(whole) + (rank < extra).astype(np.int64)
-
-
-def temperate(weights: list[float], sizes: list[int], temperature: float) -> list[Fraction]:
-    """Copies per row of each source so that its share of the mix is its weighted size to the power 1 / temperature.
-
-    1 leaves the weights as they are, larger ones raise small sources (Raffel et al., 2020, section 3.5.2; Devlin,
-    2019). The mix keeps its total of weighted rows. Sources without rows get 0.
-    """
-    mass = [weight * size for weight, size in zip(weights, sizes, strict=True)]
-    if temperature == 1.0:
-        return [Fraction(str(weight)) for weight in weights]
-    heat = [m ** (1 / temperature) for m in mass]
-    wanted = [sum(mass) * h / max(sum(heat), 1e-300) for h in heat]
-    copies = (w / size if size else 0.0 for w, size in zip(wanted, sizes, strict=True))
-    return [Fraction(c).limit_denominator(10**6) for c in copies]
-
-
-@dataclass(frozen=True, slots=True)
-class _Origin:
-    """Where rows [first, last) of the corpus come from."""
-
-    role: str
-    source: SourceSection
-    first: int
-    last: int
-
-
 class _Preparation:
     """One preparation, from files to a finished folder."""
 
@@ -169,11 +131,20 @@ class _Preparation:
     ) -> None:
         data = recipe.data
         self._recipe, self._meter, self._folder = recipe, meter, folder
+        self._tokenizer, self._template = tokenizer, template
         self._report = PrepareReport(template.name, data.seq_len)
-        rules = Rules(tokenizer, template, data.loss_on, data.prompt_loss_weight, data.seq_len, data.long_examples)
+        rules = Rules(
+            tokenizer=tokenizer,
+            template=template,
+            loss_on=data.loss_on,
+            prompt_loss_weight=data.prompt_loss_weight,
+            seq_len=data.seq_len,
+            long_examples=data.long_examples,
+            score=data.filters.score,
+        )
         self._cache = ShardCache(cache_root(recipe) / SHARDS, rules, rules_digest(recipe, tokenizer, template.text))
         self._rejects = Rejects(data.on_bad_record, data.max_bad_fraction)
-        self._origins: list[_Origin] = []
+        self._origins: list[Origin] = []
         self._num_rows = 0
 
     def write(self) -> None:
@@ -187,7 +158,9 @@ class _Preparation:
             write_corpus(self._folder / CORPUS, self._tables(files, rejects, dropped), files)
         self._report.check_bad_fraction(self._recipe.data.max_bad_fraction)
         corpus = Corpus(self._folder / CORPUS)
-        for name, rows in self._routes(corpus).items():
+        with open(self._folder / DROPPED_FILE, "a", encoding="utf-8") as dropped:
+            routes = self._routes(corpus, dropped)
+        for name, rows in routes.items():
             if len(rows):
                 write_split(self._folder / name, corpus, rows, {"split": name} | self._sources())
                 self._report.splits[name] = SplitReport.of(open_store(self._folder / name))
@@ -204,7 +177,7 @@ class _Preparation:
                     tasks = ((chunk, self._cache.task(chunk)) for chunk in chunks(source, self._rejects))
                     for chunk, _ in workers.map(tasks):
                         yield self._merge(chunk, counts, files, rejects, dropped)
-                    self._origins.append(_Origin(role, source, first, self._num_rows))
+                    self._origins.append(Origin(role, source, first, self._num_rows))
 
     def _merge(
         self, chunk: Chunk, counts: SourceReport, files: dict[str, int], rejects: IO[str], dropped: IO[str]
@@ -241,66 +214,20 @@ class _Preparation:
         wanted = min(len(os.sched_getaffinity(0)), self._meter.total // BYTES_PER_WORKER)
         return wanted if wanted > 1 else 0
 
-    def _routes(self, corpus: Corpus) -> dict[str, np.ndarray]:
-        """Split -> rows it holds, repeated as often as the mix says."""
-        contents = corpus.column("content")
-        split_of = self._split_of_rows(contents)
-        self._count_duplicates(contents)
-        copies = self._copies()
-        routes = {
-            name: np.repeat(np.flatnonzero(split_of == split), copies[split_of == split])
-            for name, split in SPLITS.items()
-        }
-        if not len(routes["train"]):
+    def _routes(self, corpus: Corpus, dropped: IO[str]) -> dict[str, np.ndarray]:
+        """Split -> rows it holds; what is left out is counted and listed."""
+        said = Said(corpus, self._template, self._tokenizer)
+        found = select(corpus, self._origins, self._recipe.data, said, self._recipe.run.seed)
+        ends = [origin.last for origin in self._origins]
+        for drop in found.left_out:
+            counts = self._report.sources[bisect_right(ends, drop.row)]
+            self._report.leave_out(corpus.example(drop.row).id, drop.kind, drop.reason, counts, dropped)
+        for counts, copies, duplicates in zip(self._report.sources, found.copies, found.duplicates, strict=True):
+            counts.copies, counts.duplicates = copies, duplicates
+        self._report.notices += found.notices
+        if not len(found.rows["train"]):
             raise DataError(self._nothing_to_train())
-        self._note_overlap(contents, split_of)
-        return routes
-
-    def _split_of_rows(self, contents: np.ndarray) -> np.ndarray:
-        """The split of each row: int8[N]."""
-        data, seed = self._recipe.data, self._recipe.run.seed
-        given = np.full(len(contents), -1, dtype=np.int8)
-        sources = np.zeros(len(contents), dtype=np.int32)
-        for number, origin in enumerate(self._origins):
-            sources[origin.first : origin.last] = number
-            split = ROLES[origin.role]
-            given[origin.first : origin.last] = -1 if split is None else split
-        drawn = given < 0
-        given[drawn] = draw_splits(contents[drawn], sources[drawn], data.eval_fraction, data.test_fraction, seed)
-        if data.eval_fraction and EVAL not in given and drawn.any():
-            self._report.notices.append("fewer than 2 different examples: no validation split")
-        return given
-
-    def _count_duplicates(self, contents: np.ndarray) -> None:
-        """Rows of each source whose content came before, in it or in an earlier source."""
-        is_first = np.zeros(len(contents), dtype=bool)
-        is_first[np.unique(contents, return_index=True)[1]] = True
-        for origin, counts in zip(self._origins, self._report.sources, strict=True):
-            counts.duplicates = int(np.count_nonzero(~is_first[origin.first : origin.last]))
-
-    def _copies(self) -> np.ndarray:
-        """How often each row of the corpus comes per epoch: int64[N]."""
-        data, seed = self._recipe.data, self._recipe.run.seed
-        mixed = [origin for origin in self._origins if origin.role == "sources"]
-        weights = temperate(
-            [o.source.weight for o in mixed], [o.last - o.first for o in mixed], data.mixture_temperature
-        )
-        weights += [Fraction(str(o.source.weight)) for o in self._origins if o.role != "sources"]
-        copies = [np.zeros(0, dtype=np.int64)]
-        for number, (origin, weight) in enumerate(zip(self._origins, weights, strict=True)):
-            copies.append(num_copies(origin.last - origin.first, weight, derive_key("copies", seed, number)))
-            self._report.sources[number].copies = float(weight)
-        return np.concatenate(copies)
-
-    def _note_overlap(self, contents: np.ndarray, split_of: np.ndarray) -> None:
-        """Given evaluation sets may repeat what is trained on; drawn ones cannot."""
-        trained = np.unique(contents[split_of == TRAIN])
-        for name in ("eval", "test"):
-            held_out = np.unique(contents[split_of == SPLITS[name]])
-            if shared := int(np.isin(held_out, trained).sum()):
-                self._report.notices.append(
-                    f"warning: {shared:,} of {len(held_out):,} {name} examples are in train too"
-                )
+        return found.rows
 
     def _nothing_to_train(self) -> str:
         counts = [source for source in self._report.sources if source.role == "sources"]
@@ -325,8 +252,8 @@ def _rejected(chunk: Chunk, shard: Shard) -> list[BadRecord]:
 class _Meter:
     """Turns the place of a record into bytes read of all bytes."""
 
-    def __init__(self, files: Iterable[str], progress: Progress) -> None:
-        self._sizes = {path: _text_bytes(Path(path)) for path in files}
+    def __init__(self, sources: Iterable[SourceSection], progress: Progress) -> None:
+        self._sizes = {name: size for source in sources for name, size in source_sizes(source).items()}
         self.total = sum(self._sizes.values())
         self._progress = progress
         self._done, self._file = 0, ""
@@ -336,13 +263,3 @@ class _Meter:
             self._done += self._sizes.get(self._file, 0)
             self._file = file
         self._progress(min(self._done + byte, self.total), self.total)
-
-
-def _text_bytes(path: Path) -> int:
-    """Size of a file, unpacked: gzip keeps it, modulo 4 GiB, in its last four bytes (RFC 1952)."""
-    size = path.stat().st_size
-    if path.suffix != ".gz" or size < 4:
-        return size
-    with open(path, "rb") as file:
-        file.seek(-4, 2)
-        return int.from_bytes(file.read(4), "little")

@@ -44,6 +44,9 @@ class SourceReport:
     no_target: int = 0  # nothing supervised, or nothing left of it after truncation
     truncated: int = 0
     split: int = 0  # cut into several accepted ones
+    form_skipped: int = 0  # forms of format: template that leave a record out
+    score: int = 0  # below data.filters.score.min
+    filtered: dict[str, int] = field(default_factory=dict)  # key of data.filters -> accepted ones left out by it
     duplicates: int = 0  # accepted ones whose content came before; kept
     tokens: int = 0  # of accepted ones
     loss_tokens: int = 0
@@ -71,11 +74,14 @@ class SourceReport:
             "without anything supervised": self.no_target,
             "truncated": self.truncated,
             "cut into pieces": self.split,
+            "left out by a form": self.form_skipped,
+            "below data.filters.score.min": self.score,
+            **{f"left out by {kind}": count for kind, count in self.filtered.items()},
             "duplicates (kept)": self.duplicates,
         }
         rest = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
         how = " + ".join(self.formats) + (" (recognised)" if self.guessed else "")
-        one_each = self.accepted + self.rejected + self.too_long + self.no_target == self.records
+        one_each = self.accepted + self.rejected + self.too_long + self.no_target + self.score == self.records
         used = f"{self.accepted:,} of {self.records:,} records used" if one_each else ""
         mixed = f", {self.copies:g} of each per epoch" if self.copies != 1 else ""
         return f"{self.path}: {how}, {used or f'{self.accepted:,} examples from {self.records:,} records'}{rest}{mixed}"
@@ -142,6 +148,11 @@ class PrepareReport:
         if event.kind != "rejected":
             setattr(counts, event.kind, getattr(counts, event.kind) + 1)
             _list({"id": example_id, "kind": event.kind, "reason": event.reason}, self.dropped, listing)
+
+    def leave_out(self, example_id: str, kind: str, reason: str, counts: SourceReport, listing: IO[str]) -> None:
+        """Count and list an accepted example that a filter of the recipe leaves out."""
+        counts.filtered[kind] = counts.filtered.get(kind, 0) + 1
+        _list({"id": example_id, "kind": kind, "reason": reason}, self.dropped, listing)
 
     def check_bad_fraction(self, allowed: float) -> None:
         """Raise DataError when more than this share of all records, bad ones included, are bad."""

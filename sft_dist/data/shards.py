@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from sft_dist.config.schema import SourceSection
+from sft_dist.data.files import file_digest
 from sft_dist.data.formats import detect_format, rename_columns
 from sft_dist.data.sources import Record, Rejects, read_records
 from sft_dist.data.tokenise import Event, Rules, Shard, tokenise
@@ -69,7 +70,7 @@ def chunks(source: SourceSection, rejects: Rejects) -> Iterator[Chunk]:
     formats: dict[str, str] = {}  # file -> format: the files of a directory need not be alike
     chunk = Chunk(source, "", "", "")
     try:
-        for record in read_records(source.path, rejects):
+        for record in read_records(source, rejects):
             if record.file != chunk.file:
                 yield from _closed(chunk, rejects)
                 chunk = Chunk(source, record.file, formats.get(record.file, ""), _start_of(record.file))
@@ -153,7 +154,8 @@ class ShardCache:
 
     def name(self, chunk: Chunk) -> str:
         """SHA-256 over rules, way of reading and records, hex."""
-        reading = [self._rules_digest, chunk.format, sorted(chunk.source.columns.items())]
+        forms = file_digest(chunk.source.template) if chunk.source.template else None
+        reading = [self._rules_digest, chunk.format, sorted(chunk.source.columns.items()), forms]
         digest = hashlib.sha256(json.dumps(reading).encode())
         digest.update(b"".join(chunk.digests))
         return digest.hexdigest()[: DIGEST_BYTES * 2]

@@ -1,4 +1,4 @@
-"""JSON without the liberties: NaN, duplicate keys, NUL, lone surrogates and bytes that are not UTF-8 are flaws.
+"""JSON without the liberties: NaN, duplicate keys, NUL, lone surrogates, bytes that are not UTF-8, endless nesting.
 
 Python's reader lets them through, and each turns into damage far away (a tokenizer that refuses the string, a field
 that silently won over its namesake).
@@ -11,6 +11,8 @@ import math
 import re
 from collections.abc import Iterator
 from typing import Any
+
+MAX_DEPTH = 64  # no data set needs more, and what walks over a value later may call itself at each level
 
 _NOT_SPACE = re.compile(r"[^ \t\n\r]|\Z")
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
@@ -70,12 +72,14 @@ class StrictJson:
     def _flaw(self, value: Any, text: str, at: int, end: int) -> str:
         if self._flaws:
             return self._flaws[0]
+        if text.count("[", at, end) + text.count("{", at, end) > MAX_DEPTH and _is_deeper(value):
+            return f"JSON nested deeper than {MAX_DEPTH} levels"
         if not text.isascii() and (broken := _NOT_UTF8.search(text, at, end)):
-            return f"byte 0x{ord(broken[0]) - 0xDC00:02x} is not UTF-8"
+            return _not_utf8(broken[0])
         if _SUSPECT.search(text, at, end):
-            for string in _strings(value):
+            for string in texts_of(value):
                 if found := _UNUSABLE.search(string):
-                    return "NUL character in a string" if found[0] == "\0" else f"lone surrogate U+{ord(found[0]):04X}"
+                    return _unusable(found[0])
         return ""
 
     def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -96,6 +100,34 @@ class StrictJson:
         return value
 
 
+def _is_deeper(value: Any) -> bool:
+    """Whether arrays and objects stand in each other more than `MAX_DEPTH` deep."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        containers = (held.values() if isinstance(held, dict) else held for held in level)
+        level = [item for items in containers for item in items if isinstance(item, dict | list)]
+    return bool(level)
+
+
+def text_flaw(text: str) -> str:
+    """What makes a text that was decoded with `surrogateescape` unusable, or ""."""
+    if text.isascii():
+        return _unusable("\0") if "\0" in text else ""
+    found = _NOT_UTF8.search(text)
+    if found:
+        return _not_utf8(found[0])
+    found = _UNUSABLE.search(text)
+    return _unusable(found[0]) if found else ""
+
+
+def _not_utf8(escaped: str) -> str:
+    return f"byte 0x{ord(escaped) - 0xDC00:02x} is not UTF-8"
+
+
+def _unusable(character: str) -> str:
+    return "NUL character in a string" if character == "\0" else f"lone surrogate U+{ord(character):04X}"
+
+
 def _explained(error: json.JSONDecodeError) -> str:
     ends = " (the text ends here: truncated?)" if error.pos >= len(error.doc.rstrip()) else ""
     line = f"line {error.lineno} " if error.lineno > 1 else ""
@@ -108,13 +140,14 @@ def kind_of(value: Any) -> str:
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
-def _strings(value: Any) -> Iterator[str]:
+def texts_of(value: Any) -> Iterator[str]:
+    """All strings in a JSON value, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for key, item in value.items():
             yield key
-            yield from _strings(item)
+            yield from texts_of(item)
     elif isinstance(value, list):
         for item in value:
-            yield from _strings(item)
+            yield from texts_of(item)

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from sft_dist.config.schema import SourceSection
-from sft_dist.data.formats import to_conversation
+from sft_dist.config.schema import ScoreSection, SourceSection
+from sft_dist.data.filters import score_too_low
+from sft_dist.data.formats import to_conversations
+from sft_dist.data.forms import load_forms
 from sft_dist.data.sources import Record
 from sft_dist.data.splits import content_key
 from sft_dist.data.store import to_table
@@ -33,7 +35,7 @@ _BATCH_EXAMPLES = 512  # per native tokenizer call
 
 Given = tuple[int, str, Conversation | TokenizedExample]  # number of the record, which of its examples, the example
 T = TypeVar("T")
-Kind = Literal["rejected", "too_long", "no_target", "truncated", "split"]
+Kind = Literal["rejected", "too_long", "no_target", "truncated", "split", "form_skipped", "score"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class Rules:
     prompt_loss_weight: float
     seq_len: int
     long_examples: str  # drop | truncate | split
+    score: ScoreSection | None = None
 
     def supervise(self, conversations: Sequence[Conversation]) -> SupervisedBatch:
         """Texts and masks of `conversations`."""
@@ -80,7 +83,7 @@ def tokenise(records: Iterable[tuple[int, Record]], source: SourceSection, forma
     rows: list[tuple[int, str, TokenizedExample]] = []
     contents: list[int] = []
     events: list[Event] = []
-    for number, part, given, result in _tokens(_read(records, source, format, events), rules):
+    for number, part, given, result in _tokens(_read(records, source, format, rules, events), rules):
         if isinstance(result, BadRecord):
             events.append(Event(number, part, "rejected", result.reason))
             continue
@@ -96,12 +99,17 @@ def tokenise(records: Iterable[tuple[int, Record]], source: SourceSection, forma
 
 
 def _read(
-    records: Iterable[tuple[int, Record]], source: SourceSection, format: str, events: list[Event]
+    records: Iterable[tuple[int, Record]], source: SourceSection, format: str, rules: Rules, events: list[Event]
 ) -> Iterator[Given]:
     """What is to be tokenised of each record."""
+    forms = load_forms(source.template) if source.template else None
     for number, record in records:
+        skipped = lambda reason: events.append(Event(number, "", "form_skipped", reason))  # noqa: B023, E731 (called here)
+        if rules.score and (low := score_too_low(record.value, rules.score.column, rules.score.min)):
+            events.append(Event(number, "", "score", low))
+            continue
         try:
-            found = [to_conversation(record, format, source.columns)]
+            found = to_conversations(record, format, source.columns, forms, skipped)
         except BadRecord as error:
             events.append(Event(number, "", "rejected", error.reason))
             continue
@@ -125,7 +133,15 @@ def _tokens(
         for batch, texts, encodings in _one_ahead(begun()):
             tokenised = iter(texts.examples(encodings.result()))
             for number, part, one in batch:
-                yield number, part, one, one if isinstance(one, TokenizedExample) else next(tokenised)
+                yield number, part, one, _known(one, rules) if isinstance(one, TokenizedExample) else next(tokenised)
+
+
+def _known(example: TokenizedExample, rules: Rules) -> TokenizedExample | BadRecord:
+    """Tokens that somebody else made are taken as they are, if the tokenizer has them."""
+    largest, size = int(example.input_ids.max(initial=0)), len(rules.tokenizer)
+    if largest < size:
+        return example
+    return BadRecord(f"token {largest} is not one of the tokenizer's {size:,}: was another tokenizer used?")
 
 
 def _one_ahead(items: Iterable[T]) -> Iterator[T]:

@@ -45,7 +45,7 @@ def draw_all(lines: Sequence[Line], prepare_report: dict[str, Any] | None) -> di
 
 def draw_losses(steps: Sequence[Line], evals: Sequence[Line]) -> bytes:
     """Training loss of each step, its running mean, and the validation loss. What is not a number leaves a gap."""
-    figure, axes = _frame(WIDE, "loss per supervised token")
+    figure, axes = frame(WIDE, "loss per supervised token")
     numbers, losses = _column(steps, "step"), _column(steps, "loss")
     window = max(1, len(losses) // 40)
     if losses:
@@ -57,23 +57,23 @@ def draw_losses(steps: Sequence[Line], evals: Sequence[Line]) -> bytes:
         axes.plot(*points, color=ORANGE, linewidth=1.8, marker="o", markersize=4, label="validation")
     _mark(axes, _resumes(steps))
     axes.legend(frameon=False, labelcolor=INK, fontsize=9)
-    return _png(figure)
+    return png(figure)
 
 
 def draw_curve(steps: Sequence[Line], key: str, title: str, resumes: Sequence[int]) -> bytes:
     """One column of the steps."""
-    figure, axes = _frame(NARROW, title)
+    figure, axes = frame(NARROW, title)
     axes.plot(_column(steps, "step"), _column(steps, key), color=BLUE, linewidth=1.2)
     axes.set_ylim(bottom=0)
     _mark(axes, resumes)
-    return _png(figure)
+    return png(figure)
 
 
 def draw_histogram(edges: Sequence[int], counts: Sequence[int]) -> bytes:
     """Examples by length."""
-    figure, axes = _frame(NARROW, "training examples by length in tokens", xlabel="")
+    figure, axes = frame(NARROW, "training examples by length in tokens", xlabel="")
     axes.stairs(counts, edges, fill=True, color=BLUE, alpha=0.8)
-    return _png(figure)
+    return png(figure)
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
@@ -96,7 +96,7 @@ def _column(lines: Sequence[Line], key: str) -> list[float]:
     return [value if math.isfinite(value) else math.nan for value in values]
 
 
-def _frame(size: tuple[float, float], title: str, xlabel: str = "step") -> tuple[Figure, Axes]:
+def frame(size: tuple[float, float], title: str, xlabel: str = "step") -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
@@ -118,7 +118,7 @@ def _mark(axes: Axes, resumes: Sequence[int]) -> None:
             axes.axvline(step, color=MUTED, linewidth=0.8, linestyle=":", label="" if number else "resumed")
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

@@ -1,11 +1,12 @@
 """`sft-dist data ...` as a user types it: readable for people, one JSON value for programs."""
 
 import json
+import re
 
 import pytest
 
 from sft_dist.cli.main import main
-from tests.unit.test_prepare import byte_tokenizer, records, write_lines
+from tests.preparing import byte_tokenizer, records, write_lines
 
 ARCHITECTURE = (
     "{model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2, num_attention_heads: 2, "
@@ -65,11 +66,19 @@ def test_inspect_writes_a_page(recipe, capsys, tmp_path):
     [
         (["--row", "99"], "--row 99: the train split has rows 0 to 38"),
         (["--split", "test"], "raise data.test_fraction"),
+        (["--grep", "nowhere"], "--grep 'nowhere': no row of the train split fits"),
+        (["--source", "b.jsonl", "--grep", "answer"], "--source 'b.jsonl' --grep 'answer': no row"),
+        (["--step", "99"], "step 99: this run has steps 1 to "),
+        (["--pack", "1:0"], "--pack 1:0: must be STEP:MICRO:PACK"),
+        (["--pack", "1:7:0"], "--pack 1:7:0: step 1 has packs 1:0:0 to 1:1:1"),
+        (["--pack", "1:0:0", "--step", "1"], "give one of them"),
+        (["--step", "1", "--split", "eval"], "only train is planned in steps"),
+        (["--html", "no/where.html"], "no/where.html: cannot be written"),
     ],
-    ids=["row", "split"],
+    ids=["row", "split", "grep", "source", "step", "pack form", "pack", "both", "eval step", "html"],
 )
 def test_inspect_refuses_what_is_not_there(recipe, capsys, arguments, message):
-    assert main(["data", "inspect", recipe, *arguments]) == 2
+    assert main(["data", "inspect", recipe, *arguments]) == (74 if "--html" in arguments else 2)
     assert message in capsys.readouterr().err
 
 
@@ -82,12 +91,62 @@ def test_stats_lists_rejects_with_their_place(recipe, capsys, tmp_path):
     assert "lengths of train, in tokens" in shown and "█" in shown
 
 
+def test_inspect_by_text_and_by_length(recipe, capsys):
+    (found,) = json.loads(run(capsys, "inspect", recipe, "--grep", "NUMBER 17<", "--json"))
+    assert found["learned"] == ["answer number 17<|im_end|>"]
+    longest = json.loads(run(capsys, "inspect", recipe, "--longest", "-n", "40", "--json"))
+    lengths = [view["num_tokens"] for view in longest]
+    assert lengths == sorted(lengths, reverse=True) and len(lengths) == 39
+    assert len(json.loads(run(capsys, "inspect", recipe, "--source", "a.jsonl", "-n", "2", "--json"))) == 2
+
+
+def test_inspect_shows_the_packs_of_a_step(recipe, capsys):
+    (packs, examples) = json.loads(run(capsys, "inspect", recipe, "--step", "1", "--json")).values()
+    assert [pack["pack"] for pack in packs] == ["1:0:0", "1:0:1", "1:1:0", "1:1:1"] and examples == []
+    assert all(pack["cu_seqlens"][-1] == sum(pack["lengths"]) <= 256 for pack in packs)
+    shown = run(capsys, "inspect", recipe, "--step", "1")
+    assert shown.count("├") == 4 and f"{packs[0]['rows'][0]}@0" in shown
+    (pack,), documents = json.loads(run(capsys, "inspect", recipe, "--pack", "1:1:0", "--json")).values()
+    assert pack == packs[2]
+    assert [view["row"] for view in documents] == pack["rows"]
+
+
+@pytest.mark.parametrize("arguments", [["--row", "1"], ["--step", "1"], ["--pack", "1:0:0"]])
+def test_inspect_fits_80_columns_and_needs_no_colour(recipe, capsys, monkeypatch, arguments):
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = run(capsys, "inspect", recipe, *arguments)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "\x1b[" not in shown
+    assert ("▶1 ⟦answer" in shown) == (arguments[0] != "--step")
+
+
+def test_stats_survey_what_was_stored(recipe, capsys):
+    survey = json.loads(run(capsys, "stats", recipe, "--json"))["survey"]
+    assert survey["looked_at"] == {"train": 39, "eval": 1}
+    assert survey["tasks"] == [["question", "", 40]]
+    shown = run(capsys, "stats", recipe)
+    for text in ("tasks: 1 different", "worth a look (nothing was dropped)", "near-duplicates:", "eval against train"):
+        assert text in shown
+
+
+def test_stats_write_a_page(recipe, capsys, tmp_path):
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write('{"instruction": "Write <script>alert(1)</script>", "output": "<b>"}\n')
+    assert run(capsys, "stats", recipe, "--html", "stats.html").strip() == "stats.html"
+    page = (tmp_path / "stats.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 8
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "<script>" not in page and "&lt;script&gt;" in page
+    assert page.count("<details>") == page.count("</details>") and page.rstrip().endswith("</html>")
+
+
 def test_plan_reports_steps_efficiency_and_balance(recipe, capsys):
     value = json.loads(run(capsys, "plan", recipe, "--world-size", "3", "--json"))
     assert value["steps"] == 3 * value["steps_per_epoch"]
     assert (value["packs_per_micro_batch"], value["micro_batches_per_step"]) == (2, 2)
     assert 0.5 < value["efficiency"] <= 1
-    assert set(value["balance"]) == {"1", "2", "3", "4", "8"}
+    assert set(value["balance"]) == {"1", "2", "3", "4", "8", "64", "1024"}
     assert len(value["digest"]) == 64
     shown = run(capsys, "plan", recipe)
     assert "per epoch" in shown and value["digest"][:16] in shown

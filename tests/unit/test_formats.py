@@ -1,24 +1,31 @@
-"""Records of the field's formats: real files, each field, and everything that must be refused."""
+"""Records of the field's formats: each field, and everything that must be refused."""
 
 from __future__ import annotations
 
-from collections import Counter
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from sft_dist.data.formats import detect_format, to_conversation
-from sft_dist.data.sources import Record, Rejects, read_records
+from sft_dist.data.formats import detect_format, to_conversations
+from sft_dist.data.records import Record
 from sft_dist.errors import BadRecord
-from sft_dist.types import Conversation, Message
+from sft_dist.types import Conversation, Message, TokenizedExample
+
+Columns = dict[str, str | int] | None
 
 
-def convert(value: dict[str, Any], format: str = "auto", columns: dict[str, str] | None = None) -> Conversation:
-    return to_conversation(Record(value, "f.jsonl", 7, 120), format, columns or {})
+def convert(value: dict[str, Any], format: str = "auto", columns: Columns = None) -> Conversation:
+    (found,) = to_conversations(Record(value, "f.jsonl", 7, 120), format, columns or {})
+    assert isinstance(found, Conversation)
+    return found
 
 
-def said(value: dict[str, Any], format: str = "auto", columns: dict[str, str] | None = None) -> list[tuple[str, str]]:
+def convert_all(value: dict[str, Any], format: str = "auto") -> list[Any]:
+    return to_conversations(Record(value, "f.jsonl", 7, 120), format, {})
+
+
+def said(value: dict[str, Any], format: str = "auto", columns: Columns = None) -> list[tuple[str, str]]:
     return [(message.role, message.content) for message in convert(value, format, columns).messages]
 
 
@@ -43,6 +50,11 @@ RECORDS: dict[str, tuple[str, dict[str, Any], list[tuple[str, str]]]] = {
     "prompt-response": ("prompt_completion", {"prompt": "q", "response": "a"}, QA),
     "prompt-messages": ("prompt_completion", {"prompt": PAIR[:1], "completion": PAIR[1:]}, QA),
     "question": ("question_answer", {"question": "q", "answer": "a"}, QA),
+    "thoughts": (
+        "chain_of_thought",
+        {"question": "q", "answer": " a.", "rationale": "since\n"},
+        [QA[0], ("assistant", "since\nThe answer is a.")],
+    ),
     "text": ("text", {"text": "t", "url": "u", "timestamp": "x"}, [("text", "t")]),
     "messages": ("messages", {"messages": PAIR, "id": 1}, QA),
     "messages-in-conversations": ("messages", {"conversations": PAIR}, QA),
@@ -78,9 +90,10 @@ UNDECIDED = {
     "unknown": ({"foo": 1}, r"fields \(foo\) fit no known format"),
     "two-formats": ({"messages": PAIR, "prompt": "q", "completion": "a"}, "fit messages and prompt_completion"),
     "preference": ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference data"),
-    "instances": ({"instruction": "q", "instances": []}, "nested instances"),
-    "tokenized": ({"input_ids": [1], "labels": [1]}, "tokenized data"),
-    "label-beside-text": ({"text": "t", "label": 1}, "fit no known format"),
+    "label-beside-text": ({"text": "t", "label": 1}, "looks like a labelled record: format=template"),
+    "one-message-of-a-tree": ({"message_id": "1", "parent_id": None, "text": "t"}, "one message of an Open Assistant"),
+    "tokens-beside-messages": ({"messages": PAIR, "input_ids": [1]}, "fit messages and tokenized"),
+    "rationale-beside-alpaca": ({"instruction": "q", "output": "a", "rationale": "r"}, "which has no 'rationale'"),
     "context-beside-question": ({"question": "q", "answer": "a", "context": "c"}, "which has no 'context'"),
     "choices": ({"question": "q", "answer": 1, "choices": ["a"]}, "which has no 'choices'"),
     "input-beside-dolly": (
@@ -111,6 +124,44 @@ REFUSED = {
     "null-instruction": ("alpaca", {"instruction": None, "output": "a"}, "'instruction' must be text, it is null"),
     "output-list": ("alpaca", {"instruction": "q", "output": ["a"]}, "'output' must be text, it is an array"),
     "number-answer": ("question_answer", {"question": "q", "answer": 3}, "must be text, it is a number"),
+    "empty-rationale": ("chain_of_thought", {"question": "q", "answer": "a", "rationale": ""}, "'rationale' is empty"),
+    "no-instances": ("self_instruct", {"instruction": "q", "instances": []}, "'instances' must be a list of instances"),
+    "instance-text": ("self_instruct", {"instruction": "q", "instances": ["a"]}, "instance 1 must be an object"),
+    "instance-empty": (
+        "self_instruct",
+        {"instruction": "q", "instances": [{"output": "a"}, {"input": "i", "output": ""}]},
+        "instance 2: field 'output' is empty",
+    ),
+    "instance-placeholder": (
+        "self_instruct",
+        {"instruction": "q", "instances": [{"output": "a"}, {"output": "{{name}}"}]},
+        "conversation 2: message 2 holds the placeholder",
+    ),
+    "no-definition": (
+        "natural_instructions",
+        {"Instances": [{"input": "i", "output": ["a"]}]},
+        "'definition' is missing",
+    ),
+    "definition-of-numbers": ("natural_instructions", {"definition": [1], "output": "a"}, "'definition' must be text"),
+    "no-outputs": ("natural_instructions", {"definition": "d", "input": "i", "output": []}, "field 'output' is empty"),
+    "output-number": (
+        "natural_instructions",
+        {"definition": "d", "input": "i", "output": [1]},
+        "must be text, it is a num",
+    ),
+    "no-tree": ("oasst", {"prompt": "q"}, "'prompt' must be a message with"),
+    "tree-without-answer": ("oasst", {"prompt": {"role": "prompter", "text": "q", "replies": []}}, "no assistant turn"),
+    "tree-role": ("oasst", {"prompt": {"role": "judge", "text": "q", "replies": []}}, "unknown role 'judge'"),
+    "tree-replies": (
+        "oasst",
+        {"prompt": {"role": "prompter", "text": "q", "replies": ["a"]}},
+        "'replies' must be a list",
+    ),
+    "tree-empty": (
+        "oasst",
+        {"prompt": {"role": "prompter", "text": "q", "replies": [{"role": "assistant", "text": " ", "replies": []}]}},
+        "field 'text' is empty",
+    ),
     "bad-history": ("alpaca", {"instruction": "q", "output": "a", "history": ["x"]}, "history"),
     "no-messages": ("messages", {"messages": []}, "must be a list of messages, it is empty"),
     "messages-text": ("messages", {"messages": "hi"}, "must be a list of messages, it is text"),
@@ -202,45 +253,138 @@ def test_reasoning_goes_to_the_names_that_templates_read() -> None:
         assert convert(turns(turn)).messages[1] == Message("assistant", "a", extra=extra)
 
 
-REAL = {
-    "rasbt_instruction_data.json": ("alpaca", 1100, {}),
-    "rasbt_instruction_data_with_preference.json": ("alpaca", 1100, {}),
-    "lf_glaive_toolcall_en_demo.json": ("sharegpt", 300, {}),
-    "lf_v1_sft_demo.jsonl": ("messages", 450, {"placeholder": 50}),
-    "lf_reason_tool_use_demo_50.jsonl": ("messages", 50, {}),
-    "pt_mt_bench_messages.jsonl": ("messages", 80, {}),
-    "fastchat_dummy_conversation.json": ("sharegpt", 500, {}),
-    "alpaca_subset.json.gz": ("alpaca", 17378, {"field 'output' is empty": 9}),
-    "alpaca_random_9k.json.gz": ("alpaca", 9225, {"field 'output' is empty": 4}),
-    "lf_mllm_demo.json": ("messages", 0, {"multimodal": 6}),
-    "lf_identity.json": ("alpaca", 6, {"placeholder": 85}),
-    "lf_alpaca_zh_demo.json": ("alpaca", 1000, {}),
-    "gsm8k_train.jsonl.gz": ("question_answer", 7473, {}),
-    "p3_t0_16per_template.jsonl.gz": ("prompt_completion", 4480, {}),
-    "code_alpaca_2k.json": ("alpaca", 2015, {"field 'output' is empty": 2}),
+def test_thoughts_beside_an_answer_go_with_it() -> None:
+    extra = {"reasoning_content": "hm", "thinking": "hm"}
+    for value in (
+        {"instruction": "q", "output": "a", "reasoning": "hm"},
+        {"instruction": "q", "response": "a", "thinking": "hm"},
+        {"question": "q", "answer": "a", "reasoning_content": "hm"},
+        {"prompt": "q", "completion": "a", "reasoning_content": "hm"},
+    ):
+        assert convert(value).messages == (Message("user", "q"), Message("assistant", "a", extra=extra))
+
+
+def test_each_instance_is_a_conversation() -> None:
+    value = {
+        "instruction": "q",
+        "instances": [{"input": "i", "output": "a"}, {"input": "", "output": "b"}],
+        "name": "x",
+    }
+    assert detect_format(value) == "self_instruct"
+    found = convert_all(value)
+    assert [[m.content for m in one.messages] for one in found] == [["q\n\ni", "a"], ["q", "b"]]
+    assert [one.id for one in found] == ["f.jsonl:7#1", "f.jsonl:7#2"]
+    assert found[0].messages[0].extra == {"instruction": "q", "input": "i"}
+    value["instances"] = value["instances"][:1]  # type: ignore[index]
+    assert [one.id for one in convert_all(value)] == ["f.jsonl:7"]
+
+
+def test_a_task_file_of_natural_instructions() -> None:
+    instances = [{"id": "t-1", "input": "x", "output": ["a", "b", "a"]}, {"id": "t-2", "input": "y", "output": ["c"]}]
+    example = {"input": "p", "output": "p", "explanation": "e"}
+    value = {
+        "Contributors": ["n"],
+        "Definition": ["In this task", "you answer."],
+        "Positive Examples": [example],
+        "Negative Examples": [example],
+        "Instances": instances,
+    }
+    assert detect_format(value) == "natural_instructions"
+    found = convert_all(value)
+    question = "In this task\nyou answer.\n\n"
+    assert [[m.content for m in one.messages] for one in found] == [
+        [question + "x", "a"],
+        [question + "x", "b"],
+        [question + "y", "c"],
+    ]
+    assert [one.id.rpartition("#")[2] for one in found] == ["1", "2", "3"]
+
+
+def tree(role: str, text: str, *replies: dict[str, Any]) -> dict[str, Any]:
+    return {"role": role, "text": text, "replies": list(replies), "message_id": text}
+
+
+def test_a_tree_gives_its_threads_up_to_their_last_answer() -> None:
+    value = {
+        "message_tree_id": "t",
+        "prompt": tree(
+            "prompter",
+            "q",
+            tree("assistant", "a", tree("prompter", "more?", tree("assistant", "b")), tree("prompter", "bye")),
+            tree("assistant", "c"),
+            tree("prompter", "nobody?"),
+        ),
+    }
+    assert detect_format(value) == "oasst"
+    found = convert_all(value)
+    assert [[m.content for m in one.messages] for one in found] == [["q", "a", "more?", "b"], ["q", "a"], ["q", "c"]]
+    assert [m.role for m in found[0].messages] == ["user", "assistant"] * 2
+
+
+def test_a_deep_tree_is_no_recursion() -> None:
+    prompt = tree("assistant", "end")
+    for number in range(5000):
+        prompt = tree("prompter" if number % 2 == 0 else "assistant", "x", prompt)
+    (found,) = convert_all({"prompt": prompt})
+    assert len(found.messages) == 5001
+
+
+TOKENS = {
+    "labels": ({"labels": [-100, -100, 7, 8, -100, 9]}, [5, 6, 7, 8, 3, 9], [0, 0, 1, 1, 0, 1], ((2, 4), (5, 6))),
+    "loss-weights": ({"loss_weights": [0, 0.5, 1, 1, 0, 0]}, [5, 6, 7, 8, 3, 9], [0, 0.5, 1, 1, 0, 0], ((1, 4),)),
+    "mask-alone": ({"attention_mask": [1, 1, 1, 1, 0, 0]}, [5, 6, 7, 8], [1, 1, 1, 1], ((0, 4),)),
+    "padded-on-the-left": (
+        {"attention_mask": [0, 0, 1, 1, 1, 1], "labels": [5, 6, -100, 8, 3, 9]},
+        [7, 8, 3, 9],
+        [0, 1, 1, 1],
+        ((1, 4),),
+    ),
+    "padding-with-any-label": (
+        {"attention_mask": [1, 1, 1, 1, 1, 0], "labels": [-100, 6, -100, -100, -100, 0], "token_type_ids": [0] * 6},
+        [5, 6, 7, 8, 3],
+        [0, 1, 0, 0, 0],
+        ((1, 2),),
+    ),
 }
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_real_files(shared: Path, name: str) -> None:
-    format, num_good, refused = REAL[name]
-    good, reasons, formats, ids = 0, Counter[str](), set(), set()
-    for record in read_records(str(shared / "data/instruct" / name), Rejects()):
-        ids.add(record.id)
-        formats.add(detect_format(record.value))
-        try:
-            good += bool(to_conversation(record, "auto", {}).messages)
-        except BadRecord as error:
-            reasons[next((key for key in refused if key in error.reason), error.reason)] += 1
-    assert (formats, good, dict(reasons)) == ({format}, num_good, refused)
-    assert len(ids) == num_good + sum(refused.values())
+@pytest.mark.parametrize("name", TOKENS)
+def test_rows_that_are_tokens_already(name: str) -> None:
+    beside, ids, weights, answers = TOKENS[name]
+    value = {"input_ids": [5, 6, 7, 8, 3, 9], **beside}
+    assert detect_format(value) == "tokenized"
+    (found,) = convert_all(value)
+    assert isinstance(found, TokenizedExample)
+    assert (found.input_ids.dtype, found.loss_weights.dtype) == (np.int32, np.float32)
+    assert (found.input_ids.tolist(), found.loss_weights.tolist(), found.answers) == (ids, weights, answers)
+    assert (found.source, found.id) == ("f.jsonl", "f.jsonl:7")
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["alpaca_seed_tasks.jsonl", "oasst_en_100_tree.jsonl", "natural_instructions_v2_60per.jsonl.gz"],
-)
-def test_real_files_of_other_kinds_are_refused(shared: Path, name: str) -> None:
-    for record in read_records(str(shared / "data/instruct" / name), Rejects()):
-        with pytest.raises(BadRecord, match="no known format"):
-            detect_format(record.value)
+BAD_TOKENS: dict[str, tuple[dict[str, Any], str]] = {
+    "alone": ({"input_ids": [1, 2]}, "do not say what is learned"),
+    "none": ({"input_ids": [], "labels": []}, "at least one"),
+    "text": ({"input_ids": "1 2", "labels": [1]}, "'input_ids' must be a list of numbers, it is text"),
+    "negative": ({"input_ids": [1, -2], "labels": [1, -2]}, "from 0 up"),
+    "too-large": ({"input_ids": [1, 2**31], "labels": [1, 2]}, "from 0 up"),
+    "enormous": ({"input_ids": [1, 2**70], "labels": [1, 2]}, "list of whole numbers"),
+    "fractions": ({"input_ids": [1.5, 2.0], "labels": [1, 2]}, "list of whole numbers"),
+    "truths": ({"input_ids": [True, False], "labels": [1, 0]}, "list of whole numbers"),
+    "nested": ({"input_ids": [[1, 2]], "labels": [1]}, "list of whole numbers"),
+    "ragged": ({"input_ids": [[1], [1, 2]], "labels": [1]}, "list of whole numbers"),
+    "lengths": ({"input_ids": [1, 2], "labels": [1]}, "'labels' has 1 items, 'input_ids' 2"),
+    "shifted": ({"input_ids": [1, 2, 3], "labels": [2, 3, -100]}, "label 0 is 2, its token is 1: .*not shifted"),
+    "both": ({"input_ids": [1], "labels": [1], "loss_weights": [1]}, "keep one"),
+    "below-zero": ({"input_ids": [1], "loss_weights": [-1]}, "numbers from 0 up"),
+    "infinite": ({"input_ids": [1], "loss_weights": [float("inf")]}, "numbers from 0 up"),
+    "holes": ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, "one run of tokens"),
+    "no-token": ({"input_ids": [1], "attention_mask": [0]}, "one run of tokens"),
+    "other-mask": ({"input_ids": [1], "attention_mask": [2]}, "one run of tokens"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TOKENS)
+def test_tokens_that_cannot_be_used(name: str) -> None:
+    value, reason = BAD_TOKENS[name]
+    with pytest.raises(BadRecord, match=reason) as caught:
+        convert_all(value)
+    assert str(caught.value).startswith("f.jsonl:7 (byte 120): ")

@@ -16,8 +16,9 @@ from preparing import byte_tokenizer, decoded, make_recipe, records, said, write
 from transformers import PreTrainedTokenizerFast
 
 from sft_dist.data import prepare as prepare_module
-from sft_dist.data.prepare import num_copies, prepare
+from sft_dist.data.prepare import prepare
 from sft_dist.data.report import PrepareReport
+from sft_dist.data.selection import num_copies
 from sft_dist.data.tokenise import trim
 from sft_dist.errors import BadRecord, ConfigError, DataError
 from sft_dist.types import TokenizedExample

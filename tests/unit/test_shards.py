@@ -14,7 +14,8 @@ from preparing import byte_tokenizer, decoded, make_recipe, records, said, write
 
 from sft_dist.config.schema import SourceSection
 from sft_dist.data import shards as shards_module
-from sft_dist.data.prepare import PreparedData, prepare, temperate
+from sft_dist.data.prepare import PreparedData, prepare
+from sft_dist.data.selection import temperate
 from sft_dist.data.shards import chunks
 from sft_dist.data.sources import Rejects
 from sft_dist.data.tokenise import Rules, split, trim

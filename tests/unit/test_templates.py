@@ -20,7 +20,7 @@ from template_cases import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sft_dist.data.formats import to_conversation
+from sft_dist.data.formats import to_conversations
 from sft_dist.data.sources import Rejects, read_records
 from sft_dist.data.supervision import Span, Stops
 from sft_dist.data.templates import (
@@ -208,7 +208,7 @@ def test_builtin_templates_without_a_syntax_for_tools_refuse_them(name: str) -> 
 def test_golden_on_real_records(shared: Path, name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared / "models/stories260K")
     records = list(read_records(str(shared / "data/instruct/rasbt_instruction_data.json"), Rejects()))
-    conversations = [to_conversation(record, "alpaca", {}) for record in records]
+    conversations = [one for record in records for one in to_conversations(record, "alpaca", {})]
     stop = {"alpaca": tokenizer.eos_token, "chatml": "<|im_end|>"}[name]
     examples = template_of(name).tokenize_batch(conversations, tokenizer, loss_on="assistant")
     assert len(examples) == 1100

@@ -1,0 +1,193 @@
+"""Which rows of the corpus are trained on, which are held out, and how often each comes.
+
+    corpus, origins (which rows come from which source), recipe -> split -> row numbers, repeated as the mix says
+
+Given evaluation and test sources keep their rows; of the others each source gives its fraction. What the recipe asks to
+leave out (`data.filters`, near-duplicates) is left out before anything is held out, so that fractions hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sft_dist.config.schema import DataSection, SourceSection
+from sft_dist.data.duplicates import clusters, near_pairs, sketch
+from sft_dist.data.exchanges import Exchange, exchanges, find_frame, text_of
+from sft_dist.data.filters import Drop, Filters, drops
+from sft_dist.data.permutation import derive_key, permute
+from sft_dist.data.splits import EVAL, TEST, TRAIN, draw_splits
+from sft_dist.data.store import Corpus
+from sft_dist.data.templates import ChatTemplate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SPLITS = {"train": TRAIN, "eval": EVAL, "test": TEST}
+ROLES = {"sources": None, "eval_sources": EVAL, "test_sources": TEST}  # key of the recipe -> split it is given to
+_ROWS_AT_ONCE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where rows [first, last) of the corpus come from."""
+
+    role: str
+    source: SourceSection
+    first: int
+    last: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.last - self.first
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The outcome: rows by split, and what there is to tell."""
+
+    rows: dict[str, np.ndarray]  # split -> int64, each as often as it comes
+    copies: list[float]  # of each example per epoch, by origin
+    duplicates: list[int]  # rows whose content came before, by origin
+    left_out: list[Drop]
+    notices: list[str]
+
+
+class Said:
+    """What the rows of a corpus say: questions and answers, read again from their tokens when asked for."""
+
+    def __init__(self, corpus: Corpus, template: ChatTemplate, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._corpus, self._tokenizer, self._frame = corpus, tokenizer, find_frame(template, tokenizer)
+
+    def of(self, rows: Iterable[int]) -> list[Sequence[Exchange]]:
+        return list(exchanges(map(self._corpus.example, rows), self._tokenizer, self._frame))
+
+    def row(self, row: int) -> Sequence[Exchange]:
+        return self.of([row])[0]
+
+    def batches(self) -> Iterator[list[Sequence[Exchange]]]:
+        """All rows in order, some at a time."""
+        for start in range(0, len(self._corpus), _ROWS_AT_ONCE):
+            yield self.of(range(start, min(start + _ROWS_AT_ONCE, len(self._corpus))))
+
+
+def select(corpus: Corpus, origins: Sequence[Origin], data: DataSection, said: Said, seed: int) -> Selection:
+    """Route every row of the corpus."""
+    contents = corpus.column("content")
+    left_out = _left_out(origins, data, said)
+    stays = np.ones(len(contents), dtype=bool)
+    stays[[drop.row for drop in left_out]] = False
+    groups = _together(contents, said) if data.near_duplicates == "together" else contents
+    split_of = _split_of_rows(groups, stays, origins, data, seed)
+    weights = _weights(origins, stays, data)
+    copies = np.concatenate(
+        [np.zeros(0, dtype=np.int64)]
+        + [
+            num_copies(origin.num_rows, weight, derive_key("copies", seed, number))
+            for number, (origin, weight) in enumerate(zip(origins, weights, strict=True))
+        ]
+    )
+    chosen = {name: stays & (split_of == split) for name, split in SPLITS.items()}
+    notices = [*_missing_split(split_of, stays, origins, data), *_overlap(contents, chosen)]
+    rows = {name: np.repeat(np.flatnonzero(mask), copies[mask]) for name, mask in chosen.items()}
+    return Selection(rows, [float(weight) for weight in weights], _duplicates(contents, origins), left_out, notices)
+
+
+def num_copies(num_rows: int, weight: float | Fraction, key: int) -> np.ndarray:
+    """How often each row of a source comes per epoch: int64[num_rows], in sum `num_rows * weight` rounded half up.
+
+    An exact integer schedule: every row floor(weight) times, and a share of them, chosen by `key`, once more.
+    """
+    exact = Fraction(str(weight))
+    whole, part = divmod(exact, 1)
+    extra = (2 * part.numerator * num_rows + part.denominator) // (2 * part.denominator)
+    rank = permute(np.arange(num_rows), num_rows, key) if extra else np.arange(num_rows)
+    return int(whole) + (rank < extra).astype(np.int64)
+
+
+def temperate(weights: Sequence[float], sizes: Sequence[int], temperature: float) -> list[Fraction]:
+    """Copies per row of each source so that its share of the mix is its weighted size to the power 1 / temperature.
+
+    1 leaves the weights as they are, larger ones raise small sources (Raffel et al., 2020, section 3.5.2; Devlin,
+    2019). The mix keeps its total of weighted rows. Sources without rows get 0.
+    """
+    if temperature == 1.0:
+        return [Fraction(str(weight)) for weight in weights]
+    mass = [weight * size for weight, size in zip(weights, sizes, strict=True)]
+    heat = [m ** (1 / temperature) for m in mass]
+    wanted = [sum(mass) * h / max(sum(heat), 1e-300) for h in heat]
+    copies = (w / size if size else 0.0 for w, size in zip(wanted, sizes, strict=True))
+    return [Fraction(c).limit_denominator(10**6) for c in copies]
+
+
+def _left_out(origins: Sequence[Origin], data: DataSection, said: Said) -> list[Drop]:
+    """Rows that the recipe does not want, but never rows of evaluation sources."""
+    asked = data.filters.model_dump(exclude={"score"})
+    filters = Filters(**asked, drop_near_duplicates=data.near_duplicates == "drop")
+    if filters == Filters():
+        return []
+    protected = np.zeros(origins[-1].last if origins else 0, dtype=bool)
+    for origin in origins:
+        protected[origin.first : origin.last] = ROLES[origin.role] is not None
+    return drops(said.batches(), said.row, filters, protected)
+
+
+def _together(contents: np.ndarray, said: Said) -> np.ndarray:
+    """`contents` in which near-duplicates have one key, so that all of them fall on one side: uint64[N]."""
+    sketches = [sketch(map(text_of, batch)) for batch in said.batches()]
+    pairs = near_pairs(np.concatenate(sketches), lambda row: text_of(said.row(row))) if sketches else []
+    found = clusters(pairs)
+    keys = {int(contents[row]): int(contents[cluster[0]]) for cluster in found for row in cluster}
+    unique, place = np.unique(contents, return_inverse=True)
+    return np.array([keys.get(key, key) for key in unique.tolist()], dtype=np.uint64)[place]
+
+
+def _split_of_rows(
+    contents: np.ndarray, stays: np.ndarray, origins: Sequence[Origin], data: DataSection, seed: int
+) -> np.ndarray:
+    """The split of each row: int8[N]."""
+    given = np.full(len(contents), -1, dtype=np.int8)
+    sources = np.zeros(len(contents), dtype=np.int32)
+    for number, origin in enumerate(origins):
+        sources[origin.first : origin.last] = number
+        split = ROLES[origin.role]
+        given[origin.first : origin.last] = -1 if split is None else split
+    drawn = (given < 0) & stays
+    given[drawn] = draw_splits(contents[drawn], sources[drawn], data.eval_fraction, data.test_fraction, seed)
+    return given
+
+
+def _weights(origins: Sequence[Origin], stays: np.ndarray, data: DataSection) -> list[Fraction]:
+    """Copies per epoch of each origin's rows; the temperature is for what is trained on."""
+    mixed = [origin for origin in origins if ROLES[origin.role] is None]
+    sizes = [int(np.count_nonzero(stays[origin.first : origin.last])) for origin in mixed]
+    heated = iter(temperate([origin.source.weight for origin in mixed], sizes, data.mixture_temperature))
+    return [next(heated) if ROLES[o.role] is None else Fraction(str(o.source.weight)) for o in origins]
+
+
+def _duplicates(contents: np.ndarray, origins: Sequence[Origin]) -> list[int]:
+    """Rows of each source whose content came before, in it or in an earlier source."""
+    is_first = np.zeros(len(contents), dtype=bool)
+    is_first[np.unique(contents, return_index=True)[1]] = True
+    return [int(np.count_nonzero(~is_first[origin.first : origin.last])) for origin in origins]
+
+
+def _missing_split(
+    split_of: np.ndarray, stays: np.ndarray, origins: Sequence[Origin], data: DataSection
+) -> Iterator[str]:
+    drawn = any(origin.num_rows for origin in origins if ROLES[origin.role] is None)
+    if data.eval_fraction and drawn and EVAL not in split_of[stays]:
+        yield "fewer than 2 different examples: no validation split"
+
+
+def _overlap(contents: np.ndarray, chosen: dict[str, np.ndarray]) -> Iterator[str]:
+    """Given evaluation sets may repeat what is trained on; drawn ones cannot."""
+    trained = np.unique(contents[chosen["train"]])
+    for name in ("eval", "test"):
+        held_out = np.unique(contents[chosen[name]])
+        if shared := int(np.isin(held_out, trained).sum()):
+            yield f"warning: {shared:,} of {len(held_out):,} {name} examples are in train too"
