@@ -103,11 +103,18 @@ class SourceSection(Section):
     subset: str | None = None
     revision: str | None = None  # commit or tag of a data set of the hub
     weight: Annotated[float, Field(gt=0)] = 1.0  # copies per epoch; 0.5 takes half the rows, 2.0 each row twice
+    repeat: Positive | None = None  # copies per epoch whatever data.mixture_temperature says; instead of weight
 
     @model_validator(mode="after")
     def _forms_have_a_file(self) -> SourceSection:
         if (self.format == "template") != (self.template is not None):
             raise ValueError("template=FILE and format=template belong together: set both, or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _is_weighed_in_one_way(self) -> SourceSection:
+        if self.repeat and self.weight != 1.0:
+            raise ValueError(f"weight={self.weight:g} and repeat={self.repeat}: give one of them")
         return self
 
 
@@ -288,7 +295,6 @@ NOT_YET: dict[str, str] = {
     "log.group": "hosted trackers",
     "hub": "hub upload",
     "data.sources.*.streaming": "data sets of the hub that are never downloaded whole",
-    "data.sources.*.repeat": "repetition: use weight",
     "run.deterministic=elastic": "bit-exact runs at any world size",
     **dict.fromkeys(
         [f"tuning.method={name}" for name in ("dora", "qlora", "prefix", "prompt", "bitfit")],

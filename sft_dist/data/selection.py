@@ -162,11 +162,15 @@ def _split_of_rows(
 
 
 def _weights(origins: Sequence[Origin], stays: np.ndarray, data: DataSection) -> list[Fraction]:
-    """Copies per epoch of each origin's rows; the temperature is for what is trained on."""
-    mixed = [origin for origin in origins if ROLES[origin.role] is None]
+    """Copies per epoch of each origin's rows; the temperature is for what is trained on and not repeated."""
+    mixed = [origin for origin in origins if _is_mixed(origin)]
     sizes = [int(np.count_nonzero(stays[origin.first : origin.last])) for origin in mixed]
     heated = iter(temperate([origin.source.weight for origin in mixed], sizes, data.mixture_temperature))
-    return [next(heated) if ROLES[o.role] is None else Fraction(str(o.source.weight)) for o in origins]
+    return [next(heated) if _is_mixed(o) else Fraction(str(o.source.repeat or o.source.weight)) for o in origins]
+
+
+def _is_mixed(origin: Origin) -> bool:
+    return ROLES[origin.role] is None and origin.source.repeat is None
 
 
 def _duplicates(contents: np.ndarray, origins: Sequence[Origin]) -> list[int]:

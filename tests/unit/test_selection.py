@@ -125,3 +125,19 @@ def test_rows_left_out_do_not_count_for_temperature(tmp_path, tokenizer):
 def test_an_unknown_filter_is_refused(tmp_path):
     with pytest.raises((ConfigError, ValueError), match="filters"):
         make_recipe(tmp_path, tmp_path / "a.jsonl", filters={"min_answr_tokens": 3})
+
+
+def test_repetition_is_exact_and_no_temperature_changes_it(tmp_path, tokenizer):
+    large = write_lines(tmp_path / "large.jsonl", records(90))
+    small = write_lines(tmp_path / "small.jsonl", records(10, answer="small {}"))
+    thrice = {"path": str(write_lines(tmp_path / "thrice.jsonl", records(5, answer="thrice {}"))), "repeat": 3}
+    asked = {"mixture_temperature": 2.0, "eval_fraction": 0.0}
+    texts = decoded(
+        prepare(make_recipe(tmp_path, large, small, thrice, **asked), tokenizer, notice=said).train, tokenizer
+    )
+    assert [sum(word in text for text in texts) for word in ("small", "thrice")] == [25, 15] and len(texts) == 115
+
+
+def test_weight_and_repeat_exclude_each_other(tmp_path):
+    with pytest.raises(ValueError, match="give one of them"):
+        make_recipe(tmp_path, {"path": "a.jsonl", "repeat": 2, "weight": 0.5})
