@@ -62,14 +62,23 @@ class Audit:
 
 def audit(run_dir: Path, notice: Callable[[str], None], progress: Callable[[int, int], None]) -> Audit:
     """Prove the run in `run_dir`. Raises CheckpointError when it is no run folder, DataError when its data changed."""
-    recorded = read_fingerprint(run_dir)
+    try:
+        recorded, written = read_fingerprint(run_dir), read_metrics(run_dir)
+    except ValueError as error:
+        raise CheckpointError(f"{run_dir}: fingerprint.json or metrics.jsonl is altered: {error}") from error
     if recorded is None or not (run_dir / "config.yaml").is_file():
         raise CheckpointError(f"{run_dir}: holds no config.yaml and fingerprint.json, so it is no run folder")
     inputs = read_inputs(load_resolved(run_dir / "config.yaml"), notice)
-    choices, store = Choices(**recorded["choices"]), inputs.data.train
+    try:
+        choices, before = Choices(**recorded["choices"]), dict(recorded["inputs"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{run_dir / 'fingerprint.json'}: altered ({error!r}); restore it") from error
+    store = inputs.data.train
     plan = train_plan(inputs.recipe, choices, store)
-    _check_same_inputs(recorded["inputs"], data_fingerprint(inputs, plan), run_dir)
-    lines = [line for line in read_metrics(run_dir) if line["kind"] == "step"]
+    _check_same_inputs(before, data_fingerprint(inputs, plan), run_dir)
+    if damaged := [number for number, line in enumerate(written, 1) if not _is_sound(line)]:
+        raise CheckpointError(f"{run_dir / 'metrics.jsonl'}: line {damaged[0]} is altered")
+    lines = [line for line in written if line["kind"] == "step"]
     ledgers = {manifest.step: manifest.meta.get("ledger") for manifest in map(read_manifest, folders(run_dir))}
     return prove(plan, store, lines, ledgers, progress)
 
@@ -103,6 +112,15 @@ def prove(
     faults += [fault for epoch in epochs for fault in _cover_faults(epoch, store)]
     compared = tuple(sorted(step for step in ledgers if step <= len(lines)))
     return Audit(len(lines), plan.num_steps, tokens, epochs, compared, ledger, tuple(faults))
+
+
+def _is_sound(line: Any) -> bool:
+    """Whether a line of metrics.jsonl has what is compared."""
+    if not isinstance(line, dict) or line.get("kind") not in ("step", "eval"):
+        return False
+    counts = ("step", "num_tokens", "num_loss_tokens") if line["kind"] == "step" else ("step",)
+    has_digest = line["kind"] == "eval" or isinstance(line.get("batch_digest"), str)
+    return has_digest and all(type(line.get(name)) is int for name in counts)
 
 
 def _check_same_inputs(recorded: Mapping[str, Any], found: Mapping[str, Any], run_dir: Path) -> None:

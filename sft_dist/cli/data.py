@@ -128,7 +128,9 @@ def plan_them(args: argparse.Namespace) -> int:
     from sft_dist.parts import train_plan
 
     recipe, _, data = _prepared(args)
-    asked = args.world_size or 1
+    asked = 1 if args.world_size is None else args.world_size
+    if asked < 1:
+        raise ConfigError(f"--world-size {asked}: must be 1 or more")
     choices = _choices(recipe, data.train, asked)
     plan = train_plan(recipe, choices, data.train)
     tokens_per_step = data.train.num_tokens / plan.steps_per_epoch

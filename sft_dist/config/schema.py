@@ -216,7 +216,9 @@ class LogSection(Section):
 
 
 class ResilienceSection(Section):
+    hang_seconds: Annotated[float, Field(ge=1.0)] | Auto = "auto"  # without a sign of life inside a step
     nonfinite: Literal["stop"] = "stop"
+    max_restarts: Annotated[int, Field(ge=0)] = 3  # by the local launcher, after a hang, a signal or a storage failure
 
 
 class ClusterSection(Section):
@@ -247,6 +249,16 @@ class Recipe(Section):
     def _kernels_by_one_word(cls, value: Any) -> Any:
         """`kernels: auto` and `kernels: reference` choose for all kernels at once."""
         return {"head": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _weighs_what_is_trained(self) -> Recipe:
+        for role in ("eval_sources", "test_sources"):
+            for number, source in enumerate(getattr(self.data, role)):
+                if source.weight != 1.0 or source.repeat:
+                    raise ValueError(
+                        f"data.{role}.{number} has a weight or repeat: evaluation sources count once; leave it out"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _measures_on_held_out_data(self) -> Recipe:
@@ -288,8 +300,6 @@ NOT_YET: dict[str, str] = {
     "parallel.deepspeed_config": "DeepSpeed's own files: set parallel.strategy and parallel.offload",
     "memory.activation_offload": "activation offloading",
     "checkpoint.async": "asynchronous checkpoints",
-    "resilience.hang_seconds": "the hang watchdog",
-    "resilience.max_restarts": "automatic restarts",
     "resilience.audit_every": "the silent-corruption audit",
     "log.project": "hosted trackers",
     "log.group": "hosted trackers",

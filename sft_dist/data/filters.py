@@ -36,11 +36,12 @@ class Filters:
 
 
 class Drop(NamedTuple):
-    """A row that goes; `kind` is a key of the filters."""
+    """A row that goes; `kind` is a key of the filters, `like` the row that stays of those it is a near-duplicate of."""
 
     row: int
     kind: str
     reason: str
+    like: int | None = None
 
 
 def drops(
@@ -94,4 +95,4 @@ def _all_but_one(cluster: Sequence[int], protected: np.ndarray) -> Iterator[Drop
     kept = [row for row in cluster if protected[row]] or cluster[:1]
     for row in cluster:
         if row not in kept:
-            yield Drop(row, "drop_near_duplicates", f"near-duplicate of row {kept[0]}")
+            yield Drop(row, "drop_near_duplicates", "near-duplicate of", kept[0])

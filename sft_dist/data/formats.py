@@ -99,6 +99,11 @@ def to_conversations(
     return [Conversation(tuple(m), tuple(t), record.file, id) for (m, t), id in zip(found, ids, strict=True)]
 
 
+def fits(format: str, value: Value) -> bool:
+    """Whether a record has the fields by which `format` is recognised."""
+    return format in _SIGNATURES and _SIGNATURES[format](value)
+
+
 def rename_columns(value: Value, columns: Mapping[str, str | int]) -> Value:
     """`value` with the fields that `columns` (ours -> theirs) names under our names."""
     if not columns:
@@ -248,8 +253,13 @@ def _system(value: Value) -> list[Message]:
 
 
 def _turns(value: Value) -> list[Any]:
-    key = next((name for name in _CONVERSATION_KEYS if name in value), "messages")
+    held = [name for name in _CONVERSATION_KEYS if value.get(name) is not None]
+    if len(held) > 1:
+        raise BadRecord(f"fields {' and '.join(map(repr, held))} each hold a conversation: keep one")
+    key = held[0] if held else "messages"
     turns = value.get(key)
+    if key not in value:
+        raise BadRecord(f"field {key!r} is missing; the record has {', '.join(sorted(map(str, value))) or 'no fields'}")
     if not isinstance(turns, list) or not turns:
         raise BadRecord(f"field {key!r} must be a list of messages, it is {kind_of(turns) if turns != [] else 'empty'}")
     return turns

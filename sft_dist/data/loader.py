@@ -86,8 +86,14 @@ class Loader:
         self.close()
 
     def build(self, n: int) -> LoadedStep:
-        """Step `n` computed here and now, without the thread: the reference for what `step` returns."""
+        """Step `n` computed here and now, without the thread: the reference for what `step` returns.
+
+        Every example of the step is compared with its digest: a bit that fell over on the disk must not be trained.
+        """
         step = self._plan.step(n)
+        for pack in step.packs:
+            for example in pack.example_ids:
+                self._store.verify(example)
         num_rounds = -(-len(step.micro_batches) // self._world_size)
         indices = tuple(number * self._world_size + self._rank for number in range(num_rounds))
         batches = tuple(self._batch(step, index) for index in indices)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -26,6 +25,7 @@ _ROLES = {
     "tool_response": "tool",
     "function_response": "tool",
 }
+MAX_WEIGHT = 1_000_000  # sums of larger ones lose the smaller in float32
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -118,8 +118,8 @@ def _weight(turn: Mapping[str, Any], number: int) -> float | None:
         weight = turn.get(key)
         if weight is None:
             continue
-        if not isinstance(weight, (bool, int, float)) or not math.isfinite(weight) or weight < 0:
-            raise BadRecord(f"message {number}: {key} must be a number from 0 up, it is {weight!r}")
+        if not isinstance(weight, (bool, int, float)) or not 0 <= weight <= MAX_WEIGHT:
+            raise BadRecord(f"message {number}: {key} must be a number from 0 to {MAX_WEIGHT:,}, it is {weight!r}")
         return float(weight)
     return None
 

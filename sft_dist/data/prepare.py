@@ -221,7 +221,8 @@ class _Preparation:
         ends = [origin.last for origin in self._origins]
         for drop in found.left_out:
             counts = self._report.sources[bisect_right(ends, drop.row)]
-            self._report.leave_out(corpus.example(drop.row).id, drop.kind, drop.reason, counts, dropped)
+            like = f" {corpus.example(drop.like).id}" if drop.like is not None else ""
+            self._report.leave_out(corpus.example(drop.row).id, drop.kind, drop.reason + like, counts, dropped)
         for counts, copies, duplicates in zip(self._report.sources, found.copies, found.duplicates, strict=True):
             counts.copies, counts.duplicates = copies, duplicates
         self._report.notices += found.notices
@@ -236,6 +237,11 @@ class _Preparation:
         }
         if not total["records"]:
             return f"data.sources: 0 records in {', '.join(c.path for c in counts)}: the files are empty"
+        if any(c.accepted > sum(c.filtered.values()) for c in counts):
+            return (
+                f"data.sources: 0 of {sum(c.accepted for c in counts):,} usable examples are trained per epoch: raise "
+                "weight of the sources, or lower data.eval_fraction and data.test_fraction"
+            )
         return (
             f"data.sources: 0 trainable examples of {total['records']:,} records ({total['too_long']:,} longer than "
             f"data.seq_len={self._recipe.data.seq_len}, {total['no_target']:,} without a supervised token, "

@@ -2,7 +2,8 @@
 
     corpus, origins (which rows come from which source), recipe -> split -> row numbers, repeated as the mix says
 
-Given evaluation and test sources keep their rows; of the others each source gives its fraction. What the recipe asks to
+Given evaluation and test sources keep their rows, each once; of the others each source gives its fraction, and what is
+left is mixed by weight, repetition and temperature. What the recipe asks to
 leave out (`data.filters`, near-duplicates) is left out before anything is held out, so that fractions hold.
 """
 
@@ -83,18 +84,10 @@ def select(corpus: Corpus, origins: Sequence[Origin], data: DataSection, said: S
     stays[[drop.row for drop in left_out]] = False
     groups = _together(contents, said) if data.near_duplicates == "together" else contents
     split_of = _split_of_rows(groups, stays, origins, data, seed)
-    weights = _weights(origins, stays, data)
-    copies = np.concatenate(
-        [np.zeros(0, dtype=np.int64)]
-        + [
-            num_copies(origin.num_rows, weight, derive_key("copies", seed, number))
-            for number, (origin, weight) in enumerate(zip(origins, weights, strict=True))
-        ]
-    )
-    chosen = {name: stays & (split_of == split) for name, split in SPLITS.items()}
-    notices = [*_missing_split(split_of, stays, origins, data), *_overlap(contents, chosen)]
-    rows = {name: np.repeat(np.flatnonzero(mask), copies[mask]) for name, mask in chosen.items()}
-    return Selection(rows, [float(weight) for weight in weights], _duplicates(contents, origins), left_out, notices)
+    rows = {name: np.flatnonzero(stays & (split_of == split)) for name, split in SPLITS.items()}
+    notices = [*_missing_split(rows, origins, data), *_overlap(groups, rows)]
+    weights, rows["train"] = _mixed(rows["train"], origins, data, seed)
+    return Selection(rows, weights, _duplicates(contents, origins), left_out, notices)
 
 
 def num_copies(num_rows: int, weight: float | Fraction, key: int) -> np.ndarray:
@@ -161,16 +154,18 @@ def _split_of_rows(
     return given
 
 
-def _weights(origins: Sequence[Origin], stays: np.ndarray, data: DataSection) -> list[Fraction]:
-    """Copies per epoch of each origin's rows; the temperature is for what is trained on and not repeated."""
-    mixed = [origin for origin in origins if _is_mixed(origin)]
-    sizes = [int(np.count_nonzero(stays[origin.first : origin.last])) for origin in mixed]
-    heated = iter(temperate([origin.source.weight for origin in mixed], sizes, data.mixture_temperature))
-    return [next(heated) if _is_mixed(o) else Fraction(str(o.source.repeat or o.source.weight)) for o in origins]
-
-
-def _is_mixed(origin: Origin) -> bool:
-    return ROLES[origin.role] is None and origin.source.repeat is None
+def _mixed(rows: np.ndarray, origins: Sequence[Origin], data: DataSection, seed: int) -> tuple[list[float], np.ndarray]:
+    """Copies per epoch of each origin's trained rows, and the rows, each as often as it comes: int64."""
+    parts = [rows[(rows >= origin.first) & (rows < origin.last)] for origin in origins]
+    heated = [origin for origin in origins if origin.source.repeat is None]
+    sizes = [len(part) for origin, part in zip(origins, parts, strict=True) if origin.source.repeat is None]
+    weights = iter(temperate([origin.source.weight for origin in heated], sizes, data.mixture_temperature))
+    copies = [Fraction(origin.source.repeat) if origin.source.repeat else next(weights) for origin in origins]
+    mixed = [
+        np.repeat(part, num_copies(len(part), weight, derive_key("copies", seed, number)))
+        for number, (part, weight) in enumerate(zip(parts, copies, strict=True))
+    ]
+    return [float(weight) for weight in copies], np.concatenate([np.zeros(0, dtype=np.int64), *mixed])
 
 
 def _duplicates(contents: np.ndarray, origins: Sequence[Origin]) -> list[int]:
@@ -180,18 +175,19 @@ def _duplicates(contents: np.ndarray, origins: Sequence[Origin]) -> list[int]:
     return [int(np.count_nonzero(~is_first[origin.first : origin.last])) for origin in origins]
 
 
-def _missing_split(
-    split_of: np.ndarray, stays: np.ndarray, origins: Sequence[Origin], data: DataSection
-) -> Iterator[str]:
+def _missing_split(rows: dict[str, np.ndarray], origins: Sequence[Origin], data: DataSection) -> Iterator[str]:
     drawn = any(origin.num_rows for origin in origins if ROLES[origin.role] is None)
-    if data.eval_fraction and drawn and EVAL not in split_of[stays]:
+    if data.eval_fraction and drawn and not len(rows["eval"]):
         yield "fewer than 2 different examples: no validation split"
 
 
-def _overlap(contents: np.ndarray, chosen: dict[str, np.ndarray]) -> Iterator[str]:
-    """Given evaluation sets may repeat what is trained on; drawn ones cannot."""
-    trained = np.unique(contents[chosen["train"]])
+def _overlap(contents: np.ndarray, rows: dict[str, np.ndarray]) -> Iterator[str]:
+    """Given evaluation sets may repeat what is trained on; drawn ones cannot. By groups of near-duplicates if any."""
+    trained = np.unique(contents[rows["train"]])
     for name in ("eval", "test"):
-        held_out = np.unique(contents[chosen[name]])
+        held_out = np.unique(contents[rows[name]])
         if shared := int(np.isin(held_out, trained).sum()):
-            yield f"warning: {shared:,} of {len(held_out):,} {name} examples are in train too"
+            yield (
+                f"warning: {shared:,} of {len(held_out):,} {name} examples are in train too; "
+                "data.near_duplicates=drop leaves them out there"
+            )

@@ -136,7 +136,9 @@ class ShardCache:
         name = self.name(chunk)
         if not chunk.records or (self._folder / name).exists():
             return None
-        return Task(name, chunk, self._anchors.get(chunk.after) or self._anchors.get(chunk.digests[0].hex()))
+        reading, places = self._reading(chunk), (chunk.after, chunk.digests[0].hex())
+        known = (self._anchors.get((reading, place)) for place in places)
+        return Task(name, chunk, next((found for found in known if found), None))
 
     def shard(self, chunk: Chunk) -> Shard:
         """The rows of `chunk`, made here if its file is damaged or gone."""
@@ -154,11 +156,17 @@ class ShardCache:
 
     def name(self, chunk: Chunk) -> str:
         """SHA-256 over rules, way of reading and records, hex."""
-        forms = file_digest(chunk.source.template) if chunk.source.template else None
-        reading = [self._rules_digest, chunk.format, sorted(chunk.source.columns.items()), forms]
-        digest = hashlib.sha256(json.dumps(reading).encode())
+        digest = hashlib.sha256(self._reading(chunk).encode())
         digest.update(b"".join(chunk.digests))
         return digest.hexdigest()[: DIGEST_BYTES * 2]
+
+    def _reading(self, chunk: Chunk) -> str:
+        """SHA-256 over the rules and the way of reading, hex: shards that differ in it have nothing in common."""
+        source = chunk.source
+        forms = file_digest(source.template) if source.template else None
+        columns = sorted((ours, str(theirs)) for ours, theirs in source.columns.items())
+        reading = [self._rules_digest, source.format == "auto", chunk.format, columns, forms]
+        return hashlib.sha256(json.dumps(reading).encode()).hexdigest()[: DIGEST_BYTES * 2]
 
     def make(self, task: Task) -> None:
         """Write the shard of `task`. Called in whatever process; writing it twice is harmless."""
@@ -181,20 +189,21 @@ class ShardCache:
         return Shard(table, [Event(**event) for event in header]), [digests[at : at + DIGEST_BYTES] for at in places]
 
     @cached_property
-    def _anchors(self) -> dict[str, str]:
-        """Digest of the record before a chunk, or of its first -> name of the newest shard there."""
+    def _anchors(self) -> dict[tuple[str, str], str]:
+        """(reading, digest of the record before a chunk or of its first) -> name of the newest shard there."""
         try:
-            lines = (self._folder / _ANCHORS_FILE).read_text().splitlines()
+            lines = (self._folder / _ANCHORS_FILE).read_text("ascii", "replace").splitlines()
         except FileNotFoundError:
             return {}
         parts = [line.split() for line in lines]
-        return {anchor: words[-1] for words in parts if len(words) == 3 for anchor in words[:2]}
+        return {(words[0], place): words[3] for words in parts if len(words) == 4 for place in words[1:3]}
 
     def _remember(self, chunk: Chunk, name: str) -> None:
         """Make the shard of `chunk` findable as a neighbour. One short line is appended whole or not at all."""
-        if self._anchors.get(chunk.digests[0].hex()) != name:
+        reading, first = self._reading(chunk), chunk.digests[0].hex()
+        if self._anchors.get((reading, first)) != name:
             with open(self._folder / _ANCHORS_FILE, "a") as file:
-                file.write(f"{chunk.after} {chunk.digests[0].hex()} {name}\n")
+                file.write(f"{reading} {chunk.after} {first} {name}\n")
 
     def _write(self, name: str, shard: Shard, chunk: Chunk) -> None:
         metadata = {"events": json.dumps([asdict(e) for e in shard.events]), "digests": b"".join(chunk.digests)}

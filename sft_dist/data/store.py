@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from itertools import islice
@@ -80,7 +81,9 @@ def write_split(folder: Path, corpus: Corpus, rows: np.ndarray, meta: Mapping[st
         for name in GATHERED:
             np.save(temporary / f"{name}.npy", corpus.column(name)[rows])
         fingerprint = _fingerprint(corpus, rows)
-        _write_header(temporary, {"num_examples": len(rows), "fingerprint": fingerprint, "meta": dict(meta)})
+        arrays = {name: _checksum(temporary / f"{name}.npy") for name in ("rows", *GATHERED)}
+        header = {"num_examples": len(rows), "fingerprint": fingerprint, "checksums": arrays, "meta": dict(meta)}
+        _write_header(temporary, header)
 
 
 def write_store(folder: str | Path, examples: Iterable[TokenizedExample], meta: Mapping[str, Any]) -> None:
@@ -124,6 +127,7 @@ class Corpus:
                 "delete its folder to prepare the data again"
             )
         self._table = _map_table(path, header["num_rows"])
+        self._folder, self._digests = folder, self.column("digest")
         self._files: list[str] = header["files"]
         self._tokens, self._run_lengths, self._run_weights, self._answer_edges = (
             _Ragged(self._table[name]) for name in ("input_ids", "run_lengths", "run_weights", "answer_edges")
@@ -144,8 +148,18 @@ class Corpus:
         """float32[L]."""
         return np.repeat(self._run_weights[row], self._run_lengths[row])
 
+    def verify(self, row: int) -> None:
+        """Raise DataError when the tokens or weights of `row` are not those that were written."""
+        digest = _digest(self.token_ids(row), self._run_lengths[row], self._run_weights[row])
+        if digest != self._digests[row]:
+            raise DataError(
+                f"{self._folder / EXAMPLES_FILE}: row {row} was altered on the disk; "
+                f"delete {self._folder.parent} to prepare the data again"
+            )
+
     def example(self, row: int) -> TokenizedExample:
         """Row `row` as it was written."""
+        self.verify(row)
         source = self._files[self._table["source"][row].as_py()]
         return TokenizedExample(
             input_ids=self.token_ids(row),
@@ -161,8 +175,8 @@ class TokenStore:
 
     `rows` int64[N] corpus row of each example, `lengths` int32[N] tokens, `num_loss_tokens` int32[N] targets with
     weight > 0 (a document's first token is never a target), `loss_weight_sums` float64[N] sums of their weights: all
-    mapped. `fingerprint`: SHA-256 over all tokens and weights, in order. `sources`: the recipe's sources in the order
-    of their rows.
+    mapped, and proven by their checksums. `fingerprint`: SHA-256 over all tokens and weights, in order. `sources`: the
+    recipe's sources in the order of their rows.
     """
 
     def __init__(self, folder: Path, corpus: Corpus) -> None:
@@ -172,9 +186,8 @@ class TokenStore:
         self.meta: dict[str, Any] = header["meta"]
         self.sources: list[str] = self.meta.get("sources", [""])
         self._source_ends = np.array(self.meta.get("source_ends", [len(corpus)]))
-        self.rows = _map_array(folder / "rows.npy", header["num_examples"])
-        self.lengths, self.num_loss_tokens, self.loss_weight_sums = (
-            _map_array(folder / f"{name}.npy", header["num_examples"]) for name in GATHERED
+        self.rows, self.lengths, self.num_loss_tokens, self.loss_weight_sums = (
+            _map_array(folder / f"{name}.npy", header["checksums"][name]) for name in ("rows", *GATHERED)
         )
 
     def __len__(self) -> int:
@@ -223,6 +236,10 @@ class TokenStore:
         part.fingerprint = _fingerprint(self.corpus, part.rows)
         return part
 
+    def verify(self, index: int) -> None:
+        """Raise DataError when example `index` is not what was written."""
+        self.corpus.verify(self._row(index))
+
     def _row(self, index: int) -> int:
         if not 0 <= index < len(self.rows):
             raise IndexError(f"example {index} is outside 0..{len(self.rows) - 1}")
@@ -265,7 +282,7 @@ def to_table(examples: Sequence[TokenizedExample], contents: Sequence[int] | Non
         pa.array([len(example.input_ids) for example in examples], pa.int32()),
         pa.array([num for num, _ in counts], pa.int32()),
         pa.array([weight_sum for _, weight_sum in counts], pa.float64()),
-        pa.array([_digest(example, *run) for example, run in zip(examples, runs, strict=True)], pa.uint64()),
+        pa.array([_digest(example.input_ids, *run) for example, run in zip(examples, runs, strict=True)], pa.uint64()),
         pa.array(contents or [0] * len(examples), pa.uint64()),
     ]
     return pa.Table.from_arrays(columns, names=list(FEATURES)[: len(columns)])
@@ -296,10 +313,10 @@ def _in_chunks(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(held).combine_chunks()
 
 
-def _digest(example: TokenizedExample, run_lengths: np.ndarray, run_weights: np.ndarray) -> int:
+def _digest(input_ids: np.ndarray, run_lengths: np.ndarray, run_weights: np.ndarray) -> int:
     """64 bits over one example's tokens and weights."""
     digest = hashlib.sha256()
-    for array, dtype in ((example.input_ids, "<i4"), (run_lengths, "<i4"), (run_weights, "<f4")):
+    for array, dtype in ((input_ids, "<i4"), (run_lengths, "<i4"), (run_weights, "<f4")):
         digest.update(len(array).to_bytes(8, "little") + array.astype(dtype).tobytes())
     return int.from_bytes(digest.digest()[:8], "little")
 
@@ -322,20 +339,36 @@ def _map_table(path: Path, num_rows: int) -> pa.Table:
     return datasets.Dataset.from_file(str(path)).data.table
 
 
-def _map_array(path: Path, num: int) -> np.ndarray:
-    array: np.ndarray = np.load(path, mmap_mode="r" if num else None)
-    if len(array) != num:
-        raise ValueError(f"{path.name} holds {len(array)} of {num} examples")
+def _map_array(path: Path, checksum: int) -> np.ndarray:
+    if _checksum(path) != checksum:
+        raise ValueError(f"{path.name} was altered")
+    array: np.ndarray = np.load(path, mmap_mode="r")
     return array
 
 
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file, read in pieces: a gigabyte takes about a second."""
+    checksum = 0
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 24):
+            checksum = zlib.crc32(piece, checksum)
+    return checksum
+
+
 def _write_header(folder: Path, header: Mapping[str, Any]) -> None:
-    (folder / META_FILE).write_text(json.dumps(header, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    whole = {"digest": _header_digest(header), **header}
+    (folder / META_FILE).write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read_header(folder: Path) -> dict[str, Any]:
     header: dict[str, Any] = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
+    if header.pop("digest", None) != _header_digest(header):
+        raise ValueError(f"{META_FILE} was altered")
     return header
+
+
+def _header_digest(header: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
 def _damaged(folder: Path, error: Exception) -> DataError:

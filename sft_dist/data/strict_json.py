@@ -67,6 +67,8 @@ class StrictJson:
             raise ValueError(_explained(error)) from None
         except RecursionError:
             raise ValueError("JSON nested too deeply") from None
+        except ValueError as error:  # Python's guard against numbers that take minutes to read
+            raise ValueError("a number of thousands of digits") from error
         return value, end, self._flaw(value, text, at, end)
 
     def _flaw(self, value: Any, text: str, at: int, end: int) -> str:

@@ -194,6 +194,7 @@ class BoundTemplate:
         self.eos_token: str = tokenizer.eos_token or ""
         bos = tokenizer.bos_token if getattr(tokenizer, "add_bos_token", False) else None
         self.bos_to_prepend: str | None = bos
+        self.knows_thoughts = any(name in template.text for name in ("reasoning_content", "thinking"))
 
     @cached_property
     def stops(self) -> Stops:
@@ -233,6 +234,10 @@ class BoundTemplate:
 
         A template that ends the last answer with nothing gets the end token behind it: without, no model would stop.
         """
+        if not self.knows_thoughts and any("reasoning_content" in m.extra for m in conversation.messages):
+            raise BadRecord(
+                "the chat template leaves out the reasoning: use one that knows reasoning_content, or data without it"
+            )
         rendered = self._render(conversation)
         if _is_plain_text(conversation):
             return rendered.text, [Span(0, len(rendered.text), 1.0, answer=0)]

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from sft_dist.config.schema import ScoreSection, SourceSection
 from sft_dist.data.filters import score_too_low
-from sft_dist.data.formats import to_conversations
+from sft_dist.data.formats import detect_format, fits, rename_columns, to_conversations
 from sft_dist.data.forms import load_forms
 from sft_dist.data.sources import Record
 from sft_dist.data.splits import content_key
@@ -109,11 +109,26 @@ def _read(
             events.append(Event(number, "", "score", low))
             continue
         try:
+            if source.format == "auto":
+                _check_guess(record, source, format)
             found = to_conversations(record, format, source.columns, forms, skipped)
         except BadRecord as error:
             events.append(Event(number, "", "rejected", error.reason))
             continue
         yield from ((number, one.id.removeprefix(record.id), one) for one in found)
+
+
+def _check_guess(record: Record, source: SourceSection, format: str) -> None:
+    """A guess holds for the whole file: no record may look like another format, or hold a field that this one drops."""
+    value = rename_columns(record.value, source.columns)
+    try:
+        found = detect_format(value)
+    except BadRecord:
+        if fits(format, value):
+            raise
+        return  # a field is missing: the reader of the format says which
+    if found != format:
+        raise BadRecord(f"it looks like {found}, the file's first record like {format}: set format= of the source")
 
 
 def _tokens(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sft_dist.data.fields import Value
+from sft_dist.data.messages import MAX_WEIGHT
 from sft_dist.data.strict_json import kind_of
 from sft_dist.errors import BadRecord
 from sft_dist.types import IGNORE_INDEX, TokenizedExample
@@ -68,8 +69,8 @@ def _weights(ids: np.ndarray, given: dict[str, np.ndarray], is_real: np.ndarray)
         raise BadRecord("both 'labels' and 'loss_weights' say what is learned: keep one")
     if "loss_weights" in given:
         weights = given["loss_weights"].astype(np.float64)
-        if not np.isfinite(weights).all() or (weights < 0).any():
-            raise BadRecord("field 'loss_weights' must hold numbers from 0 up")
+        if not ((weights >= 0) & (weights <= MAX_WEIGHT)).all():
+            raise BadRecord(f"field 'loss_weights' must hold numbers from 0 to {MAX_WEIGHT:,}")
         return weights
     if "labels" in given:
         labels = given["labels"]

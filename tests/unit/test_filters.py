@@ -34,7 +34,7 @@ def test_nothing_goes_unasked():
         (Filters(min_answer_tokens=3), [1], "an answer of 1 tokens; 3 are asked for"),
         (Filters(max_repetition=0.5), [2], "98% of an answer's 4-grams repeat; 50% may"),
         (Filters(drop_refusals=True), [3], "an answer begins like a refusal"),
-        (Filters(drop_near_duplicates=True), [4], "near-duplicate of row 0"),
+        (Filters(drop_near_duplicates=True), [4], "near-duplicate of"),
     ],
     ids=["short", "repetitive", "refusal", "near-duplicate"],
 )
@@ -42,6 +42,7 @@ def test_each_filter(filters, rows, reason):
     found = left_out(filters)
     assert [drop.row for drop in found] == rows
     assert found[0].reason == reason and found[0].kind in Filters.__slots__
+    assert found[0].like == (0 if filters.drop_near_duplicates else None)
 
 
 def test_a_row_goes_once_for_the_first_reason():

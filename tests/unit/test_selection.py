@@ -9,7 +9,7 @@ import pytest
 from preparing import byte_tokenizer, decoded, make_recipe, records, said, write_lines
 
 from sft_dist.data.prepare import prepare
-from sft_dist.errors import ConfigError
+from sft_dist.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +141,31 @@ def test_repetition_is_exact_and_no_temperature_changes_it(tmp_path, tokenizer):
 def test_weight_and_repeat_exclude_each_other(tmp_path):
     with pytest.raises(ValueError, match="give one of them"):
         make_recipe(tmp_path, {"path": "a.jsonl", "repeat": 2, "weight": 0.5})
+
+
+@pytest.mark.parametrize(("weight", "trained"), [(0.5, 60), (3.0, 360), (0.05, 6)])
+def test_weights_are_for_what_is_trained_and_held_out_rows_come_once(tmp_path, tokenizer, weight, trained):
+    source = {"path": str(write_lines(tmp_path / "a.jsonl", records(200))), "weight": weight}
+    asked = {"eval_fraction": 0.2, "test_fraction": 0.2}
+    data = prepare(make_recipe(tmp_path, source, **asked), tokenizer, notice=said)
+    assert (len(data.train), len(data.eval), len(data.test)) == (trained, 40, 40)
+
+
+def test_a_weight_that_leaves_nothing_is_named(tmp_path, tokenizer):
+    source = {"path": str(write_lines(tmp_path / "a.jsonl", records(100))), "weight": 0.001}
+    with pytest.raises(DataError, match="0 of 100 usable examples are trained per epoch: raise weight"):
+        prepare(make_recipe(tmp_path, source), tokenizer, notice=said)
+
+
+def test_evaluation_sources_have_no_weight(tmp_path):
+    with pytest.raises(ValueError, match=r"data\.eval_sources\.0 has a weight or repeat"):
+        make_recipe(tmp_path, "a.jsonl", eval_sources=[{"path": "e.jsonl", "weight": 0.5}])
+
+
+def test_near_duplicates_of_given_evaluation_rows_are_warned_about(tmp_path, tokenizer):
+    source = write_lines(tmp_path / "a.jsonl", NEAR)
+    held = write_lines(tmp_path / "e.jsonl", [row(NEAR[0]["instruction"], "The fox lives in the woods, number 9.")])
+    asked = {"near_duplicates": "together", "eval_fraction": 0.0, "eval_sources": [{"path": str(held)}]}
+    lines: list[str] = []
+    prepare(make_recipe(tmp_path, source, **asked), tokenizer, notice=lines.append)
+    assert any(line.startswith("warning: 1 of 1 eval examples are in train too") for line in lines)

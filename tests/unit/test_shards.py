@@ -19,7 +19,7 @@ from sft_dist.data.selection import temperate
 from sft_dist.data.shards import chunks
 from sft_dist.data.sources import Rejects
 from sft_dist.data.tokenise import Rules, split, trim
-from sft_dist.errors import BadRecord
+from sft_dist.errors import BadRecord, DataError
 from sft_dist.types import TokenizedExample
 
 
@@ -229,3 +229,68 @@ def test_temperature_reaches_the_mix(tmp_path, tokenizer):
     texts = decoded(data.train, tokenizer)
     assert sum("small" in text for text in texts) == 25 and len(texts) == 100
     assert [source.copies for source in data.report.sources] == pytest.approx([75 / 90, 2.5], rel=1e-3)
+
+
+def test_another_way_of_reading_never_takes_rows_of_the_first(tmp_path, tokenizer):
+    """Columns, format and forms decide the text as much as the records do."""
+    rows = [{"q": f"question {n}", "good": f"good {n}", "bad": f"bad {n}", "text": f"whole {n}"} for n in range(300)]
+    source = write_lines(tmp_path / "a.jsonl", rows)
+    forms = tmp_path / "forms.yaml"
+
+    def learned(**reading) -> str:
+        data = prepare(make_recipe(tmp_path, {"path": str(source)} | reading), tokenizer, notice=said)
+        one = data.train.example(0)
+        return tokenizer.decode(one.input_ids[one.answers[-1][0] :])
+
+    pair = {"format": "prompt_completion"}
+    assert learned(**pair, columns={"prompt": "q", "completion": "good"}).startswith("good ")
+    assert learned(**pair, columns={"prompt": "q", "completion": "bad"}).startswith("bad ")
+    assert learned(format="text").startswith("whole ")
+    for field in ("good", "bad"):
+        forms.write_text(f"forms:\n- {{name: one, prompt: '{{{{ q }}}}', answer: '{{{{ {field} }}}}'}}\n")
+        assert learned(format="template", template=str(forms)).startswith(f"{field} ")
+
+
+def test_a_guess_holds_for_the_whole_file_or_is_refused(tmp_path, tokenizer):
+    rows = [*records(2), records(1)[0] | {"context": "dropped"}]
+    source = write_lines(tmp_path / "a.jsonl", rows)
+    with pytest.raises(BadRecord, match=r"a\.jsonl:3 .*which has no 'context'"):
+        prepare(make_recipe(tmp_path, source), tokenizer, notice=said)
+    write_lines(source, [*records(2), {"prompt": "p", "completion": "c"}])
+    with pytest.raises(
+        BadRecord, match=r"a\.jsonl:3 .*looks like prompt_completion, the file's first record like alpaca"
+    ):
+        prepare(make_recipe(tmp_path, source), tokenizer, notice=said)
+
+
+@pytest.mark.parametrize(
+    "victim", ["train/rows.npy", "train/loss_weight_sums.npy", "eval/meta.json", "train/meta.json"]
+)
+def test_a_flipped_bit_in_a_split_is_noticed(tmp_path, tokenizer, victim):
+    recipe = make_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", records(40)), eval_fraction=0.2)
+    first = prepare(recipe, tokenizer, notice=said)
+    kept = everything(first)
+    path = first.folder / victim
+    data = bytearray(path.read_bytes())
+    data[-3 if victim.endswith("npy") else data.index(b"num_examples") + 15] ^= 1
+    path.write_bytes(bytes(data))
+    lines: list[str] = []
+    assert everything(prepare(recipe, tokenizer, notice=lines.append)) == kept
+    assert "is damaged: preparing the data again" in lines[0]
+
+
+def test_a_flipped_bit_in_the_corpus_is_never_read(tmp_path, tokenizer):
+    recipe = make_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", records(40)))
+    store = prepare(recipe, tokenizer, notice=said).train
+    path = store.corpus._folder / "examples.arrow"
+    data = path.read_bytes()
+    tokens = store.corpus.token_ids(7).tobytes()
+    assert data.count(tokens) == 1
+    at = data.index(tokens) + 8
+    path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+    altered = prepare(recipe, tokenizer, notice=said).train
+    index = altered.rows.tolist().index(7)
+    with pytest.raises(DataError, match="row 7 was altered on the disk; delete"):
+        altered.example(index)
+    with pytest.raises(DataError, match="row 7 was altered"):
+        altered.verify(index)

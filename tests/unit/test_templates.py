@@ -383,3 +383,9 @@ def test_the_last_answer_is_the_last_assistant_turn(name: str, loss_on: str, pro
 def test_stop_token_ids(shared: Path) -> None:
     ids = template_of("trl/gptoss", shared).stop_token_ids(BYTES)
     assert BYTES.convert_ids_to_tokens(ids) == ["<|end|>", "<|return|>", "</s>"]
+
+
+def test_thoughts_that_a_template_does_not_know_are_refused() -> None:
+    thinking = Message("assistant", "A", extra={"reasoning_content": "lost", "thinking": "lost"})
+    with pytest.raises(BadRecord, match="the chat template leaves out the reasoning"):
+        template_of("chatml").tokenize(Conversation((Message("user", "Q"), thinking)), BYTES, loss_on="assistant")
