@@ -1,4 +1,7 @@
-"""One attempt at a run: its folder, console, metrics log and stop flag. Rank 0's writes, the others' are silent."""
+"""One attempt at a run: its folder, console, metrics log, signs of life and stop flag.
+
+Rank 0's console and log write, the others' are silent.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from sft_dist.config.schema import Recipe
 from sft_dist.observe.console import Console
 from sft_dist.observe.metrics import MetricsLog
 from sft_dist.observe.run_files import write_json
+from sft_dist.resilience.heartbeat import heart
 from sft_dist.resilience.run_folder import attempt_dir
 from sft_dist.resilience.signals import StopFlag
 from sft_dist.types import StepMetrics
@@ -25,6 +29,7 @@ class Job:
         relayed = "SFT_RUN_LOCKED" in os.environ  # our own launcher keeps rank 0's output in the log already
         log_file = attempt_dir(run_dir, attempt) / "rank_00000.log" if self.is_main and not relayed else None
         self.console = Console(self.is_main, log_file)
+        self.beat = heart().beat
         self.stop = StopFlag([run_dir / "stop"]).install()
         self.log: MetricsLog | None = None
         self._seconds: list[float] = []

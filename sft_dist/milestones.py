@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from sft_dist.checkpoint.catalog import folders
 from sft_dist.checkpoint.export import export_model
 from sft_dist.checkpoint.manager import CheckpointManager
@@ -27,7 +25,7 @@ from sft_dist.models.packed import causal_lm
 from sft_dist.observe.metrics import MetricsLog, best_step, read_metrics
 from sft_dist.observe.report import write_report
 from sft_dist.observe.run_files import append_lines, read_lines, write_json
-from sft_dist.optim import optimizer_tensors
+from sft_dist.optim import set_step
 from sft_dist.parallel.messages import broadcast_json, gather_json
 from sft_dist.parts import Parts
 
@@ -126,19 +124,20 @@ def answer(parts: Parts, prompts: Sequence[Prompt]) -> list[Answer]:
     ]
 
 
-def state_tensors(parts: Parts) -> dict[str, Tensor]:
-    """The run's mutable state, live: trained weights and optimizer moments. The step is in the manifest."""
-    trained = parts.engine.trained
-    weights = {f"model.{name}": parameter.detach() for name, parameter in trained.items()}
-    moments = {f"optim.{name}": tensor for name, tensor in optimizer_tensors(parts.optimizer, trained).items()}
-    return weights | moments
-
-
 def save(parts: Parts, manager: CheckpointManager, position: Position, run_dir: Path) -> None:
     """Commit the state at `position`; with early stopping the best checkpoint so far stays too."""
     best = best_step(read_metrics(run_dir)) if parts.recipe.eval.early_stopping else None
     meta = {**asdict(position), "plan": parts.train.plan.digest}
-    manager.save(position.step, state_tensors(parts), meta, also_keep=best)
+    manager.save(position.step, parts.engine.state(), meta, also_keep=best)
+
+
+def load(parts: Parts, manager: CheckpointManager, folder: Path) -> Position:
+    """Make the state in a checkpoint folder the run's; returns where it was taken."""
+    tensors = parts.engine.state()
+    meta = manager.load(folder, tensors)
+    parts.engine.adopt(tensors)
+    set_step(parts.engine.optimizer, meta["step"])
+    return Position(meta["step"], meta["ledger"])
 
 
 def restore_best(parts: Parts, manager: CheckpointManager, job: Job) -> int | None:
@@ -151,7 +150,7 @@ def restore_best(parts: Parts, manager: CheckpointManager, job: Job) -> int | No
     best = broadcast_json(best_step(line for line in read_metrics(job.run_dir) if line["step"] in saved))
     if not parts.recipe.eval.early_stopping or best is None:
         return None
-    manager.load(job.run_dir / "checkpoints" / step_name(best), state_tensors(parts))
+    load(parts, manager, job.run_dir / "checkpoints" / step_name(best))
     job.console.say(f"exporting step {best}, the lowest validation loss")
     return int(best)
 

@@ -1,7 +1,7 @@
-"""Optimizer, its state as plain named tensors, and the learning rate as a function of the step.
+"""The optimizer, and the learning rate as a function of the step.
 
 There is no scheduler object: lr = f(step). Adam's own step counter equals the run's step, so the only tensors to save
-are the two moments of each trained parameter.
+are the two moments of each trained parameter, which the engine shows by name (`Engine.state`).
 """
 
 from __future__ import annotations
@@ -10,30 +10,18 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sft_dist.config.schema import OptimSection
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], optim: OptimSection, lr: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019) with both moments allocated now; no decay on vectors (norms, biases)."""
+    """AdamW (Loshchilov and Hutter, 2019); no decay on vectors (norms, biases). The engine allocates the moments: only
+    it knows which tensors are moved (`sft_dist.parallel.engine.MakeOptimizer`)."""
     decayed = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
     others = [parameter for parameter in parameters.values() if parameter.ndim < 2]
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=lr, betas=optim.betas, eps=optim.eps, fused=True
-    )
-    for parameter in parameters.values():
-        moments: dict[str, Tensor] = {name: torch.zeros_like(parameter) for name in MOMENTS}
-        optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device), **moments}
-    return optimizer
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The live moments as `<parameter name>.<moment>`, ready to be saved or loaded in place."""
-    return {f"{name}.{moment}": optimizer.state[p][moment] for name, p in parameters.items() for moment in MOMENTS}
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
 def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,11 @@ from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers, pi
 from sft_dist.observe.header import batch_equation, certificate_line, count
 from sft_dist.observe.perf import Shape
 from sft_dist.optim import build_optimizer
-from sft_dist.parallel.build import build_engine
-from sft_dist.parallel.engine import Engine
+from sft_dist.parallel.build import CASTS_ITSELF, build_engine
+from sft_dist.parallel.engine import Engine, global_numel
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime
+from sft_dist.resilience.heartbeat import heart
 
 PAD_MULTIPLE_CPU = 8
 VERSIONED = ("torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors")
@@ -69,7 +71,6 @@ class Parts:
     place: Runtime
     inputs: Inputs
     engine: Engine
-    optimizer: torch.optim.Optimizer
     choices: Choices
     train: Split
     heldout: dict[str, Split]  # source of the recipe -> its held-out examples; empty where nothing is held out
@@ -87,7 +88,11 @@ class Parts:
 def read_inputs(recipe: Recipe, notice: Callable[[str], None]) -> Inputs:
     """Tokenizer and prepared data. Concurrent ranks share the preparation through the cache's lock."""
     tokenizer = load_tokenizer(recipe.model)
-    return Inputs(recipe, tokenizer, prepare(recipe, tokenizer, notice=notice))
+    return Inputs(recipe, tokenizer, prepare(recipe, tokenizer, notice=notice, progress=_beat_while_preparing))
+
+
+def _beat_while_preparing(done: int, total: int) -> None:
+    heart().beat(0, "prepare")
 
 
 def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
@@ -122,9 +127,17 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
             refuse_changes(recorded[part], fingerprint[part], str(run_dir), explain_inputs(recipe))
 
     head_name, head, head_reason = pick_head(recipe.kernels.head, place.device)
-    autocast = compute if choices.strategy == "ddp" and compute != torch.float32 else None
+    autocast = compute if choices.strategy not in CASTS_ITSELF and compute != torch.float32 else None
     packed = PackedCausalLM(tuned, head, autocast_dtype=autocast)
-    engine = build_engine(choices.strategy, packed, decoder_layers(causal_lm(tuned)), place, compute)
+    engine = build_engine(
+        choices.strategy,
+        packed,
+        decoder_layers(causal_lm(tuned)),
+        place,
+        compute,
+        partial(build_optimizer, optim=recipe.optim, lr=choices.lr),
+        offload=recipe.parallel.offload,
+    )
     with engine.evaluating():
         checks = certify(
             packed.hidden_states,
@@ -146,7 +159,6 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
         place=place,
         inputs=inputs,
         engine=engine,
-        optimizer=build_optimizer(engine.trained, recipe.optim, choices.lr),
         choices=choices,
         train=split(inputs.data.train, plan),
         heldout={name: split(part, heldout_plan(recipe, choices, part)) for name, part in heldout.items()},
@@ -207,8 +219,9 @@ def decoder_shape(model: nn.Module) -> Shape:
 def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
     """What the user sees before the first step."""
     recipe, choices, plan, place = parts.recipe, parts.choices, parts.train.plan, parts.place
-    trained = sum(p.numel() for p in parts.engine.trained.values())
-    total = sum(p.numel() for p in parts.engine.model.parameters())
+    trained = sum(map(global_numel, parts.engine.trained.values()))
+    total = sum(map(global_numel, parts.engine.model.parameters()))
+    offloaded = "" if recipe.parallel.offload == "none" else f"{recipe.parallel.offload} offloaded, "
     store = parts.inputs.data.train
     share = store.num_loss_tokens.sum() / store.lengths.sum()
     return [
@@ -226,7 +239,7 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
         ),
         (
             "engine",
-            f"{parts.engine.name}, {place.world_size} process(es) on {place.device.type}, "
+            f"{parts.engine.name}, {offloaded}{place.world_size} process(es) on {place.device.type}, "
             f"{place.num_threads} thread(s) each",
         ),
         (

@@ -10,9 +10,11 @@ of the step, so resuming is: load tensors, continue at step + 1.
 from __future__ import annotations
 
 from sft_dist.resilience.orphan import die_with_ancestors
+from sft_dist.resilience.stacks import answer_with_stacks
 
 if __name__ == "__main__":
     die_with_ancestors()  # before the slow imports: a launcher killed meanwhile must not leave this process behind
+    answer_with_stacks()
 
 import math
 import os
@@ -43,11 +45,12 @@ from sft_dist.job import Job
 from sft_dist.milestones import Position
 from sft_dist.observe.metrics import read_metrics, rises, roll_back
 from sft_dist.observe.perf import peak_flops, peak_memory_gib, step_flops
-from sft_dist.optim import lr_at, set_lr, set_step
+from sft_dist.optim import lr_at, set_lr
 from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime, read_place, runtime, seed_for
 from sft_dist.parts import Inputs, Parts, build_parts, header_rows, read_fingerprint, read_inputs
+from sft_dist.resilience.heartbeat import heart
 from sft_dist.resilience.orphan import launcher_commands
 from sft_dist.resilience.run_folder import attempt_dir, claim, put_aside, write_exit_code
 from sft_dist.types import StepMetrics, StepPlan
@@ -64,7 +67,6 @@ class StepResult:
 
 def train_step(
     engine: Engine,
-    optimizer: torch.optim.Optimizer,
     loaded: LoadedStep,
     *,
     lr: float,
@@ -90,9 +92,9 @@ def train_step(
     dist.all_reduce(verdict)  # one verdict for all ranks: the loss, and whether anyone was asked to stop
     result = StepResult(verdict[0].item() / divisor, grad_norm.item(), verdict[1].item() > 0)
     if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
-        set_lr(optimizer, lr)
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        set_lr(engine.optimizer, lr)
+        engine.optimizer.step()
+    engine.optimizer.zero_grad(set_to_none=True)
     return result
 
 
@@ -114,11 +116,12 @@ def loop(parts: Parts, job: Job, manager: CheckpointManager, done: Position) -> 
         if step > stop_after:
             return False
         started = time.perf_counter()
+        job.beat(step, "data")
         loaded = parts.train.loader.step(step)
+        job.beat(step, "train")
         lr = lr_at(step, parts.choices.lr, num_steps, recipe.optim.schedule, recipe.optim.warmup_fraction)
         result = train_step(
             parts.engine,
-            parts.optimizer,
             loaded,
             lr=lr,
             max_norm=recipe.optim.max_grad_norm,
@@ -133,8 +136,10 @@ def loop(parts: Parts, job: Job, manager: CheckpointManager, done: Position) -> 
 
         is_last, stopping = step == num_steps, result.stop or step == stop_after
         if is_last or step % evaluate_every == 0:
+            job.beat(step, "evaluate")
             losses += milestones.evaluate(parts, step, job.run_dir, job.log)
         if is_last or stopping or step % save_every == 0:
+            job.beat(step, "save")
             milestones.save(parts, manager, Position(step, ledger), job.run_dir)
         if stopping and not is_last:
             return False
@@ -157,10 +162,12 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
                 f"warning: only {num_steps} optimizer steps; lower batch.tokens_per_step or raise optim.epochs"
             )
         if done.step == 0:
+            job.beat(0, "evaluate")
             milestones.check_answers(parts, "before", job.run_dir)
             milestones.evaluate(parts, 0, job.run_dir, job.log)
         finished = loop(parts, job, manager, done)
         job.console.stop()
+        job.beat(num_steps, "finish")
         if not finished:
             anew = inputs.recipe.checkpoint.resume == "never"
             how = "with checkpoint.resume=auto" if anew else "the same command"
@@ -180,9 +187,7 @@ def resume(parts: Parts, job: Job, manager: CheckpointManager) -> Position:
     """Load the newest good checkpoint into `parts`; returns where it was taken, the start for a new run."""
     newest, done = manager.newest_good(), Position()
     if newest is not None:
-        meta = manager.load(newest, milestones.state_tensors(parts))
-        done = Position(meta["step"], meta["ledger"])
-        set_step(parts.optimizer, done.step)
+        done = milestones.load(parts, manager, newest)
         job.console.say(f"resuming after step {done.step} from {newest}")
     elif read_fingerprint(job.run_dir) is not None:
         job.console.say("an earlier attempt left no checkpoint: starting at step 0")
@@ -269,7 +274,9 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
     if not anew and (run_dir / "summary.json").exists():
         notice(f"the run in {run_dir} is finished: {run_dir / 'export'}; choose another run.dir to train anew")
         return EXIT_DONE, None
+    heart().beat(0, "prepare")
     inputs = read_inputs(recipe, notice)
+    heart().beat(0, "build")
     with ExitStack() as stack:
         place = stack.enter_context(runtime())
         attempt = broadcast_json(take_attempt(run_dir, stack) if place.is_main else None)

@@ -85,9 +85,12 @@ def _learning_rate(recipe: Recipe, facts: Facts) -> float:
 
 
 def _strategy(recipe: Recipe, facts: Facts) -> str:
-    """Replicas while weights, gradients and moments fill less than 60 % of a process's memory, else shards."""
+    """Replicas while weights, gradients and moments fill less than 60 % of a process's memory, else shards; ZeRO where
+    something is to be offloaded."""
     if recipe.parallel.strategy != "auto":
         return recipe.parallel.strategy
+    if recipe.parallel.offload != "none":
+        return {"optimizer": "zero2", "params": "zero3"}[recipe.parallel.offload]
     state = 4 * facts.num_parameters + (BYTES_PER_TRAINED - 4) * facts.num_trained
     return "fsdp2" if facts.world_size > 1 and state > 0.6 * facts.memory_bytes else "ddp"
 

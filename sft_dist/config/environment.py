@@ -142,7 +142,7 @@ def _unavailable(environ: Mapping[str, str]) -> list[tuple[str, str]]:
     found = []
     if _is_on(environ, "ACCELERATE_USE_DEEPSPEED"):
         found.append(
-            ("ACCELERATE_USE_DEEPSPEED", "ZeRO is not available in this version; parallel.strategy=fsdp2 shards")
+            ("ACCELERATE_USE_DEEPSPEED", "set parallel.strategy=zero1, zero2 or zero3 here instead of --use_deepspeed")
         )
     if _is_on(environ, "ACCELERATE_USE_MEGATRON_LM"):
         found.append(
@@ -170,7 +170,7 @@ def _unavailable(environ: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def _unavailable_fsdp(environ: Mapping[str, str]) -> list[tuple[str, str]]:
     found = [
-        (name, "offloading is not available in this version")
+        (name, "use parallel.strategy=zero3 with parallel.offload=params")
         for name in ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD")
         if _is_on(environ, name)
     ]

@@ -321,7 +321,7 @@ NAMES: dict[str, Translate] = {
     "use_liger_kernel": _switch(_set(kernels__head="auto"), _set(kernels__head="reference")),
     "fsdp": _set(parallel__strategy="fsdp2"),
     "fsdp_config": _set(parallel__strategy="fsdp2"),
-    "deepspeed": _later("DeepSpeed ZeRO"),
+    "deepspeed": _later("DeepSpeed's own files: set parallel.strategy and parallel.offload"),
     "num_processes": _drop("it is an option of the command: --nproc N"),
     "nproc_per_node": _drop("it is an option of the command: --nproc N"),
     "ddp_find_unused_parameters": _drop("only trained parameters take part"),

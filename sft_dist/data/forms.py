@@ -76,7 +76,6 @@ class Forms:
             raise BadRecord(f"each of the {num_skipped} forms leaves the prompt or the answer empty")
 
 
-@lru_cache(maxsize=64)
 def load_forms(path: str) -> Forms:
     """The forms of a file. Raises ConfigError with file, form and reason."""
     file = Path(path)

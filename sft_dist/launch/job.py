@@ -34,6 +34,10 @@ class Job:
         """Where the output of `rank` goes."""
         return self.attempt_dir / f"rank_{rank:05d}.log"
 
+    def stacks_path(self, rank: int) -> Path:
+        """Where the Python stacks of `rank` go when the run hangs."""
+        return self.attempt_dir / f"rank_{rank:05d}.stacks.txt"
+
     def environment(self, rank: int, base: Mapping[str, str]) -> dict[str, str]:
         """What worker `rank` finds: its place, and a file as the meeting point, so that no port is opened."""
         kept = {name: value for name, value in base.items() if name not in _FOREIGN}

@@ -2,7 +2,9 @@
 
     resolve recipe -> claim RUN_DIR (lock, attempt folder) -> config.yaml -> one process per rank
       -> wait: a dying worker ends the others; SIGTERM, SIGINT, SIGUSR1 and SIGHUP are passed on
+         no sign of life from any rank for too long: every rank's stacks, the odd one out, SIGKILL, 71
       -> exit code from logs/attempt_N/exit_code
+      -> after a hang, a storage failure or a death by signal: the next attempt, under the same lock
 
 Workers die with this process (parent-death signal) and hold the run folder's lock open, so the folder is free exactly
 when the last of them is gone. No torch here.
@@ -14,17 +16,31 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Literal
 
 from sft_dist import errors
 from sft_dist.config.loader import dump_recipe, load_recipe
 from sft_dist.config.schema import Recipe
-from sft_dist.errors import EXIT_DONE, StorageError
+from sft_dist.errors import EXIT_DONE, EXIT_HANG, EXIT_NO_PROGRESS, StorageError
 from sft_dist.launch.job import RESOLVED_NAME, Job, choose_num_processes, worker_command
+from sft_dist.launch.restarts import Ending, Restarts, newest_step
 from sft_dist.launch.workers import Workers
-from sft_dist.resilience.run_folder import Claim, append_event, claim, read_exit_code
+from sft_dist.resilience.run_folder import (
+    STOP_NAME,
+    Claim,
+    append_event,
+    claim,
+    has_begun_anew,
+    next_attempt,
+    read_exit_code,
+    write_exit_code,
+)
+from sft_dist.resilience.stacks import main_thread
+from sft_dist.resilience.watchdog import Watchdog, Witness, accuse
 
 EXIT_CODES = (
     errors.EXIT_USAGE,
@@ -36,6 +52,8 @@ EXIT_CODES = (
     errors.EXIT_STOPPED,
 )
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL for the peers of a dead worker: they cannot finish a step without it
+LOOK_SECONDS = 0.5  # between looks at the signs of life
+STACKS_SECONDS = 3.0  # for the ranks of a stuck run to give their stacks: milliseconds, where the machine is not busy
 TAIL_LINES = 20
 FORWARDED = {
     signal.SIGTERM: signal.SIGTERM,
@@ -60,10 +78,52 @@ def run(recipe_files: Sequence[str | Path], overrides: Sequence[str], nproc: int
         return EXIT_DONE
     taken = claim(run_dir, sys.argv)
     try:
-        write_resolved(taken, recipe)
-        return supervise(Job(command, num_processes, run_dir, taken.attempt), inherited=(taken.lock.fd,))
+        return keep_running(taken, recipe, command, num_processes)
     finally:
         taken.lock.release()
+
+
+def keep_running(
+    taken: Claim, recipe: Recipe, command: tuple[str, ...], num_processes: int, grace_seconds: float = GRACE_SECONDS
+) -> int:
+    """Attempts, from the claimed one on, until one ends for good; returns the code to exit with. Main thread only."""
+    restarts = Restarts(recipe.resilience.max_restarts, newest_step(taken.run_dir))
+    with Stops() as stops:
+        while True:
+            write_resolved(taken, recipe)
+            job = Job(command, num_processes, taken.run_dir, taken.attempt)
+            ending = supervise(job, stops, (taken.lock.fd,), recipe.resilience.hang_seconds, grace_seconds)
+            if not ending.may_pass or stops.asked or (taken.run_dir / STOP_NAME).exists():
+                return ending.code
+            step = newest_step(taken.run_dir)
+            code = restarts.refuse(ending, step)
+            if code is not None:
+                _give_up(taken, ending, restarts, code)
+                return code
+            recipe, taken = continued(taken, recipe), next_attempt(taken.run_dir, sys.argv, taken.lock)
+            append_event(taken.attempt_dir, "restart", after=ending.cause, step=step, number=restarts.used)
+            count = f"restart {restarts.used} of {restarts.allowed}"
+            _say(f"attempt {taken.attempt - 1} ended ({ending.cause}): going on after step {step}, {count}")
+
+
+def continued(taken: Claim, recipe: Recipe) -> Recipe:
+    """The recipe of the next attempt: `checkpoint.resume: never` has been obeyed once and must not be again."""
+    if not has_begun_anew(taken):
+        return recipe
+    return recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"resume": "auto"})})
+
+
+def _give_up(taken: Claim, ending: Ending, restarts: Restarts, code: int) -> None:
+    append_event(taken.attempt_dir, "gave up", after=ending.cause, restarts=restarts.used, code=code)
+    if code == EXIT_NO_PROGRESS:
+        why = f"no new checkpoint in {restarts.used} restarts: look at {taken.attempt_dir}, or save more often"
+    else:
+        why = f"resilience.max_restarts={restarts.allowed} reached: the same command goes on from the last checkpoint"
+    _say(f"error: attempt {taken.attempt} ended ({ending.cause}); {why}")
+
+
+def _say(text: str) -> None:
+    print(f"sft-dist: {text}", file=sys.stderr, flush=True)
 
 
 def write_resolved(taken: Claim, recipe: Recipe) -> None:
@@ -78,19 +138,70 @@ def write_resolved(taken: Claim, recipe: Recipe) -> None:
         raise StorageError(f"{shown}: cannot be written ({error.strerror}): make room or move run.dir") from error
 
 
-def supervise(job: Job, *, inherited: tuple[int, ...] = (), grace_seconds: float = GRACE_SECONDS) -> int:
-    """Start the job's workers and stay until all have ended; returns the code to exit with. Main thread only."""
+def supervise(
+    job: Job,
+    stops: Stops,
+    inherited: tuple[int, ...] = (),
+    hang_seconds: float | Literal["auto"] = "auto",
+    grace_seconds: float = GRACE_SECONDS,
+) -> Ending:
+    """Start the job's workers and stay until all have ended: in order, with one that failed, or for a hang."""
     append_event(job.attempt_dir, "start", processes=job.num_processes, command=list(job.command))
-    with Workers(job, inherited) as workers, _forwarding(workers):
-        failed = workers.wait()
+    with Workers(job, inherited) as workers:
+        stops.pass_to(workers)
+        watchdog = Watchdog(hang_seconds, time.monotonic())
+        failed, is_stuck = None, False
+        while workers.are_running and failed is None and not is_stuck:
+            failed = workers.wait(LOOK_SECONDS)
+            is_stuck = failed is None and watchdog.finds_hang(workers.beats(), time.monotonic())
+        if is_stuck:
+            return end_hang(job, workers, watchdog.silence_seconds)
         if failed is not None:
             workers.end(grace_seconds)
+    ending = how_it_ended(job, workers, failed)
+    append_event(job.attempt_dir, "end", code=ending.code, cause=ending.cause, returncodes=workers.returncodes)
+    return ending
+
+
+def end_hang(job: Job, workers: Workers, silence_seconds: float) -> Ending:
+    """Take down what every rank says of itself, end them all, and tell the user who held the run up.
+
+    Nothing is written before the last worker is dead: the run may hang because of its disk.
+    """
+    beats, stacks = workers.beats(), workers.stacks(STACKS_SECONDS)
+    workers.kill()
+    while workers.are_running:
+        workers.wait()
+    witnesses = [Witness(rank, beat, main_thread(stacks.get(rank, ""))) for rank, beat in beats.items()]
+    line = accuse(witnesses, silence_seconds)
+    try:
+        for rank, text in stacks.items():
+            job.stacks_path(rank).write_text(text or "no answer: the process was stopped, or stuck in the kernel\n")
+        write_exit_code(job.attempt_dir, EXIT_HANG)
+    except OSError as error:
+        _say(f"warning: {job.attempt_dir}: the stacks cannot be written ({error.strerror})")
+    append_event(job.attempt_dir, "hang", cause=line, ranks={w.rank: str(w) for w in witnesses})
+    append_event(job.attempt_dir, "end", code=EXIT_HANG, cause="hang", returncodes=workers.returncodes)
+    _say(f"error: {line}; all were ended, stacks in {job.attempt_dir}/rank_*.stacks.txt")
+    return Ending(EXIT_HANG, "hang")
+
+
+def how_it_ended(job: Job, workers: Workers, failed: int | None) -> Ending:
+    """The code to exit with, and which worker is to blame: the one that `failed` first, unless another was killed.
+
+    When a rank is killed its peers fail as well, of the broken connection, and may be noticed first.
+    """
     returncodes = workers.returncodes
+    if failed is None:
+        return Ending(exit_code(job, returncodes), "in order")
+    if (returncodes[failed] or 0) > 0 and exit_code(job, returncodes, failed) == 1:
+        killed = workers.killed_by_others()
+        failed = failed if killed is None else killed
+    returncode = returncodes[failed] or 0
     code = exit_code(job, returncodes, failed)
-    append_event(job.attempt_dir, "end", code=code, returncodes=returncodes)
-    if failed is not None and (failed > 0 or returncodes[failed] != code):
-        print(obituary(job, failed, returncodes[failed] or 0), file=sys.stderr, flush=True)
-    return code
+    if failed > 0 or returncode != code:
+        print(obituary(job, failed, returncode), file=sys.stderr, flush=True)
+    return Ending(code, f"rank {failed} died {_cause(returncode)}", -returncode if returncode < 0 else None)
 
 
 def exit_code(job: Job, returncodes: Sequence[int | None], failed: int | None = None) -> int:
@@ -105,22 +216,43 @@ def exit_code(job: Job, returncodes: Sequence[int | None], failed: int | None = 
 
 def obituary(job: Job, rank: int, returncode: int) -> str:
     """Which worker died first, of what, and, where the terminal has not shown it, the end of its log."""
-    cause = f"of {signal.Signals(-returncode).name}" if returncode < 0 else f"with code {returncode}"
     log = job.log_path(rank)
-    head = f"sft-dist: error: rank {rank} of {job.num_processes} died {cause} and the others were ended; see {log}"
+    head = f"rank {rank} of {job.num_processes} died {_cause(returncode)} and the others were ended; see {log}"
     lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:] if rank > 0 else []
-    return "\n".join([head, *(f"  | {line}" for line in lines)])
+    return "\n".join([f"sft-dist: error: {head}", *(f"  | {line}" for line in lines)])
 
 
-@contextmanager
-def _forwarding(workers: Workers) -> Iterator[None]:
-    """Pass on the signals that ask for a stop; this process itself goes on waiting for its workers."""
-    previous = {
-        number: signal.signal(number, lambda got, _: workers.send(FORWARDED[signal.Signals(got)]))
-        for number in FORWARDED
-    }
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
+def _cause(returncode: int) -> str:
+    return f"of {signal.Signals(-returncode).name}" if returncode < 0 else f"with code {returncode}"
+
+
+class Stops:
+    """Context manager: the signals that ask for a stop go to the workers there are; this process stays with them.
+
+    `asked` says that one has come. It outlives the attempt: a run that was asked to stop is not started again.
+    """
+
+    def __init__(self) -> None:
+        self.asked: signal.Signals | None = None
+        self._workers: Workers | None = None
+        self._previous: dict[signal.Signals, signal._HANDLER] = {}
+
+    def pass_to(self, workers: Workers) -> None:
+        """`workers` get what comes from now on, and what came while there were none."""
+        self._workers = workers
+        if self.asked is not None:
+            workers.send(FORWARDED[self.asked])
+
+    def __enter__(self) -> Stops:
+        for number in FORWARDED:
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.asked = signal.Signals(number)
+        if self._workers is not None:
+            self._workers.send(FORWARDED[self.asked])

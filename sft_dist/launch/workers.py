@@ -12,7 +12,11 @@ from contextlib import suppress
 
 from sft_dist.launch.job import Job
 from sft_dist.launch.relay import Relay
+from sft_dist.resilience.heartbeat import HEARTBEATS_VARIABLE, Beat, Heartbeats
 from sft_dist.resilience.orphan import set_parent_death_signal
+from sft_dist.resilience.stacks import STACKS_SIGNAL, STACKS_VARIABLE, StackMemory
+
+_POLL_SECONDS = 0.05
 
 
 class Workers:
@@ -25,9 +29,12 @@ class Workers:
         self._job, self._inherited = job, inherited
         self._processes: list[subprocess.Popen[bytes]] = []
         self._running: dict[int, int] = {}  # pidfd -> rank
+        self._killed: set[int] = set()  # ranks that ended, or were ended, by our SIGKILL
 
     def __enter__(self) -> Workers:
         self._relay = Relay(self._job.log_path(0))
+        self._heartbeats = Heartbeats(self._job.num_processes)
+        self._stacks = [StackMemory() for _ in range(self._job.num_processes)]
         try:
             for rank in range(self._job.num_processes):
                 self._processes.append(self._start(rank))
@@ -46,11 +53,42 @@ class Workers:
             os.close(descriptor)
         self._running.clear()
         self._relay.finish()
+        self._heartbeats.close()
+        for memory in self._stacks:
+            memory.close()
+
+    @property
+    def are_running(self) -> bool:
+        """Whether any worker still runs."""
+        return bool(self._running)
 
     @property
     def returncodes(self) -> list[int | None]:
         """By rank, as subprocess gives them: negative for a signal, None while running."""
         return [process.returncode for process in self._processes]
+
+    def beats(self) -> dict[int, Beat]:
+        """The newest sign of life of each worker that still runs."""
+        return {rank: self._heartbeats.read(rank) for rank in sorted(self._running.values())}
+
+    def stacks(self, seconds: float) -> dict[int, str]:
+        """Ask each running worker for its Python stacks; what they gave within `seconds`, by rank."""
+        asked = sorted(self._running.values())
+        self.send(STACKS_SIGNAL)
+        deadline = time.monotonic() + seconds
+        given = dict.fromkeys(asked, "")
+        while time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            before, given = given, {rank: self._stacks[rank].read() for rank in asked}
+            if all(given.values()) and given == before:
+                break
+        return given
+
+    def killed_by_others(self) -> int | None:
+        """The first rank that died of a signal we did not send: neither `end`'s SIGTERM nor our SIGKILL."""
+        ended = ((rank, code) for rank, code in enumerate(self.returncodes) if code is not None)
+        ours = dict.fromkeys(self._killed, -signal.SIGKILL)
+        return next((r for r, code in ended if code < 0 and code not in (-signal.SIGTERM, ours.get(r))), None)
 
     def wait(self, seconds: float | None = None) -> int | None:
         """Until all have ended, one has failed, or time is up; returns the rank that failed, else None."""
@@ -80,8 +118,9 @@ class Workers:
 
     def kill(self) -> None:
         """SIGKILL to each running worker and the processes of its group."""
-        for process in self._processes:
+        for rank, process in enumerate(self._processes):
             if process.poll() is None:
+                self._killed.add(rank)
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
 
@@ -106,13 +145,15 @@ class Workers:
             return self._spawn(rank, log.fileno(), log.fileno())
 
     def _spawn(self, rank: int, out: int, err: int) -> subprocess.Popen[bytes]:
+        beats, stacks = self._heartbeats.fd, self._stacks[rank].fd
+        shared = {HEARTBEATS_VARIABLE: str(beats), STACKS_VARIABLE: str(stacks)}
         return subprocess.Popen(
             self._job.command,
-            env=self._job.environment(rank, os.environ),
+            env=self._job.environment(rank, os.environ) | shared,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
-            pass_fds=self._inherited,
+            pass_fds=(*self._inherited, beats, stacks),
             process_group=0,  # Ctrl-C must reach a worker once, through us
             preexec_fn=_tied_to(os.getpid()),
         )

@@ -20,6 +20,7 @@ from sft_dist.errors import ConfigError
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an element -> its bits as a number
 _BLOCK = 1 << 16  # elements per sum
 
+
 def apply_tuning(model: PreTrainedModel, tuning: TuningSection, seed: int) -> nn.Module:
     """The model with `requires_grad` set as the recipe says; a PeftModel for LoRA.
 

@@ -187,13 +187,14 @@ def read_attempts(run_dir: Path, lines: Sequence[Line]) -> list[dict[str, Any]]:
         attempt = int(folder.name.removeprefix("attempt_"))
         command, code = (_text(folder / name) for name in ("command.txt", "exit_code"))
         steps = kept[attempt]
+        ends = [event for event in read_lines(folder / "events.jsonl") if event["event"] == "end"]
         attempts.append(
             {
                 "number": attempt,
                 "command": command,
                 "steps": f"{steps[0]:,} to {steps[-1]:,}" if steps else "none",
                 "rolled_back": len(read_lines(folder / "rolled_back.jsonl")),
-                "ending": _ending(code),
+                "ending": _ending(code) if code or not ends else ends[-1]["cause"],
             }
         )
     return attempts

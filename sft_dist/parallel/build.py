@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from sft_dist.parallel.ddp import assert_replicated, build_ddp
-from sft_dist.parallel.engine import Engine
+from sft_dist.parallel.engine import Engine, MakeOptimizer
 from sft_dist.parallel.fsdp import assert_sharded, build_fsdp
 from sft_dist.parallel.runtime import Runtime
 
+CASTS_ITSELF = ("fsdp2", "zero3")  # hold gathered parameters in the compute dtype; the others compute under autocast
+
 
 def build_engine(
-    strategy: str, packed: nn.Module, layers: Sequence[nn.Module], place: Runtime, compute_dtype: torch.dtype
+    strategy: str,
+    packed: nn.Module,
+    layers: Sequence[nn.Module],
+    place: Runtime,
+    compute_dtype: torch.dtype,
+    make_optimizer: MakeOptimizer,
+    *,
+    offload: str = "none",
 ) -> Engine:
-    """`strategy` is ddp or fsdp2. The model must sit on the CPU or the device with equal weights on every rank."""
+    """`strategy` is ddp, fsdp2, zero1, zero2 or zero3. The model must sit on the CPU or the device, with equal weights
+    on every rank. `make_optimizer` is called with the trained parameters and leaves the moments to the engine."""
+    if strategy.startswith("zero"):
+        os.environ["DS_ACCELERATOR"] = place.device.type  # DeepSpeed decides about its devices while it is imported
+        os.environ["LOCAL_RANK"] = str(place.device.index or 0)  # and from here takes the number of its own
+        from sft_dist.parallel.zero import build_zero
+
+        return build_zero(int(strategy[-1]), packed, place, compute_dtype, make_optimizer, offload)
     if strategy == "fsdp2":
-        engine = build_fsdp(packed, layers, place.world_size, place.device, compute_dtype)
+        engine = build_fsdp(packed, layers, place, compute_dtype, make_optimizer)
         assert_sharded(engine)
         return engine
     packed.to(place.device)
-    engine = build_ddp(packed, place.world_size)
+    engine = build_ddp(packed, place.world_size, make_optimizer)
     assert_replicated(engine)
     return engine

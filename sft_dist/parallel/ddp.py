@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from sft_dist.parallel.engine import Engine, trained_parameters
+from sft_dist.parallel.engine import Engine, MakeOptimizer, live_engine
 
 
-def build_ddp(packed: nn.Module, world_size: int) -> Engine:
+def build_ddp(packed: nn.Module, world_size: int, make_optimizer: MakeOptimizer) -> Engine:
     """Wrap for `world_size` replicas; one process needs no wrapper."""
     if world_size == 1:
-        return _engine(packed, packed, _no_communication)
+        return _engine(packed, packed, _no_communication, make_optimizer)
     replica = DistributedDataParallel(packed, gradient_as_bucket_view=True)
     replica.register_comm_hook(None, _sum_gradients)
 
@@ -24,20 +24,17 @@ def build_ddp(packed: nn.Module, world_size: int) -> Engine:
         replica.require_backward_grad_sync = is_last
         yield
 
-    return _engine(packed, replica, accumulate)
+    return _engine(packed, replica, accumulate, make_optimizer)
 
 
 def _engine(
-    packed: nn.Module, forward: nn.Module, accumulate: Callable[[bool], AbstractContextManager[None]]
+    packed: nn.Module,
+    forward: nn.Module,
+    accumulate: Callable[[bool], AbstractContextManager[None]],
+    make_optimizer: MakeOptimizer,
 ) -> Engine:
-    return Engine(
-        "ddp",
-        packed,
-        forward,
-        accumulate,
-        shards_parameters=False,
-        reshard=_nothing_to_reshard,
-        trained=trained_parameters(packed),
+    return live_engine(
+        "ddp", packed, forward, accumulate, make_optimizer, shards_parameters=False, reshard=_nothing_to_reshard
     )
 
 

@@ -1,12 +1,14 @@
 """The small interface between the loop and whatever shards or replicates the model.
 
-The loop sums gradients over micro-batches and ranks; an engine makes that true. It knows no schedule, no data and no
-checkpoint format. After building one, `build_engine` proves that the parallelism asked for is the one obtained.
+The loop sums gradients over micro-batches and ranks, clips, and steps; an engine makes each of these true for the way
+it spreads the model. It knows no schedule, no data and no checkpoint format: what has to be saved it shows as named
+tensors (`state`), and what was loaded into them it takes over (`adopt`). After building one, `build_engine` proves that
+the parallelism asked for is the one obtained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -16,31 +18,35 @@ from torch.distributed.tensor import DTensor
 
 from sft_dist.types import PackedBatch
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+MakeOptimizer = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
+
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A model made parallel.
+    """A model made parallel, with the optimizer that moves it.
 
     `forward` gives this rank's loss sum; gradients are **summed** over ranks when `accumulate(is_last=True)` closes.
     """
 
-    name: str  # ddp | fsdp2
+    name: str  # ddp | fsdp2 | zero1 | zero2 | zero3
     packed: nn.Module  # `forward(batch) -> loss sum`, `hidden_states(batch)`, `generate(...)`, and `.model` inside
     forward: Callable[[PackedBatch], Tensor]
     accumulate: Callable[[bool], AbstractContextManager[None]]
+    clip_grad_norm: Callable[[float], Tensor]  # clips to at most this global 2-norm; the norm before, fp32 scalar
+    optimizer: torch.optim.Optimizer
     shards_parameters: bool  # ranks must then run the same forwards, also when generating
     reshard: Callable[[], None]  # give back what forwards without a backward have gathered
-    trained: dict[str, nn.Parameter]  # by name in the Hugging Face (or PEFT) model; DTensors when sharded
+    trained: dict[str, nn.Parameter]  # by name in the Hugging Face (or PEFT) model
+    state: Callable[[], dict[str, Tensor]]  # `model.NAME` fp32 or as trained, `optim.NAME.MOMENT`; global shapes
+    adopt: Callable[[Mapping[str, Tensor]], None]  # what `state` gave and a checkpoint has filled becomes the run's
+    whole: Callable[[Tensor], Tensor]  # an entry of the model's state dict, gathered; collective
 
     @property
     def model(self) -> nn.Module:
         """The Hugging Face (or PEFT) model inside."""
         return self.packed.model  # type: ignore[return-value]
-
-    def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Scale gradients so that their global 2-norm is at most `max_norm`; returns the norm before, fp32 scalar."""
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), max_norm)
-        return full_tensor(norm).float()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -55,7 +61,65 @@ class Engine:
 
     def full_state(self) -> dict[str, Tensor]:
         """Every tensor of the model, gathered, on the CPU. All ranks call; all ranks receive."""
-        return {name: full_tensor(tensor.detach()).cpu() for name, tensor in self.model.state_dict().items()}
+        return {name: self.whole(tensor).detach().cpu() for name, tensor in self._state_dict().items()}
+
+    def _state_dict(self) -> dict[str, Tensor]:
+        return self.model.state_dict(keep_vars=True)
+
+
+def live_engine(
+    name: str,
+    packed: nn.Module,
+    forward: Callable[[PackedBatch], Tensor],
+    accumulate: Callable[[bool], AbstractContextManager[None]],
+    make_optimizer: MakeOptimizer,
+    *,
+    shards_parameters: bool,
+    reshard: Callable[[], None],
+) -> Engine:
+    """An engine whose parameters and moments are tensors in place (whole or DTensors): nothing to copy for a save."""
+    trained = trained_parameters(packed)
+    optimizer = make_optimizer(trained)
+    allocate_moments(optimizer, trained.values())
+
+    def clip_grad_norm(max_norm: float) -> Tensor:
+        return full_tensor(torch.nn.utils.clip_grad_norm_(trained.values(), max_norm)).float()
+
+    def state() -> dict[str, Tensor]:
+        weights = {f"model.{name}": parameter.detach() for name, parameter in trained.items()}
+        moments = {
+            f"optim.{name}.{moment}": optimizer.state[parameter][moment]
+            for name, parameter in trained.items()
+            for moment in MOMENTS
+        }
+        return weights | moments
+
+    return Engine(
+        name=name,
+        packed=packed,
+        forward=forward,
+        accumulate=accumulate,
+        clip_grad_norm=clip_grad_norm,
+        optimizer=optimizer,
+        shards_parameters=shards_parameters,
+        reshard=reshard,
+        trained=trained,
+        state=state,
+        adopt=_already_in_place,
+        whole=full_tensor,
+    )
+
+
+def _already_in_place(tensors: Mapping[str, Tensor]) -> None:
+    """`state` showed the run's own tensors: filling them was all."""
+
+
+def allocate_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Adam's moments (zeros) and step counter of each tensor, now rather than at the first step: a checkpoint can fill
+    them, and a run that does not fit fails at once."""
+    for parameter in parameters:
+        moments: dict[str, Tensor] = {name: torch.zeros_like(parameter) for name in MOMENTS}
+        optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device), **moments}
 
 
 def trained_parameters(packed: nn.Module) -> dict[str, nn.Parameter]:
@@ -67,3 +131,8 @@ def trained_parameters(packed: nn.Module) -> dict[str, nn.Parameter]:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor; a plain tensor as it is. Collective for DTensors."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def global_numel(parameter: nn.Parameter) -> int:
+    """Elements of a parameter over all ranks (ZeRO-3 leaves an empty tensor and keeps the count beside it)."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -15,17 +15,22 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from sft_dist.parallel.engine import Engine, trained_parameters
+from sft_dist.parallel.engine import Engine, MakeOptimizer, live_engine
+from sft_dist.parallel.runtime import Runtime
 
 
 def build_fsdp(
-    packed: nn.Module, layers: Sequence[nn.Module], world_size: int, device: torch.device, compute_dtype: torch.dtype
+    packed: nn.Module,
+    layers: Sequence[nn.Module],
+    place: Runtime,
+    compute_dtype: torch.dtype,
+    make_optimizer: MakeOptimizer,
 ) -> Engine:
     """Shard `packed` in place, each of `layers` as a group of its own.
 
     Parameters keep their dtype, forward and backward run in `compute_dtype`, gradient sums in fp32.
     """
-    mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("dp_shard",))
+    mesh = init_device_mesh(place.device.type, (place.world_size,), mesh_dim_names=("dp_shard",))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -46,9 +51,7 @@ def build_fsdp(
         for group in groups:
             group.reshard()
 
-    return Engine(
-        "fsdp2", packed, packed, accumulate, shards_parameters=True, reshard=reshard, trained=trained_parameters(packed)
-    )
+    return live_engine("fsdp2", packed, packed, accumulate, make_optimizer, shards_parameters=True, reshard=reshard)
 
 
 def assert_sharded(engine: Engine) -> None:

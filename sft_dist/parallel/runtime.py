@@ -19,7 +19,9 @@ import torch.distributed as dist
 
 from sft_dist.errors import ConfigError
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # where nobody watches
+WATCHED_TIMEOUT = timedelta(hours=3)  # under our launcher its watchdog comes first, with every rank's stacks
+WATCHED_VARIABLE = "SFT_HEARTBEATS"  # as resilience.heartbeat names it, which must not import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def runtime() -> Iterator[Runtime]:
         _backend(device),
         rank=rank,
         world_size=world_size,
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=WATCHED_TIMEOUT if WATCHED_VARIABLE in os.environ else COLLECTIVE_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
         **meeting,
     )

@@ -2,10 +2,12 @@
 
 Whoever starts a run claims the folder once: the local launcher, or rank 0 under torchrun, accelerate and deepspeed.
 A claim takes the lock, clears a `stop` file that an earlier attempt has obeyed, and makes the next attempt's folder.
+A restart by the launcher is a further attempt under the same lock.
 
-    logs/attempt_0001/command.txt    how it was started
-    logs/attempt_0001/events.jsonl   one line per event: start, exits, stop
-    logs/attempt_0001/exit_code      written by the worker when it ends in order; launchers translate it
+    logs/attempt_0001/command.txt            how it was started
+    logs/attempt_0001/events.jsonl           one line per event: start, hang, end, restart
+    logs/attempt_0001/rank_00000.stacks.txt  Python stacks of each rank, after a hang
+    logs/attempt_0001/exit_code              written by the worker when it ends in order; launchers translate it
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import json
 import os
 import re
 import shlex
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +28,7 @@ from sft_dist.resilience.lock import WAIT_SECONDS, RunLock
 
 EXIT_CODE_VARIABLE = "SFT_EXIT_CODE_FILE"  # where launchers of ours wait for the code: worker.sh knows no run folder
 STOP_NAME = "stop"
+BEGUN_ANEW_NAME = "begun_anew"
 RESULTS = (  # of attempts; the checkpoints go last, so that a half-moved run still has its state
     "summary.json",
     "export",
@@ -58,14 +63,29 @@ def claim(run_dir: str | Path, command: Sequence[str], *, wait_seconds: float = 
     """
     lock = RunLock.acquire(run_dir, wait_seconds=wait_seconds)
     try:
-        taken = Claim(Path(run_dir), last_attempt(run_dir) + 1, lock)
-        (taken.run_dir / STOP_NAME).unlink(missing_ok=True)
+        with _storage_errors(run_dir):
+            (Path(run_dir) / STOP_NAME).unlink(missing_ok=True)
+        return next_attempt(run_dir, command, lock)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def next_attempt(run_dir: str | Path, command: Sequence[str], lock: RunLock) -> Claim:
+    """Make the folder of the attempt after the last one, under a `lock` that is held already."""
+    taken = Claim(Path(run_dir), last_attempt(run_dir) + 1, lock)
+    with _storage_errors(run_dir):
         taken.attempt_dir.mkdir(parents=True)
         (taken.attempt_dir / "command.txt").write_text(shlex.join(command) + "\n")
-    except OSError as error:
-        lock.release()
-        raise StorageError(f"run.dir={run_dir}: cannot be written ({error.strerror}): choose another") from error
     return taken
+
+
+@contextmanager
+def _storage_errors(run_dir: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"run.dir={run_dir}: cannot be written ({error.strerror}): choose another") from error
 
 
 def attempt_dir(run_dir: str | Path, attempt: int) -> Path:
@@ -82,14 +102,20 @@ def last_attempt(run_dir: str | Path) -> int:
 def put_aside(run_dir: str | Path, attempt: int) -> Path | None:
     """Move what earlier attempts left to `RUN_DIR/earlier/before_attempt_0003`, so that this one starts anew.
 
-    Logs stay where they are. Returns the folder; None when there was nothing.
+    Logs stay where they are, with a word for `has_begun_anew`. Returns the folder; None when there was nothing.
     """
     left = [Path(run_dir) / name for name in RESULTS if (Path(run_dir) / name).exists()]
     aside = Path(run_dir) / "earlier" / f"before_attempt_{attempt:04d}"
     for path in left:
         aside.mkdir(parents=True, exist_ok=True)
         path.rename(aside / path.name)
+    (attempt_dir(run_dir, attempt) / BEGUN_ANEW_NAME).touch()
     return aside if left else None
+
+
+def has_begun_anew(taken: Claim) -> bool:
+    """Whether this attempt has put earlier ones aside: what is in the folder since then is its own."""
+    return (taken.attempt_dir / BEGUN_ANEW_NAME).exists()
 
 
 def write_exit_code(folder: str | Path | None, code: int) -> None:
@@ -115,7 +141,14 @@ def read_exit_code(folder: str | Path) -> int | None:
 
 
 def append_event(folder: str | Path, event: str, **fields: object) -> None:
-    """Add one line to `events.jsonl`; the time is for people, nothing is ordered by it."""
+    """Add one line to `events.jsonl`; the time is for people, nothing is ordered by it.
+
+    A full disk costs the line, said on stderr, and not the run.
+    """
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **fields}
-    with (Path(folder) / "events.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    path = Path(folder) / "events.jsonl"
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        print(f"sft-dist: warning: {path}: cannot be written ({error.strerror}): {line}", file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,13 @@ from architectures import tiny_config
 from safetensors.torch import save_file
 
 from sft_dist.certify import Documents
-from sft_dist.config.schema import TuningSection
+from sft_dist.config.schema import OptimSection, TuningSection
 from sft_dist.data.collate import collate
 from sft_dist.models import attention
 from sft_dist.models.adapters import apply_tuning
 from sft_dist.models.load import build_random
 from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers
+from sft_dist.optim import build_optimizer
 from sft_dist.parallel.build import build_engine
 from sft_dist.parallel.engine import Engine, full_tensor
 from sft_dist.parallel.runtime import Runtime, runtime
@@ -44,7 +46,8 @@ def engine(strategy: str, method: str, place: Runtime) -> Engine:
     attention.install(model, "sdpa")
     tuned = apply_tuning(model, TuningSection(method=method, rank=4), seed=0)
     packed = PackedCausalLM(tuned, choose_head("reference", "cpu")[1])
-    return build_engine(strategy, packed, decoder_layers(causal_lm(tuned)), place, torch.float32)
+    optimizer = partial(build_optimizer, optim=OptimSection(), lr=1e-3)
+    return build_engine(strategy, packed, decoder_layers(causal_lm(tuned)), place, torch.float32, optimizer)
 
 
 def gradients(made: Engine, place: Runtime, micro_batch_size: int) -> tuple[float, dict[str, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""The local launcher against tiny workers: exit codes, dying ranks, signals, no orphans, the lock."""
+"""The local launcher against tiny workers: exit codes, dying ranks, hangs, restarts, signals, no orphans, the lock."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from sft_dist.errors import ConfigError
+from sft_dist.errors import ConfigError, LockedError
 from sft_dist.launch.job import Job, choose_num_processes, count_gpus
-from sft_dist.launch.local import supervise
+from sft_dist.launch.local import Stops, supervise
 from sft_dist.resilience.lock import RunLock
 from sft_dist.resilience.run_folder import attempt_dir
 
-# One worker: what it is told per rank as {"rank": [verb, value]}; writes its pid first.
+# One worker: what it is told per rank as {"rank": [verb, value]} or {"attempt/rank": [verb, value]}. It takes ten steps
+# of a few milliseconds first, and writes its pid before anything else.
 WORKER = """
-import json, os, pathlib, signal, sys, time
+import ctypes, json, os, pathlib, signal, sys, time
+from sft_dist.resilience.heartbeat import heart
+from sft_dist.resilience.stacks import answer_with_stacks
+answer_with_stacks()
 rank, plan, run_dir = os.environ["RANK"], json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
 folder = run_dir / "logs" / f"attempt_{int(os.environ['SFT_ATTEMPT']):04d}"
 (folder / f"pid_{rank}").write_text(str(os.getpid()))
@@ -34,7 +38,17 @@ signal.signal(signal.SIGINT, lambda *_: stops.append("SIGINT"))
 (folder / f"ready_{rank}").touch()
 while len(list(folder.glob("ready_*"))) < int(os.environ["WORLD_SIZE"]):
     time.sleep(0.01)
-verb, value = plan.get(rank, plan["all"])
+verb, value = plan.get(f"{os.environ['SFT_ATTEMPT']}/{rank}", plan.get(rank, plan["all"]))
+
+def wait_in_a_collective():
+    time.sleep(60)
+
+def wait_in_another_collective():
+    time.sleep(60)
+
+for step in range(1, 11):
+    heart().beat(step, "train")
+    time.sleep(0.005)
 if verb == "leave":
     if rank == "0" and value is not None:
         (folder / "exit_code").write_text(str(value))
@@ -42,6 +56,27 @@ elif verb == "exit":
     sys.exit(value)
 elif verb == "kill":
     os.kill(os.getpid(), value)
+elif verb == "die later":
+    time.sleep(value)
+    os.kill(os.getpid(), signal.SIGKILL)
+elif verb == "save":
+    (run_dir / "checkpoints" / f"step-{value:08d}").mkdir(parents=True, exist_ok=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+elif verb == "begin anew":
+    from sft_dist.resilience.run_folder import put_aside
+    put_aside(run_dir, 1)
+    os.kill(os.getpid(), signal.SIGKILL)
+elif verb == "collective":
+    wait_in_a_collective()
+elif verb == "other collective":
+    wait_in_another_collective()
+elif verb == "sleep":
+    heart().beat(10, "data")
+    time.sleep(60)
+elif verb == "stopped":
+    os.kill(os.getpid(), signal.SIGSTOP)
+elif verb == "holds the interpreter":
+    ctypes.PyDLL(None).sleep(60)
 elif verb == "ignore":
     time.sleep(60)
     time.sleep(60)
@@ -57,30 +92,42 @@ elif verb == "environment":
     if rank == "0":
         (folder / "exit_code").write_text("0")
 """
-# What `sft-dist train` does after it has resolved the recipe: claim, supervise, release.
+# What `sft-dist train` does after it has resolved the recipe: claim, keep running, release.
 LAUNCHER = """
 import json, pathlib, sys
+from sft_dist.config.schema import Recipe
 from sft_dist.errors import SftError
-from sft_dist.launch.job import Job
-from sft_dist.launch.local import supervise
+from sft_dist.launch.local import keep_running
 from sft_dist.resilience.run_folder import claim
 run_dir, num, command, wait = pathlib.Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]), float(sys.argv[4])
+sections = {"model": {"path": "m"}, "data": {"sources": [{"path": "d"}]}} | json.loads(sys.argv[5])
 try:
     taken = claim(run_dir, sys.argv, wait_seconds=wait)
 except SftError as error:
     print(f"sft-dist: error: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
-sys.exit(supervise(Job(tuple(command), num, run_dir, taken.attempt), inherited=(taken.lock.fd,), grace_seconds=1.0))
+sys.exit(keep_running(taken, Recipe.model_validate(sections), tuple(command), num, grace_seconds=1.0))
 """
 
 
 class Launched:
     """A launcher in a process of its own."""
 
-    def __init__(self, run_dir: Path, plan: dict[str, list[object]], num: int = 2, wait: float = 10.0) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        plan: dict[str, list[object]],
+        num: int = 2,
+        wait: float = 10.0,
+        hang_seconds: float = 60.0,
+        max_restarts: int = 0,
+        resume: str = "auto",
+    ) -> None:
         self.run_dir, self.num = run_dir, num
+        resilience = {"hang_seconds": hang_seconds, "max_restarts": max_restarts}
+        sections = json.dumps({"resilience": resilience, "checkpoint": {"resume": resume}})
         command = [sys.executable, "-c", WORKER, json.dumps(plan), str(run_dir)]
-        words = [sys.executable, "-c", LAUNCHER, str(run_dir), str(num), json.dumps(command), str(wait)]
+        words = [sys.executable, "-c", LAUNCHER, str(run_dir), str(num), json.dumps(command), str(wait), sections]
         self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     @property
@@ -91,6 +138,13 @@ class Launched:
         """Until all workers have their handlers; returns their process ids."""
         wait_for(lambda: all((self.folder / f"ready_{rank}").exists() for rank in range(self.num)))
         return [int((self.folder / f"pid_{rank}").read_text()) for rank in range(self.num)]
+
+    def attempts(self) -> list[Path]:
+        return sorted((self.run_dir / "logs").iterdir())
+
+    def pids(self) -> list[int]:
+        """Of every worker of every attempt."""
+        return [int(path.read_text()) for folder in self.attempts() for path in folder.glob("pid_*")]
 
     def finish(self) -> tuple[int, str, str]:
         out, err = self.process.communicate(timeout=30)
@@ -167,7 +221,10 @@ def test_workers_find_their_place_and_a_file_to_meet_at(
     started = launch({"all": ["environment", 0]})
     assert started.finish()[0] == 0
     for rank in (0, 1):
-        assert json.loads((started.folder / f"environment_{rank}").read_text()) == {
+        found = json.loads((started.folder / f"environment_{rank}").read_text())
+        shared = [int(found.pop(name)) for name in ("SFT_HEARTBEATS", "SFT_STACKS")]  # descriptors
+        assert min(shared) > 2
+        assert found == {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": "2",
@@ -232,7 +289,8 @@ def test_launching_in_this_process_gives_its_signal_handlers_back(tmp_path: Path
     before = signal.getsignal(signal.SIGTERM)
     job = Job((sys.executable, "-c", "raise SystemExit(0)"), 1, tmp_path, 1)
     job.attempt_dir.mkdir(parents=True)
-    assert supervise(job) == 1
+    with Stops() as stops:
+        assert supervise(job, stops).code == 1
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -245,11 +303,11 @@ def test_on_a_terminal_rank_0_sees_a_terminal_of_the_same_size(tmp_path: Path) -
     program = (
         "import pathlib, sys\n"
         "from sft_dist.launch.job import Job\n"
-        "from sft_dist.launch.local import supervise\n"
+        "from sft_dist.launch.local import Stops, supervise\n"
         "code = 'import os, sys; print(sys.stdout.isatty(), tuple(os.get_terminal_size(1)))'\n"
         "job = Job((sys.executable, '-c', code), 1, pathlib.Path(sys.argv[1]), 1)\n"
         "job.attempt_dir.mkdir(parents=True)\n"
-        "supervise(job)\n"
+        "supervise(job, Stops())\n"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], stdout=inner, stderr=inner, check=True)
     os.close(inner)
@@ -262,16 +320,139 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
     program = (
         "import pathlib, sys\n"
         "from sft_dist.launch.job import Job\n"
-        "from sft_dist.launch.local import supervise\n"
+        "from sft_dist.launch.local import Stops, supervise\n"
         f"job = Job((sys.executable, '-c', {code!r}), 1, pathlib.Path(sys.argv[1]), 1)\n"
         "job.attempt_dir.mkdir(parents=True)\n"
-        "supervise(job)\n"
+        "supervise(job, Stops())\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.close()
     process.wait(timeout=20)
     assert (attempt_dir(tmp_path, 1) / "rank_00000.log").stat().st_size == 200 * 1001
+
+
+@pytest.mark.parametrize(
+    ("verb", "odd", "frame"),
+    [
+        ("stopped", "odd one out is rank 1: step 10, train, gave no stack", None),
+        ("sleep", "odd one out is rank 1: step 10, data, at <string>:", "<module>"),
+        ("other collective", "odd one out is rank 1: step 10, train, at <string>:", "wait_in_another_collective"),
+        ("holds the interpreter", "odd one out is rank 1: step 10, train, at <string>:", "<module>"),
+    ],
+)
+def test_a_hang_is_found_shown_and_ended(
+    launch: Callable[..., Launched], verb: str, odd: str, frame: str | None
+) -> None:
+    started = launch({"1": [verb, 0], "all": ["collective", 0]}, num=3, hang_seconds=1)
+    pids = started.wait_ready()
+    since = time.monotonic()
+    code, _, err = started.finish()
+    assert code == 71
+    assert time.monotonic() - since < 1 + 5 + 10
+    assert odd in err
+    assert "ranks 0, 2: step 10, train, at <string>:" in err and "in wait_in_a_collective" in err
+    stacks = [(started.folder / f"rank_0000{rank}.stacks.txt").read_text() for rank in range(3)]
+    assert all("in wait_in_a_collective" in stacks[rank] for rank in (0, 2))
+    assert (frame or "no answer: the process was stopped") in stacks[1]
+    assert (started.folder / "exit_code").read_text() == "71\n"
+    assert all(is_gone(pid) for pid in pids)
+
+
+def test_a_hang_is_started_again_in_an_attempt_of_its_own(launch: Callable[..., Launched]) -> None:
+    started = launch(
+        {"1/1": ["stopped", 0], "1/0": ["collective", 0], "all": ["leave", 0]}, hang_seconds=1, max_restarts=3
+    )
+    code, _, err = started.finish()
+    assert code == 0
+    assert "attempt 1 ended (hang): going on after step 0, restart 1 of 3" in err
+    first, second = started.attempts()
+    assert [(folder / "exit_code").read_text().strip() for folder in (first, second)] == ["71", "0"]
+    events = [json.loads(line) for line in (second / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["restart", "start", "end"]
+    assert (second / "command.txt").read_text() == (first / "command.txt").read_text()
+    assert all(is_gone(pid) for pid in started.pids())
+    RunLock.acquire(started.run_dir, wait_seconds=0).release()
+
+
+def test_the_folder_stays_locked_over_a_restart(launch: Callable[..., Launched]) -> None:
+    started = launch({"1/1": ["kill", int(signal.SIGKILL)], "1/0": ["ignore", 0], "all": ["stop", 75]}, max_restarts=1)
+    wait_for(lambda: (attempt_dir(started.run_dir, 2) / "ready_1").exists())
+    with pytest.raises(LockedError, match=f"held by process {started.process.pid} on "):
+        RunLock.acquire(started.run_dir, wait_seconds=0)
+    wait_for(lambda: (attempt_dir(started.run_dir, 2) / "ready_0").exists())
+    started.process.send_signal(signal.SIGTERM)
+    assert started.finish()[0] == 75
+
+
+def test_sigkill_of_the_launcher_after_a_restart_leaves_no_orphan(launch: Callable[..., Launched]) -> None:
+    started = launch({"1/1": ["kill", int(signal.SIGKILL)], "all": ["ignore", 0]}, max_restarts=1)
+    wait_for(lambda: all((attempt_dir(started.run_dir, 2) / f"ready_{rank}").exists() for rank in (0, 1)))
+    started.process.send_signal(signal.SIGKILL)
+    started.process.wait()
+    RunLock.acquire(started.run_dir, wait_seconds=2).release()
+    assert all(is_gone(pid) for pid in started.pids())
+
+
+def test_three_restarts_without_a_new_checkpoint_are_enough(launch: Callable[..., Launched]) -> None:
+    started = launch({"1": ["kill", int(signal.SIGSEGV)], "all": ["ignore", 0]}, max_restarts=9)
+    code, _, err = started.finish()
+    assert code == 76
+    assert "no new checkpoint in 3 restarts" in err
+    assert len(started.attempts()) == 4
+    assert all(is_gone(pid) for pid in started.pids())
+
+
+def test_a_new_checkpoint_is_progress_and_max_restarts_the_end(launch: Callable[..., Launched]) -> None:
+    plan = {f"{attempt}/0": ["save", attempt] for attempt in range(1, 6)}
+    started = launch({**plan, "all": ["ignore", 0]}, max_restarts=4)
+    code, _, err = started.finish()
+    assert code == 1
+    assert "resilience.max_restarts=4 reached" in err
+    assert len(started.attempts()) == 5
+
+
+@pytest.mark.parametrize("code", [1, 2, 65, 70, 73, 75])
+def test_what_would_only_fail_again_is_not_started_again(launch: Callable[..., Launched], code: int) -> None:
+    started = launch({"0": ["exit", code], "all": ["ignore", 0]}, max_restarts=3)
+    assert started.finish()[0] == code
+    assert len(started.attempts()) == 1
+
+
+def test_a_peer_that_fails_first_does_not_hide_who_was_killed(launch: Callable[..., Launched]) -> None:
+    started = launch({"1/0": ["exit", 1], "1/1": ["die later", 0.3], "all": ["leave", 0]}, max_restarts=3)
+    code, _, err = started.finish()
+    assert code == 0
+    assert "attempt 1 ended (rank 1 died of SIGKILL)" in err
+
+
+def test_a_storage_failure_is_started_again(launch: Callable[..., Launched]) -> None:
+    started = launch({"1/0": ["exit", 74], "1/1": ["ignore", 0], "all": ["leave", 0]}, max_restarts=3)
+    assert started.finish()[0] == 0
+    assert len(started.attempts()) == 2
+
+
+@pytest.mark.parametrize("by", ["signal", "file"])
+def test_who_asked_for_a_stop_gets_no_restart(launch: Callable[..., Launched], by: str) -> None:
+    started = launch({"all": ["ignore", 0]}, max_restarts=3)
+    pids = started.wait_ready()
+    if by == "signal":
+        started.process.send_signal(signal.SIGTERM)
+    else:
+        (started.run_dir / "stop").touch()
+    time.sleep(0.2)
+    os.kill(pids[1], signal.SIGKILL)
+    assert started.finish()[0] == 1
+    assert len(started.attempts()) == 1
+
+
+def test_a_restart_of_a_run_that_began_anew_goes_on_with_it(launch: Callable[..., Launched]) -> None:
+    started = launch(
+        {"1/1": ["begin anew", 0], "2/1": ["kill", 9], "all": ["ignore", 0]}, max_restarts=2, resume="never"
+    )
+    wait_for(lambda: (attempt_dir(started.run_dir, 3) / "config.yaml").exists())
+    resumes = [("resume: auto" in (folder / "config.yaml").read_text()) for folder in started.attempts()]
+    assert resumes == [False, True, True]
 
 
 def test_process_count_is_given_or_one_per_visible_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

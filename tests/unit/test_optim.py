@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from sft_dist.config.schema import OptimSection
-from sft_dist.optim import build_optimizer, lr_at, optimizer_tensors, set_step
+from sft_dist.optim import build_optimizer, lr_at, set_step
+from sft_dist.parallel.ddp import build_ddp
+from sft_dist.parallel.engine import Engine
 
 
 def rates(schedule: str, num_steps: int = 100, warmup: float = 0.1) -> list[float]:
@@ -39,33 +43,30 @@ def network() -> nn.Linear:
     return nn.Linear(4, 3)
 
 
-def train(model: nn.Linear, optimizer: torch.optim.Optimizer, steps: range) -> None:
+def engine() -> Engine:
+    packed = nn.Module()
+    packed.model = network()
+    return build_ddp(packed, 1, partial(build_optimizer, optim=OptimSection(), lr=1e-2))
+
+
+def train(made: Engine, steps: range) -> None:
     for step in steps:
         torch.manual_seed(step)
-        model(torch.randn(5, 4)).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        made.model(torch.randn(5, 4)).square().sum().backward()
+        made.optimizer.step()
+        made.optimizer.zero_grad()
 
 
 def test_state_restored_in_place_continues_bit_identically() -> None:
-    straight = network()
-    train(straight, build_optimizer(dict(straight.named_parameters()), OptimSection(), 1e-2), range(6))
-
-    first = network()
-    parameters = dict(first.named_parameters())
-    optimizer = build_optimizer(parameters, OptimSection(), 1e-2)
-    train(first, optimizer, range(3))
-    saved = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizer, parameters).items()}
-
-    second = network()
-    second.load_state_dict(first.state_dict())
-    parameters = dict(second.named_parameters())
-    optimizer = build_optimizer(parameters, OptimSection(), 1e-2)
-    for name, tensor in optimizer_tensors(optimizer, parameters).items():
+    straight, first, second = engine(), engine(), engine()
+    train(straight, range(6))
+    train(first, range(3))
+    saved = {name: tensor.clone() for name, tensor in first.state().items()}
+    for name, tensor in second.state().items():
         tensor.copy_(saved[name])
-    set_step(optimizer, 3)
-    train(second, optimizer, range(3, 6))
-    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), second.parameters(), strict=True))
+    set_step(second.optimizer, 3)
+    train(second, range(3, 6))
+    assert all(torch.equal(straight.state()[name], tensor) for name, tensor in second.state().items())
 
 
 def test_weight_decay_spares_vectors() -> None:

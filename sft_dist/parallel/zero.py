@@ -1,0 +1,255 @@
+"""DeepSpeed ZeRO (Rajbhandari et al., 2020): optimizer state (1), gradients (2), parameters (3) split over all ranks.
+
+In goes the model on the CPU and our own AdamW; out comes an engine that the loop drives like any other. DeepSpeed is
+called directly: through Accelerate it would want to own the process group, the scheduler and a global configuration
+object, and `Accelerator(cpu=True)` ignores the plugin without a word.
+
+- **Sum, not average.** DeepSpeed divides gradients by the world size (stage 3 has no other way), so the gradient of
+  each loss sum is multiplied by it first: exact for powers of two, one rounding otherwise.
+- **Our AdamW.** DeepSpeed exchanges its parameters for this rank's flat fp32 partitions; the update is the same one.
+  With offload it runs on the CPU, where the fused AdamW of PyTorch needs no compiled extension.
+- **Our checkpoints.** DeepSpeed's own are pickles for one world size. `state` gathers one tensor at a time and keeps
+  this rank's rows of it, the very layout of FSDP2: any engine, at any world size, continues what any other saved.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from sft_dist.parallel.engine import (
+    MOMENTS,
+    Engine,
+    MakeOptimizer,
+    allocate_moments,
+    full_tensor,
+    global_numel,
+    trained_parameters,
+)
+from sft_dist.parallel.runtime import Runtime
+from sft_dist.types import PackedBatch
+
+# Without this DeepSpeed compiles an extension for collectives on CPUs; a process that dies meanwhile leaves a lock on
+# which every later one waits for ever.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+# It also calls collectives by names that PyTorch 2.13 renames, once per gather.
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+
+BUCKET_ELEMENTS = 50_000_000  # of one collective: 200 MB in fp32
+
+
+def build_zero(
+    stage: int,
+    packed: nn.Module,
+    place: Runtime,
+    compute_dtype: torch.dtype,
+    make_optimizer: MakeOptimizer,
+    offload: str,
+) -> Engine:
+    """Partition `packed` (on the CPU, equal on every rank) in place; `offload` is none, optimizer or params (stage 3).
+
+    Stages 1 and 2 leave the parameters in their dtype; stage 3 holds them in `compute_dtype`, with fp32 masters.
+    """
+    trained = trained_parameters(packed)
+    settings = configuration(stage, packed, place.device, compute_dtype, offload)
+    cast = stage == 3 and compute_dtype != torch.float32
+    finer = {name: p.detach().clone() for name, p in trained.items() if cast and not _fits(p.detach(), compute_dtype)}
+    made, wrapper, _, _ = deepspeed.initialize(
+        model=packed, optimizer=make_optimizer(trained), config=settings, dist_init_required=False
+    )
+    assert_partitioned(made, stage, place.world_size, place.device)
+    allocate_moments(wrapper.optimizer, partitions(wrapper))
+    for name, weight in finer.items():
+        _write_partition(trained[name], weight, None)  # DeepSpeed has made the masters from the narrower copy
+    if stage < 3:
+        wrapper._lazy_init_hp_params_optimizer_state()  # links each parameter to its part of the moments
+
+    def forward(batch: PackedBatch) -> Tensor:
+        loss_sum = made(batch)
+        loss_sum.register_hook(lambda gradient: gradient * place.world_size)
+        return loss_sum
+
+    @contextmanager
+    def accumulate(is_last: bool) -> Iterator[None]:
+        made.set_gradient_accumulation_boundary(is_last)
+        yield
+
+    def clip_grad_norm(max_norm: float) -> Tensor:
+        wrapper.clip_grad = max_norm  # `wrapper.step` scales by the norm that it computes again
+        return _global_norm(wrapper)
+
+    mesh = init_device_mesh("cpu", (place.world_size,))
+    write = _write_partition if stage == 3 else _write_fragment
+
+    def state() -> dict[str, Tensor]:
+        weights = {f"model.{name}": own_rows(_read(p, None), mesh) for name, p in trained.items()}
+        moments = {
+            f"optim.{name}.{key}": own_rows(_read(p, key), mesh) for name, p in trained.items() for key in MOMENTS
+        }
+        return weights | moments
+
+    def adopt(tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in trained.items():
+            write(parameter, full_tensor(tensors[f"model.{name}"]), None)
+            for key in MOMENTS:
+                write(parameter, full_tensor(tensors[f"optim.{name}.{key}"]), key)
+        if stage < 3:
+            wrapper.update_lp_params()
+
+    return Engine(
+        name=f"zero{stage}",
+        packed=packed,
+        forward=forward,
+        accumulate=accumulate,
+        clip_grad_norm=clip_grad_norm,
+        optimizer=wrapper,
+        shards_parameters=stage == 3,
+        reshard=_released_by_hooks,
+        trained=trained,
+        state=state,
+        adopt=adopt,
+        whole=_gather,
+    )
+
+
+def configuration(
+    stage: int, packed: nn.Module, device: torch.device, compute_dtype: torch.dtype, offload: str
+) -> dict[str, Any]:
+    """What DeepSpeed is told. Batch sizes are for its statistics only: the loop says where a step ends."""
+    place = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    largest_vector = max((p.numel() for p in packed.parameters() if p.ndim < 2), default=0)
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
+        "stage3_param_persistence_threshold": largest_vector,  # norms and biases stay gathered, matrices never
+    }
+    if offload != "none":
+        zero["offload_optimizer"] = place
+    if offload == "params":
+        zero["offload_param"] = place
+    precision: dict[str, Any] = {}
+    if stage == 3 and compute_dtype == torch.bfloat16:
+        precision = {
+            "bf16": {"enabled": True},
+            "communication_data_type": "fp32",
+            "data_types": {"grad_accum_dtype": "fp32"},
+        }
+    return {
+        **precision,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+    }
+
+
+def partitions(wrapper: Any) -> list[Tensor]:
+    """This rank's flat fp32 master weights: what AdamW really moves."""
+    if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # stage 3
+        return list(wrapper.fp32_partitioned_groups_flat)
+    return list(wrapper.single_partition_of_fp32_groups)
+
+
+def assert_partitioned(made: Any, stage: int, world_size: int, device: torch.device) -> None:
+    """Asking for ZeRO must not silently give replicas: stage, ranks, and what this rank really holds."""
+    found = (made.zero_optimization_stage(), made.dp_world_size, get_accelerator().device_name())
+    if found != (stage, world_size, device.type):
+        raise AssertionError(f"stage, ranks and device: {(stage, world_size, device.type)} became {found}")
+    parameters = list(made.module.parameters())
+    trained = [global_numel(p) for p in parameters if p.requires_grad]
+    held, total = sum(t.numel() for t in partitions(made.optimizer)), sum(trained)
+    padding = 4 * world_size * len(trained)
+    if not total <= held * world_size <= total + padding:
+        raise AssertionError(f"zero{stage}: this rank moves {held} of {total} weights, not 1/{world_size} of them")
+    whole = [p for p in parameters if stage == 3 and p.ds_tensor.numel() != math.ceil(p.ds_numel / world_size)]
+    if whole:
+        raise AssertionError(f"zero3 left {len(whole)} parameters whole")
+
+
+def own_rows(whole: Tensor, mesh: DeviceMesh) -> Tensor:
+    """This rank's rows of `whole`, on the CPU, as FSDP2 would shard it."""
+    rows = [*whole.chunk(mesh.size()), *[whole[:0]] * mesh.size()][mesh.get_local_rank()].cpu().clone()
+    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
+
+
+def _global_norm(wrapper: Any) -> Tensor:
+    """Global 2-norm of the summed gradients; NaN where DeepSpeed says -1 for infinity and NaN."""
+    if hasattr(wrapper, "scaled_global_norm"):
+        groups = [wrapper.scaled_global_norm()]
+    else:
+        groups = wrapper._get_norm_groups()
+    norms = torch.stack([group.float() for group in groups])
+    return torch.linalg.vector_norm(torch.where(norms < 0, torch.nan, norms))
+
+
+def _read(parameter: nn.Parameter, moment: str | None) -> Tensor:
+    """The fp32 weight, or its `moment`, gathered."""
+    return safe_get_full_fp32_param(parameter) if moment is None else safe_get_full_optimizer_state(parameter, moment)
+
+
+def _write_fragment(parameter: nn.Parameter, whole: Tensor, moment: str | None) -> None:
+    """Stages 1 and 2: this rank's part of the flat partition; `update_lp_params` brings it to the model."""
+    if moment is None:
+        safe_set_full_fp32_param(parameter, whole)
+    else:
+        safe_set_full_optimizer_state(parameter, whole, moment)
+
+
+def _write_partition(parameter: nn.Parameter, whole: Tensor, moment: str | None) -> None:
+    """Stage 3: master weight and the model's own partition. DeepSpeed's setter of whole tensors runs over the end where
+    ranks do not divide the elements, so the piece is cut here."""
+    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    start = dist.get_rank() * size
+    piece = torch.zeros(size, dtype=whole.dtype)
+    held = whole.flatten()[start : start + size]
+    piece[: held.numel()] = held
+    if moment is not None:
+        safe_set_local_optimizer_state(parameter, piece, moment)
+        return
+    safe_set_local_fp32_param(parameter, piece)
+    with GatheredParameters([parameter], modifier_rank=0):
+        parameter.data.copy_(whole)
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    """A parameter's whole value, in fp32 where it is trained; other tensors as they are."""
+    if tensor.requires_grad:
+        return safe_get_full_fp32_param(tensor)
+    if not hasattr(tensor, "ds_id"):
+        return tensor
+    with GatheredParameters([tensor]):
+        return tensor.detach().clone()
+
+
+def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `dtype` holds every value exactly."""
+    return torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
+
+
+def _released_by_hooks() -> None:
+    """Stage 3 gives parameters back when the module that gathered them is done."""

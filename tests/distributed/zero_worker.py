@@ -1,0 +1,167 @@
+"""One rank: twenty steps of the real loop's step under each engine; losses, norms and exports go to files.
+
+`python zero_worker.py FOLDER CASE...`, a case being STRATEGY-OFFLOAD-METHOD-ACCUMULATION-COMPUTE. The global batch of a
+case is the same at every world size: accumulation 1 at two processes is two micro-batches at one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from architectures import tiny_config
+from safetensors.torch import save_file
+from tiny_run import write_tokenizer
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from sft_dist.certify import Documents
+from sft_dist.checkpoint.export import export_model
+from sft_dist.checkpoint.manager import CheckpointManager
+from sft_dist.config.schema import OptimSection, TuningSection
+from sft_dist.data.collate import collate
+from sft_dist.data.loader import LoadedStep
+from sft_dist.models import attention
+from sft_dist.models.adapters import apply_tuning, is_adapter
+from sft_dist.models.load import DTYPES, build_random
+from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers
+from sft_dist.optim import build_optimizer, set_step
+from sft_dist.parallel.build import CASTS_ITSELF, build_engine
+from sft_dist.parallel.engine import Engine
+from sft_dist.parallel.runtime import Runtime, runtime
+from sft_dist.train import StepResult, train_step
+from sft_dist.types import StepPlan, TokenizedExample
+from sft_kernels import choose_head
+
+WORLD = 2  # what accumulation counts are told for
+STEPS, SAVED_AFTER = 20, 8
+MAX_NORM = 1.3
+OPTIM = OptimSection(weight_decay=0.1)
+
+
+def documents(seed: int, number: int) -> Documents:
+    rng = np.random.default_rng(seed)
+    examples = []
+    for length in rng.integers(3, 30, number):
+        weights = (rng.random(length) < 0.6).astype(np.float32)
+        weights[-1] = 1.0
+        examples.append(TokenizedExample(rng.integers(0, 128, length, dtype=np.int32), weights))
+    return Documents(tuple(examples))
+
+
+def load_step(step: int, accumulation: int, place: Runtime) -> LoadedStep:
+    """Micro-batches of two documents, rank r of W taking r, W + r, ..., as the loader deals them."""
+    number = WORLD * accumulation
+    probe = documents(1000 + step % 5, 2 * number)
+    cuts = tuple(probe.packs[i : i + 2] for i in range(0, 2 * number, 2))
+    mine = range(place.rank, number, place.world_size)
+    batches = tuple(collate(cuts[i], probe, packing="best_fit", pad_token_id=0, pad_to_multiple_of=8) for i in mine)
+    return LoadedStep(StepPlan(step, 0, cuts), batches, tuple(mine), "")
+
+
+def build(case: str, place: Runtime) -> Engine:
+    strategy, offload, method, _, compute = case.split("-")
+    dtype = DTYPES[compute]
+    full = method == "full"
+    model = build_random(tiny_config("llama"), dtype=torch.float32 if full else dtype, seed=0)
+    model.config.use_cache = False
+    attention.install(model, "sdpa")
+    dropout = 0.3 if method == "dropout" else 0.0
+    tuned = apply_tuning(model, TuningSection(method="full" if full else "lora", rank=3, dropout=dropout), seed=0)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    autocast = dtype if strategy not in CASTS_ITSELF and dtype != torch.float32 else None
+    packed = PackedCausalLM(tuned, choose_head("reference", "cpu")[1], autocast_dtype=autocast)
+    layers = decoder_layers(causal_lm(tuned))
+    make_optimizer = partial(build_optimizer, optim=OPTIM, lr=1e-3)
+    return build_engine(strategy, packed.train(), layers, place, dtype, make_optimizer, offload=offload)
+
+
+def train(made: Engine, steps: range, accumulation: int, place: Runtime) -> list[StepResult]:
+    return [
+        train_step(
+            made,
+            load_step(step, accumulation, place),
+            lr=1e-3 * (1 - step / 40),
+            max_norm=MAX_NORM,
+            seed=5,
+            device=place.device,
+            stop=False,
+        )
+        for step in steps
+    ]
+
+
+def logits(made: Engine) -> Tensor:
+    """[1, 24, V] of one document, from the engine's own evaluation mode."""
+    ids = np.arange(1, 25, dtype=np.int32)
+    document = Documents((TokenizedExample(ids, np.ones(24, dtype=np.float32)),))
+    batch = collate(document.packs, document, packing="best_fit", pad_token_id=0, pad_to_multiple_of=8)
+    with made.evaluating():
+        hidden = made.packed.hidden_states(batch)
+        return causal_lm(made.model).get_output_embeddings()(hidden).float().clone()
+
+
+def resumed(case: str, path: Path, manager: CheckpointManager, accumulation: int, place: Runtime) -> list[StepResult]:
+    """The rest of the run under the engine of `case`, from the checkpoint at `path`."""
+    again = build(case, place)
+    tensors = again.state()
+    manager.load(path, tensors)
+    again.adopt(tensors)
+    set_step(again.optimizer, SAVED_AFTER)
+    return train(again, range(SAVED_AFTER + 1, STEPS + 1), accumulation, place)
+
+
+def run(case: str, folder: Path, place: Runtime) -> dict[str, list[float]]:
+    """Twenty steps, a checkpoint on the way. Accumulation 1: resumed from it too, also by replicas; else exported."""
+    _, _, method, accumulation, compute = case.split("-")
+    made, rounds = build(case, place), int(accumulation)
+    manager = CheckpointManager(folder / f"{case}-{place.world_size}")
+    before = train(made, range(1, SAVED_AFTER + 1), rounds, place)
+    path = manager.save(SAVED_AFTER, made.state(), {"step": SAVED_AFTER})
+    after = train(made, range(SAVED_AFTER + 1, STEPS + 1), rounds, place)
+    found = {"straight": before + after, "after": after}
+    if rounds == 1:
+        found["resumed"] = resumed(case, path, manager, rounds, place)
+        found["replicas"] = resumed(f"ddp-none-{method}-1-{compute}", path, manager, rounds, place)
+    elif place.world_size > 1:
+        export(made, folder / "exports" / case, place)
+    return {
+        f"{name}_{figure}": [getattr(result, figure) for result in results]
+        for name, results in found.items()
+        for figure in ("loss", "grad_norm")
+    }
+
+
+def export(made: Engine, out: Path, place: Runtime) -> None:
+    """The Hugging Face or adapter folder, and the logits that it has to give when it is loaded again."""
+    expected, state = logits(made), made.full_state()
+    if place.is_main:
+        lm = causal_lm(made.model)
+        peft_config = made.model.peft_config["default"] if is_adapter(made.model) else None
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(write_tokenizer(out.parent / "tokenizer"))
+        export_model(state, lm.config, tokenizer, "", lm.generation_config, out, peft_config=peft_config)
+        save_file({"logits": expected}, out / "expected.safetensors")
+
+
+def main(folder: Path, cases: list[str]) -> None:
+    with runtime() as place:
+        torch.set_num_threads(1)
+        found = {}
+        for case in cases:
+            started = time.perf_counter()
+            found[case] = run(case, folder, place)
+            if place.is_main:
+                print(f"{case}: {time.perf_counter() - started:.1f} s", flush=True)
+        if place.is_main:
+            (folder / f"found-{place.world_size}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
