@@ -21,15 +21,13 @@ import numpy as np
 
 from sft_dist.checkpoint.catalog import folders
 from sft_dist.checkpoint.manifest import read_manifest
-from sft_dist.config.auto import Choices
-from sft_dist.config.loader import load_resolved
 from sft_dist.data.collate import batch_digest
 from sft_dist.data.ledger import START, fold
 from sft_dist.data.plan import PackPlan
 from sft_dist.data.store import TokenStore
-from sft_dist.errors import CheckpointError, DataError
+from sft_dist.errors import CheckpointError
 from sft_dist.observe.metrics import read_metrics
-from sft_dist.parts import data_fingerprint, read_fingerprint, read_inputs, train_plan
+from sft_dist.parts import reopen
 from sft_dist.types import StepPlan
 
 MAX_LISTED = 20
@@ -62,25 +60,16 @@ class Audit:
 
 def audit(run_dir: Path, notice: Callable[[str], None], progress: Callable[[int, int], None]) -> Audit:
     """Prove the run in `run_dir`. Raises CheckpointError when it is no run folder, DataError when its data changed."""
+    inputs, _, plan = reopen(run_dir, notice)
     try:
-        recorded, written = read_fingerprint(run_dir), read_metrics(run_dir)
+        written = read_metrics(run_dir)
     except ValueError as error:
-        raise CheckpointError(f"{run_dir}: fingerprint.json or metrics.jsonl is altered: {error}") from error
-    if recorded is None or not (run_dir / "config.yaml").is_file():
-        raise CheckpointError(f"{run_dir}: holds no config.yaml and fingerprint.json, so it is no run folder")
-    inputs = read_inputs(load_resolved(run_dir / "config.yaml"), notice)
-    try:
-        choices, before = Choices(**recorded["choices"]), dict(recorded["inputs"])
-    except (LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{run_dir / 'fingerprint.json'}: altered ({error!r}); restore it") from error
-    store = inputs.data.train
-    plan = train_plan(inputs.recipe, choices, store)
-    _check_same_inputs(before, data_fingerprint(inputs, plan), run_dir)
+        raise CheckpointError(f"{run_dir / 'metrics.jsonl'}: altered: {error}") from error
     if damaged := [number for number, line in enumerate(written, 1) if not _is_sound(line)]:
         raise CheckpointError(f"{run_dir / 'metrics.jsonl'}: line {damaged[0]} is altered")
     lines = [line for line in written if line["kind"] == "step"]
     ledgers = {manifest.step: manifest.meta.get("ledger") for manifest in map(read_manifest, folders(run_dir))}
-    return prove(plan, store, lines, ledgers, progress)
+    return prove(plan, inputs.data.train, lines, ledgers, progress)
 
 
 def prove(
@@ -121,15 +110,6 @@ def _is_sound(line: Any) -> bool:
     counts = ("step", "num_tokens", "num_loss_tokens") if line["kind"] == "step" else ("step",)
     has_digest = line["kind"] == "eval" or isinstance(line.get("batch_digest"), str)
     return has_digest and all(type(line.get(name)) is int for name in counts)
-
-
-def _check_same_inputs(recorded: Mapping[str, Any], found: Mapping[str, Any], run_dir: Path) -> None:
-    for key, value in found.items():
-        if recorded.get(key) != value:
-            raise DataError(
-                f"{key} is {value} today, {run_dir} was trained with {recorded.get(key)}: restore what it was made "
-                "from to audit the run"
-            )
 
 
 def _gaps(lines: list[dict[str, Any]]) -> Iterator[str]:

@@ -23,12 +23,13 @@ from transformers import PreTrainedTokenizerBase
 from sft_dist.certify import Check, certify
 from sft_dist.config.auto import Choices, Facts, choose, compute_dtype
 from sft_dist.config.identity import identity, refuse_changes
+from sft_dist.config.loader import load_resolved
 from sft_dist.config.schema import Recipe
 from sft_dist.data.loader import Loader
 from sft_dist.data.plan import PackPlan, build_plan, eval_plan
 from sft_dist.data.prepare import PreparedData, prepare
 from sft_dist.data.store import TokenStore
-from sft_dist.errors import ConfigError
+from sft_dist.errors import CheckpointError, ConfigError, DataError
 from sft_dist.models import attention
 from sft_dist.models.adapters import apply_tuning, frozen_digest, is_adapter
 from sft_dist.models.load import DTYPES, load_model, load_tokenizer
@@ -282,6 +283,29 @@ def data_fingerprint(inputs: Inputs, plan: PackPlan) -> dict[str, Any]:
         "tokenizer": hashlib.sha256(inputs.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "plan": plan.digest,
     }
+
+
+def reopen(run_dir: Path, notice: Callable[[str], None]) -> tuple[Inputs, Choices, PackPlan]:
+    """What the run in `run_dir` is made from, proven to be what it recorded; no model is loaded.
+
+    Raises CheckpointError when it is no run folder or its record is damaged, DataError when its data changed.
+    """
+    path = run_dir / "fingerprint.json"
+    try:
+        recorded = read_fingerprint(run_dir)
+        if recorded is None or not (run_dir / "config.yaml").is_file():
+            raise CheckpointError(f"{run_dir}: holds no config.yaml and fingerprint.json, so it is no run folder")
+        choices, before = Choices(**recorded["choices"]), dict(recorded["inputs"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: altered ({error}); restore it from a copy") from error
+    inputs = read_inputs(load_resolved(run_dir / "config.yaml"), notice)
+    plan = train_plan(inputs.recipe, choices, inputs.data.train)
+    for key, value in data_fingerprint(inputs, plan).items():
+        if before.get(key) != value:
+            raise DataError(
+                f"{key} is {value} today, {run_dir} was trained with {before.get(key)}: restore what it was made from"
+            )
+    return inputs, choices, plan
 
 
 def explain_inputs(recipe: Recipe) -> dict[str, str]:

@@ -21,13 +21,16 @@ from sft_dist.errors import ConfigError, SftError
 VERBS = {
     "quickstart": "a small fine-tune from nothing, measured before and after",
     "train": "fine-tune on this machine",
+    "estimate": "memory, time and cost before a run",
     "data": "prepare, inspect, count and plan training data",
     "certify": "prove boundaries, positions and masks on this model",
     "checkpoint": "list, verify and export checkpoints",
     "audit": "prove what a run was trained on",
+    "replay": "rebuild the batch of a step",
     "eval": "held-out loss and answers of a model",
     "chat": "talk to a model in the terminal",
     "report": "one HTML page about a run",
+    "doctor": "can training run on this machine?",
     "config": "show, compare and check recipes",
 }
 

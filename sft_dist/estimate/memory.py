@@ -1,0 +1,263 @@
+"""Bytes of one rank, part by part, in each phase of a step. The fullest phase is the peak.
+
+    loss     forward is done: all activations, the loss head, what stays gathered
+    backward gradients are complete or being reduced, one layer's activations are left
+    save     a checkpoint is written; export: the whole model is put together (host memory; a CPU's own memory)
+
+What each engine keeps is read off `sft_dist.parallel` and PyTorch; `benchmarks/estimate_check.py` compares with
+measured peaks. ZeRO (Rajbhandari et al., 2020) is as DeepSpeed's defaults leave it. Activations count what autograd
+saves in a layer of transformers (the tests count it too); Korthikanti et al. (2022) do so for Megatron's layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sft_dist.estimate.architecture import Architecture
+from sft_dist.estimate.tuning import Tuned
+
+FP32 = 4
+DDP_BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's bucket_cap_mb
+ZERO_BUCKET_BYTES = 50_000_000 * FP32  # parallel.zero.BUCKET_ELEMENTS
+ZERO3_LIVE_ELEMENTS = 10**9  # stage3_max_live_parameters
+CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 1280 * 2**20}  # logits of one chunk: sft_kernels.one_pass.CHUNK_BYTES
+SAVE_FILE_BYTES = 2 * 2**30  # checkpoint.shards.FILE_BYTES
+EXPORT_FILE_BYTES = 5 * 2**30  # checkpoint.export.SHARD_BYTES
+STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+
+Parts = dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a step is spread. Bytes are per element; tokens are of one micro-batch on one rank."""
+
+    strategy: str
+    world_size: int
+    device: str  # cuda | cpu
+    compute: int
+    master: int
+    micro_tokens: int
+    micro_loss_tokens: int
+    rounds: int  # micro-batches of a step on one rank
+    checkpointing: bool
+    offload: str = "none"
+
+    @property
+    def autocasts(self) -> bool:
+        """Every engine but FSDP2 keeps trained weights in the master dtype and casts them as they are used."""
+        return self.strategy != "fsdp2" and self.compute != FP32
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Parts by phase, on the device and (save, export) on the host."""
+
+    device: dict[str, Parts]
+    host: dict[str, Parts]
+
+    @property
+    def phase(self) -> str:
+        """The fullest phase on the device."""
+        return max(self.device, key=lambda name: sum(self.device[name].values()))
+
+    @property
+    def parts(self) -> Parts:
+        return self.device[self.phase]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def host_peak(self) -> int:
+        return max((sum(parts.values()) for parts in self.host.values()), default=0)
+
+
+def memory(architecture: Architecture, tuned: Tuned, layout: Layout) -> Memory:
+    """What one rank holds. On a CPU the phases of the host are phases of the device."""
+    states = _states(tuned, layout)
+    engine = {"ddp": _ddp, "fsdp2": _fsdp2}.get(layout.strategy, _zero)
+    steps = engine(architecture, tuned, layout, states)
+    held = {} if layout.device == "cuda" else {k: v for k, v in states.items() if k != "gradients"}
+    writing = {name: held | extra for name, extra in _writing(tuned, layout).items()}
+    offloaded = _offloaded(tuned, layout)
+    if layout.device == "cpu":
+        return Memory({name: _kept(parts) for name, parts in (steps | writing).items()}, {})
+    host = {name: offloaded | parts for name, parts in writing.items()}
+    return Memory({name: _kept(parts) for name, parts in steps.items()}, {k: _kept(v) for k, v in host.items()})
+
+
+def weight_bytes(tuned: Tuned, layout: Layout) -> int:
+    """All weights: a frozen base in the compute dtype, what is trained in the master dtype."""
+    base = layout.master if tuned.trains_all else layout.compute
+    return tuned.base * base + tuned.added * layout.master
+
+
+def activation_bytes(architecture: Architecture, tuned: Tuned, layout: Layout) -> int:
+    """What autograd keeps of all layers at the end of the forward pass."""
+    tokens, stream = layout.micro_tokens, _stream_bytes(tuned, layout)
+    edge = tokens * architecture.hidden_size * (FP32 + stream)  # around the last norm
+    if layout.checkpointing:
+        return edge + architecture.num_layers * tokens * architecture.hidden_size * stream
+    return edge + architecture.num_layers * layer_activation_bytes(architecture, tuned, layout)
+
+
+def layer_activation_bytes(architecture: Architecture, tuned: Tuned, layout: Layout) -> int:
+    """What autograd keeps of one layer: inputs of norms in fp32, inputs of matrices, queries to values, the MLP."""
+    a, c, stream = architecture, layout.compute, _stream_bytes(tuned, layout)
+    queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    norm = FP32 * a.hidden_size + (stream * a.hidden_size if tuned.trains_all else 0)
+    norms = a.num_norms * norm
+    if a.qk_norm:
+        norms += (queries + keys) * (FP32 + (c if tuned.trains_all else 0))
+    casts_each = layout.autocasts and (stream != c or not tuned.trains_all)  # one copy per matrix instead of one in all
+    inputs = (a.num_inward if casts_each else 2) * c * a.hidden_size
+    attention = c * (2 * queries + 2 * keys)
+    if layout.device == "cpu":
+        attention += c * queries  # documents are gathered by length and put back
+    mlp = 4 * c * a.intermediate_size
+    return layout.micro_tokens * (norms + inputs + attention + mlp)
+
+
+def head_bytes(architecture: Architecture, tuned: Tuned, layout: Layout) -> Parts:
+    """One chunk of logits, supervised rows with their gradients, a cast matrix; and the matrix's gradient."""
+    a, c = architecture, layout.compute
+    rows = layout.micro_loss_tokens * a.hidden_size * c
+    logits = min(layout.micro_loss_tokens * a.vocab_size * c, CHUNK_BYTES[layout.device])
+    cast = a.vocab_size * a.hidden_size * c if layout.autocasts and tuned.trains_head else 0
+    gradient = a.vocab_size * a.hidden_size * FP32 if tuned.trains_head else 0
+    return {"loss head": 2 * rows + logits + cast, "gradient of the head": gradient}
+
+
+def _states(tuned: Tuned, layout: Layout) -> Parts:
+    """Weights, gradients and optimizer as the engine holds them between steps; gradients when they are complete."""
+    weights, world = weight_bytes(tuned, layout), layout.world_size
+    gradients, moments = tuned.trained * layout.master, 2 * tuned.trained * layout.master
+    masters = tuned.trained * FP32
+    match layout.strategy:
+        case "ddp":
+            return {"weights": weights, "gradients": gradients, "optimizer": moments}
+        case "fsdp2":
+            return {"weights": weights // world, "gradients": gradients // world, "optimizer": moments // world}
+        case "zero1":
+            states = {"weights": weights, "gradients": gradients}
+        case "zero2":
+            states = {"weights": weights, "gradients": gradients // world}
+        case _:
+            states = {"weights": weights // world, "gradients": gradients // world}
+    if layout.offload == "params":
+        states["weights"] = 0
+    optimizer = (masters + 2 * tuned.trained * FP32) // world
+    return states | {"optimizer": optimizer if layout.offload == "none" else 0}
+
+
+def _ddp(architecture: Architecture, tuned: Tuned, layout: Layout, states: Parts) -> dict[str, Parts]:
+    """Replicas. DDP's buckets persist and are the gradients; micro-batches that are not reduced add up outside them."""
+    head = head_bytes(architecture, tuned, layout)
+    buckets = states["gradients"] if layout.world_size > 1 else 0
+    summed = states["gradients"] if layout.rounds > 1 or layout.world_size == 1 else 0
+    held = {"weights": states["weights"], "optimizer": states["optimizer"], "communication": buckets}
+    casts = _autocast_copies(tuned, layout)
+    loss = held | {
+        "gradients": summed if layout.rounds > 1 else 0,
+        "copies for compute": casts,
+        "activations": activation_bytes(architecture, tuned, layout),
+        **head,
+    }
+    flying = min(DDP_BUCKET_BYTES, buckets)
+    backward = held | {
+        "gradients": summed,
+        "communication": buckets + flying,
+        "gradient of the head": head["gradient of the head"] if layout.world_size > 1 else 0,
+        "activations": layer_activation_bytes(architecture, tuned, layout),
+    }
+    return {"loss": loss, "backward": backward}
+
+
+def _fsdp2(architecture: Architecture, tuned: Tuned, layout: Layout, states: Parts) -> dict[str, Parts]:
+    """Shards. The root group (embedding, last norm, head) stays gathered from forward to backward; a layer is gathered
+    for its turn while the next one arrives. Micro-batches that are not reduced leave whole gradients in fp32."""
+    world, c = layout.world_size, layout.compute
+    root, layer = (c * (group.base + group.added) for group in (tuned.root, tuned.layer))
+    moved_root, moved_layer = tuned.root.trained, tuned.layer.trained
+    whole = layout.rounds > 1
+    held = {"weights": states["weights"], "optimizer": states["optimizer"]}
+    before = tuned.trained * FP32 if whole else 0
+    of_layers = before if whole else (tuned.trained - moved_root) * layout.master // world
+    copies = 2 if layout.device == "cpu" and world > 1 else 1 if world > 1 else 0  # gloo adds one
+    first = held | {"gradients": before, "gathered layers": (1 + copies) * root + layer}
+    head = head_bytes(architecture, tuned, layout)
+    loss = held | {
+        "gradients": before,
+        "gathered layers": root + 2 * layer,
+        "activations": activation_bytes(architecture, tuned, layout),
+        **head,
+    }
+    under_way = 0 if whole else 2 * moved_layer * layout.master // world  # of the last two layers: not reduced yet
+    backward = held | {
+        "gradients": max(0, of_layers - under_way),
+        "gathered layers": root + 2 * layer,
+        "communication": moved_layer * (c + 2 * FP32),  # a layer's own gradients, and two on their way
+        "gradient of the head": head["gradient of the head"] * c // FP32,
+        "activations": layer_activation_bytes(architecture, tuned, layout),
+    }
+    last = held | {"gradients": of_layers, "communication": moved_root * (c + FP32 + layout.master // world)}
+    return {"gather": first, "loss": loss, "backward": backward, "reduce": last}
+
+
+def _zero(architecture: Architecture, tuned: Tuned, layout: Layout, states: Parts) -> dict[str, Parts]:
+    """DeepSpeed. A bucket is filled from gradients that live until it is reduced; stage 3 keeps its bucket beside the
+    partition, and gathers until a billion elements are alive."""
+    head = head_bytes(architecture, tuned, layout)
+    bucket = min(ZERO_BUCKET_BYTES, tuned.trained * FP32)
+    held = states | {"communication": bucket}
+    if layout.strategy == "zero2":
+        held["gradients"] = max(states["gradients"], bucket)
+    if layout.strategy == "zero3":
+        held["communication"] = 2 * bucket
+        held["gathered layers"] = min(tuned.base + tuned.added, ZERO3_LIVE_ELEMENTS) * layout.master
+    loss = held | {
+        "copies for compute": _autocast_copies(tuned, layout),
+        "activations": activation_bytes(architecture, tuned, layout),
+        **head,
+    }
+    return {"loss": loss}
+
+
+def _autocast_copies(tuned: Tuned, layout: Layout) -> int:
+    """Autocast keeps its casts of trained fp32 matrices from their use to the end of backward; the head has its own."""
+    if not layout.autocasts or layout.master != FP32:
+        return 0
+    return (tuned.trained - tuned.root.trained) * layout.compute
+
+
+def _stream_bytes(tuned: Tuned, layout: Layout) -> int:
+    """Of the residual stream: fp32 where autocast meets fp32 embeddings."""
+    return layout.master if layout.autocasts and tuned.trains_all else layout.compute
+
+
+def _writing(tuned: Tuned, layout: Layout) -> dict[str, Parts]:
+    """What saving and exporting add in host memory: a file is built twice before it
+    is written (as tensors and as bytes), sharded weights are gathered."""
+    weights, world = weight_bytes(tuned, layout), layout.world_size
+    state = 3 * tuned.trained * layout.master
+    exported = weights if tuned.trains_all else tuned.added * layout.master
+    gathers = layout.strategy in ("fsdp2", "zero3") or layout.device == "cuda"
+    return {
+        "save": {"save": 2 * min(SAVE_FILE_BYTES, state // world)},
+        "export": {"export": (weights if gathers else 0) + min(EXPORT_FILE_BYTES, exported)},
+    }
+
+
+def _offloaded(tuned: Tuned, layout: Layout) -> Parts:
+    """What `parallel.offload` puts into host memory instead."""
+    if layout.offload == "none":
+        return {}
+    moved = 4 * tuned.trained * FP32 // layout.world_size  # masters, two moments, gradients
+    weights = weight_bytes(tuned, layout) // layout.world_size if layout.offload == "params" else 0
+    return {"offloaded": moved + weights}
+
+
+def _kept(parts: Parts) -> Parts:
+    return {name: size for name, size in parts.items() if size}
