@@ -15,6 +15,7 @@ origin. What has no single origin becomes UNKNOWN, and the caller reports it: an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -244,17 +245,14 @@ class Run(NamedTuple):
         return self.message < 0 and self.slot == ord(UNKNOWN)
 
 
+_RUN = re.compile(r"(.)\1*", re.DOTALL)
+
+
 def runs(text: str) -> list[Run]:
     """The whole text as maximal runs, in order."""
-    letters = np.frombuffer(origin_of(text).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    if not len(letters):
-        return []
-    starts = np.concatenate([_FIRST, np.flatnonzero(letters[1:] != letters[:-1]) + 1])
-    edges = zip(starts.tolist(), [*starts[1:].tolist(), len(letters)], letters[starts].tolist(), strict=True)
-    return [
-        Run(start, end, ((code & (_TAGGED - 1)) >> _SLOT_BITS) - 1, code & MAX_SLOT, code >= _TAGGED)
-        for start, end, code in edges
-    ]
-
-
-_FIRST = np.zeros(1, dtype=np.int64)
+    found = []
+    for match in _RUN.finditer(origin_of(text)):
+        code = ord(match[1])
+        message = ((code & (_TAGGED - 1)) >> _SLOT_BITS) - 1
+        found.append(Run(*match.span(), message, code & MAX_SLOT, code >= _TAGGED))
+    return found

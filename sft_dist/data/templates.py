@@ -352,11 +352,15 @@ _NO_WEIGHTS = np.zeros(0, dtype=np.float32)
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Sequence[Any]:
-    """One `tokenizers.Encoding` (ids, character offsets) for each text, from one native call."""
-    if not texts:
-        return []
-    batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return batch.encodings or []
+    """One `tokenizers.Encoding` (ids, character offsets) for each text, from one native call.
+
+    The wrapper of transformers would copy each encoding into Python lists, which costs as much as the encoding.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    encodings: Sequence[Any] = backend.encode_batch(texts, add_special_tokens=False)
+    return encodings
 
 
 def _is_plain_text(conversation: Conversation) -> bool:

@@ -31,7 +31,7 @@ from sft_dist.types import Conversation, TokenizedExample
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_BATCH_EXAMPLES = 512  # per native tokenizer call
+_BATCH_EXAMPLES = 128  # per native tokenizer call
 
 Given = tuple[int, str, Conversation | TokenizedExample]  # number of the record, which of its examples, the example
 T = TypeVar("T")
