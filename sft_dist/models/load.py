@@ -6,6 +6,7 @@ does not depend on rank or world size, so every process starts from the same ten
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 transformers_logging.disable_progress_bar()  # every rank would draw its own
+# The new names exist since transformers 5.2x only; PEFT and we speak to older ones too.
+warnings.filterwarnings("ignore", message=r".*gradient_checkpointing\w*` is deprecated", category=FutureWarning)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
