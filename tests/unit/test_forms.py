@@ -49,7 +49,6 @@ templates:
 def forms(folder: Path, text: str, name: str = "forms.yaml") -> Forms:
     path = folder / name
     path.write_text(text, encoding="utf-8")
-    load_forms.cache_clear()
     return load_forms(str(path))
 
 
