@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sft_dist.launch.job import Job
-from sft_dist.launch.local import supervise
+from sft_dist.launch.local import Stops, supervise
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ def run_ranks(folder: Path, scenario: str, num: int, attempt: int = 1) -> None:
     command = (sys.executable, str(HERE / "checkpoint_ranks.py"), scenario, str(folder))
     job = Job(command, num, folder, attempt)
     job.attempt_dir.mkdir(parents=True)
-    code = supervise(job)
+    code = supervise(job, Stops()).code
     assert code == 0, "\n".join(job.log_path(rank).read_text() for rank in range(num))
 
 
