@@ -26,7 +26,8 @@ from sft_dist.config.identity import identity, refuse_changes
 from sft_dist.config.loader import load_resolved
 from sft_dist.config.schema import Recipe
 from sft_dist.data.loader import Loader
-from sft_dist.data.plan import PackPlan, build_plan, eval_plan
+from sft_dist.data.plan import PackPlan
+from sft_dist.data.planning import heldout_plan, train_plan
 from sft_dist.data.prepare import PreparedData, prepare
 from sft_dist.data.store import TokenStore
 from sft_dist.errors import CheckpointError, ConfigError, DataError
@@ -167,37 +168,6 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
         checks=checks,
         kernels=[("attention", f"{attention_used[0]} ({attention_used[1]})"), ("head", f"{head_name} ({head_reason})")],
         shape=shape,
-    )
-
-
-def train_plan(recipe: Recipe, choices: Choices, store: TokenStore) -> PackPlan:
-    """The run's plan: a pure function of data, recipe and choices."""
-    return build_plan(
-        lengths=store.lengths,
-        num_loss_tokens=store.num_loss_tokens,
-        loss_weight_sums=store.loss_weight_sums,
-        seq_len=recipe.data.seq_len,
-        packing=recipe.data.packing,
-        packs_per_micro_batch=choices.packs_per_micro_batch,
-        micro_batches_per_step=choices.micro_batches_per_step,
-        examples_per_step=recipe.batch.examples_per_step,
-        seed=recipe.run.seed,
-        epochs=recipe.optim.epochs,
-        max_steps=recipe.optim.max_steps,
-        store_fingerprint=store.fingerprint,
-    )
-
-
-def heldout_plan(recipe: Recipe, choices: Choices, store: TokenStore) -> PackPlan:
-    """One pass over a held-out split, packed like training."""
-    return eval_plan(
-        lengths=store.lengths,
-        num_loss_tokens=store.num_loss_tokens,
-        loss_weight_sums=store.loss_weight_sums,
-        seq_len=recipe.data.seq_len,
-        packing=recipe.data.packing,
-        packs_per_micro_batch=choices.packs_per_micro_batch,
-        store_fingerprint=store.fingerprint,
     )
 
 

@@ -125,7 +125,7 @@ def count_them(args: argparse.Namespace) -> int:
 
 def plan_them(args: argparse.Namespace) -> int:
     """Build the plan a run would follow and measure it."""
-    from sft_dist.parts import train_plan
+    from sft_dist.data.planning import train_plan
 
     recipe, _, data = _prepared(args)
     asked = 1 if args.world_size is None else args.world_size
@@ -230,7 +230,7 @@ def _asked_packs(args: argparse.Namespace, recipe: Recipe, store: TokenStore) ->
     if args.split != "train":
         raise ConfigError(f"--split {args.split}: only train is planned in steps; leave out --step and --pack")
     from sft_dist.data.inspect import view_packs
-    from sft_dist.parts import train_plan
+    from sft_dist.data.planning import train_plan
 
     step, *place = _pack_place(args)
     plan = train_plan(recipe, _choices(recipe, store, args.world_size or 1), store)

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 _NAME_DIGITS = 32  # hex digits of a cache entry's name: 128 bits
 _READERS_OF_THE_STORE = frozenset(
-    {"packing", "layout", "plan", "stream_plan", "collate", "loader", "inspect", "workers"}
+    # modules that change no row
+    ["packing", "layout", "plan", "stream_plan", "planning", "collate", "loader", "ledger"]
+    + ["inspect", "survey", "coverage", "workers"]
 )
 _TOKEN_SETTINGS = ("seq_len", "long_examples", "loss_on", "prompt_loss_weight")
 _SETTINGS = (

@@ -143,7 +143,7 @@ class _Preparation:
             score=data.filters.score,
         )
         self._cache = ShardCache(cache_root(recipe) / SHARDS, rules, rules_digest(recipe, tokenizer, template.text))
-        self._rejects = Rejects(data.on_bad_record, data.max_bad_fraction)
+        self._rejects = Rejects(data.on_bad_record)
         self._origins: list[Origin] = []
         self._num_rows = 0
 

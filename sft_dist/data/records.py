@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sft_dist.errors import BadRecord, DataError
+from sft_dist.errors import BadRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,10 @@ class Record:
 
 
 class Rejects:
-    """What happens to bad records: `stop` raises the first, `skip` lists them within a budget."""
+    """What happens to bad records while reading: `stop` raises the first, `skip` lists them for the caller to take."""
 
-    def __init__(self, policy: Literal["stop", "skip"] = "stop", max_bad_fraction: float = 0.01) -> None:
-        self.policy, self.max_bad_fraction = policy, max_bad_fraction
+    def __init__(self, policy: Literal["stop", "skip"] = "stop") -> None:
+        self.policy = policy
         self.records: list[BadRecord] = []
 
     def reject(self, bad: BadRecord) -> None:
@@ -44,12 +44,3 @@ class Rejects:
         if self.policy == "stop":
             raise bad
         self.records.append(bad)
-
-    def finish(self, num_total: int) -> None:
-        """Raise DataError when more than `max_bad_fraction` of all `num_total` records, bad ones included, are bad."""
-        num_bad = len(self.records)
-        if num_bad > self.max_bad_fraction * num_total:
-            raise DataError(
-                f"{num_bad} of {num_total} records are bad ({num_bad / max(num_total, 1):.1%}), more than "
-                f"data.max_bad_fraction={self.max_bad_fraction}; the first: {self.records[0]}"
-            )

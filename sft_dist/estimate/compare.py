@@ -100,7 +100,7 @@ def _choices(
         hidden_size=architecture.hidden_size,
         num_layers=architecture.num_layers,
         num_train_tokens=unknown_tokens() if prepared is None else prepared.num_tokens,
-        num_train_examples=0 if prepared is None else len(prepared.columns["lengths"]),
+        num_train_examples=0 if prepared is None else len(prepared.lengths),
         world_size=num_devices,
         device=device.kind,
         memory_bytes=device.memory,

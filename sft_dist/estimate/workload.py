@@ -12,7 +12,7 @@ import numpy as np
 from sft_dist.config.auto import AIM_STEPS, MAX_AUTO_STEP_TOKENS, Choices
 from sft_dist.config.schema import Recipe
 from sft_dist.data.cache import cache_root
-from sft_dist.data.plan import PackPlan, build_plan
+from sft_dist.data.planning import train_plan
 
 COLUMNS = ("lengths", "num_loss_tokens", "loss_weight_sums")
 
@@ -22,12 +22,14 @@ class Prepared:
     """The training split of a cache entry."""
 
     folder: Path
-    columns: dict[str, np.ndarray]
+    lengths: np.ndarray
+    num_loss_tokens: np.ndarray
+    loss_weight_sums: np.ndarray
     fingerprint: str
 
     @property
     def num_tokens(self) -> int:
-        return int(self.columns["lengths"].sum(dtype=np.int64))
+        return int(self.lengths.sum(dtype=np.int64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +51,17 @@ def find_prepared(recipe: Recipe) -> Prepared | None:
         train = report.parent / "train"
         if _made_from(report) == wanted and all((train / f"{name}.npy").is_file() for name in COLUMNS):
             columns = {name: np.load(train / f"{name}.npy", mmap_mode="r") for name in COLUMNS}
-            return Prepared(report.parent, columns, json.loads((train / "meta.json").read_text())["fingerprint"])
+            fingerprint = json.loads((train / "meta.json").read_text())["fingerprint"]
+            return Prepared(report.parent, **columns, fingerprint=fingerprint)
     return None
 
 
 def workload(recipe: Recipe, choices: Choices, prepared: Prepared | None) -> Workload:
     """From the plan that the run would follow; without data, documents as long as a pack and all tokens supervised."""
     if prepared is not None:
-        plan = _plan(recipe, choices, prepared)
-        lengths = prepared.columns["lengths"].astype(np.float64)
-        supervised = prepared.columns["num_loss_tokens"].sum(dtype=np.int64) / prepared.num_tokens
+        plan = train_plan(recipe, choices, prepared)
+        lengths = prepared.lengths.astype(np.float64)
+        supervised = prepared.num_loss_tokens.sum(dtype=np.int64) / prepared.num_tokens
         epochs = plan.num_steps / plan.steps_per_epoch
         return Workload(
             num_steps=plan.num_steps,
@@ -80,23 +83,6 @@ def workload(recipe: Recipe, choices: Choices, prepared: Prepared | None) -> Wor
 def unknown_tokens() -> int:
     """Stands for the size of data nobody has counted: large, so that `auto` takes its largest step."""
     return AIM_STEPS * MAX_AUTO_STEP_TOKENS
-
-
-def _plan(recipe: Recipe, choices: Choices, prepared: Prepared) -> PackPlan:
-    return build_plan(
-        lengths=prepared.columns["lengths"],
-        num_loss_tokens=prepared.columns["num_loss_tokens"],
-        loss_weight_sums=prepared.columns["loss_weight_sums"],
-        seq_len=recipe.data.seq_len,
-        packing=recipe.data.packing,
-        packs_per_micro_batch=choices.packs_per_micro_batch,
-        micro_batches_per_step=choices.micro_batches_per_step,
-        examples_per_step=recipe.batch.examples_per_step,
-        seed=recipe.run.seed,
-        epochs=recipe.optim.epochs,
-        max_steps=recipe.optim.max_steps,
-        store_fingerprint=prepared.fingerprint,
-    )
 
 
 def _wanted(recipe: Recipe) -> dict[str, Any]:

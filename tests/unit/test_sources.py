@@ -24,7 +24,6 @@ from sft_dist.data.sources import Record, Rejects, read_records, source_digests,
 from sft_dist.errors import BadRecord, ConfigError, DataError
 
 GOOD = b'{"instruction": "a", "output": "b"}'
-SKIP_ALL = 1.0
 
 
 def write(folder: Path, name: str, data: bytes) -> str:
@@ -44,7 +43,7 @@ def read(path: str | SourceSection, rejects: Rejects | None = None) -> list[Reco
 
 
 def skipped(path: str) -> tuple[list[Record], list[BadRecord]]:
-    rejects = Rejects("skip", SKIP_ALL)
+    rejects = Rejects("skip")
     return read(path, rejects), rejects.records
 
 
@@ -128,7 +127,7 @@ BROKEN_FILES = {
 def test_a_file_that_cannot_be_cut_into_records_always_stops(tmp_path: Path, name: str, policy: str) -> None:
     data, line, reason = BROKEN_FILES[name]
     with pytest.raises(BadRecord, match=reason) as caught:
-        read(write(tmp_path, "x.json", data), Rejects(policy, SKIP_ALL))  # type: ignore[arg-type]
+        read(write(tmp_path, "x.json", data), Rejects(policy))  # type: ignore[arg-type]
     assert caught.value.line == line
 
 
@@ -137,7 +136,7 @@ def test_a_truncated_or_altered_packed_file_stops(tmp_path: Path, name: str, rea
     path = tmp_path / name
     path.write_bytes(pack(name, GOOD + b"\n" + bytes(range(256)) * 400)[:-50])
     with pytest.raises(DataError, match=reason):
-        read(str(path), Rejects("skip", SKIP_ALL))
+        read(str(path), Rejects("skip"))
     path.write_bytes(GOOD)
     with pytest.raises(DataError, match=reason):
         read(str(path))
@@ -236,18 +235,6 @@ def test_files_directories_and_globs(tmp_path: Path) -> None:
         source_files(str(tmp_path / "empty"))
 
 
-def test_a_budget_of_bad_records() -> None:
-    rejects = Rejects("skip", 0.01)
-    for line in (4, 9):
-        rejects.reject(BadRecord("no", file="f", line=line))
-    rejects.finish(200)
-    with pytest.raises(
-        DataError, match=r"2 of 199 records are bad \(1\.0%\), more than data\.max_bad_fraction=0\.01; .* f:4"
-    ):
-        rejects.finish(199)
-    Rejects("skip", 0.0).finish(0)
-
-
 @given(st.lists(st.dictionaries(st.text(max_size=4), st.text(max_size=9) | st.integers() | st.none(), max_size=3)))
 def test_whatever_python_writes_is_read_back(tmp_path_factory: pytest.TempPathFactory, values: list[dict]) -> None:
     folder = tmp_path_factory.mktemp("any")
@@ -296,7 +283,7 @@ def test_an_element_without_end_is_given_up_at_a_size(tmp_path: Path, monkeypatc
     monkeypatch.setattr(json_records, "_WINDOW_BYTES", 1 << 10)
     path = write(tmp_path, "x.json", b"[" + GOOD + b",\n" + b'{"a": "' + b"x" * (1 << 20) + b'"}]')
     with pytest.raises(BadRecord, match="no end of the record") as caught:
-        read(path, Rejects("skip", SKIP_ALL))
+        read(path, Rejects("skip"))
     assert caught.value.line == 2
 
 

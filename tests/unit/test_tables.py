@@ -206,7 +206,7 @@ def test_a_table_that_cannot_be_cut_into_rows_always_stops(tmp_path: Path, name:
     data, line, reason = BROKEN[name]
     (tmp_path / "x.csv").write_bytes(data)
     with pytest.raises(BadRecord, match=reason) as caught:
-        read(tmp_path / "x.csv", Rejects(policy, 1.0))
+        read(tmp_path / "x.csv", Rejects(policy))
     assert caught.value.line == line
 
 
@@ -215,10 +215,10 @@ def test_a_line_without_end_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tables, "MAX_LINE_BYTES", 64)
     (tmp_path / "x.csv").write_bytes(b"a\n" + b"x" * 1000)
     with pytest.raises(BadRecord, match="line longer than"):
-        read(tmp_path / "x.csv", Rejects("skip", 1.0), **settings)
+        read(tmp_path / "x.csv", Rejects("skip"), **settings)
     (tmp_path / "x.csv").write_bytes(b'a\n"' + b"x\n" * 1000)
     with pytest.raises(BadRecord, match="field larger than field limit"):
-        read(tmp_path / "x.csv", Rejects("skip", 1.0))
+        read(tmp_path / "x.csv", Rejects("skip"))
 
 
 BAD_ROWS = {
@@ -234,7 +234,7 @@ BAD_ROWS = {
 def test_a_bad_row_is_listed_with_its_place(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
     bad, reason = BAD_ROWS[name]
     (tmp_path / "x.csv").write_bytes(b"\xef\xbb\xbfa,b\nx,y\n" + bad + b"\nz,w\n")
-    rejects = Rejects("skip", 1.0)
+    rejects = Rejects("skip")
     assert [record.value for record in read(tmp_path / "x.csv", rejects, **settings)] == [
         {"a": "x", "b": "y"},
         {"a": "z", "b": "w"},
@@ -248,7 +248,7 @@ def test_a_bad_cell_of_a_typed_table_spoils_its_row_alone(tmp_path: Path) -> Non
     texts = pa.array([b"good", b"caf\xe9", b"a\0b", b"fine"])
     table = pa.table({"a": pa.Array.from_buffers(pa.string(), 4, texts.buffers())})
     pq.write_table(table, tmp_path / "x.parquet")
-    rejects = Rejects("skip", 1.0)
+    rejects = Rejects("skip")
     assert [(r.line, r.value["a"]) for r in read(tmp_path / "x.parquet", rejects)] == [(1, "good"), (4, "fine")]
     assert [one.line for one in rejects.records] == [2, 3]
     assert "utf-8" in rejects.records[0].reason
@@ -262,7 +262,7 @@ def test_a_damaged_table_is_one_line(tmp_path: Path, name: str) -> None:
     for damaged in (*inside, data[: len(data) // 2], b"", b"hello, world, this is text", data[:-8] + b"\xff" * 8):
         (tmp_path / name).write_bytes(damaged)
         with pytest.raises(DataError, match="broken") as caught:
-            read(tmp_path / name, Rejects("skip", 1.0))
+            read(tmp_path / name, Rejects("skip"))
         assert str(caught.value).startswith(f"{tmp_path / name}: broken ")
         assert "\n" not in str(caught.value)
 
@@ -318,6 +318,6 @@ def test_arbitrary_bytes_end_in_records_or_in_our_errors(
         path.write_bytes(content)
         for settings in ({}, {"quotes": False, "escapes": True}):
             try:
-                read(path, Rejects("skip", 1.0), **settings)
+                read(path, Rejects("skip"), **settings)
             except DataError as error:
                 assert "\n" not in str(error)
