@@ -25,11 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _NAME_DIGITS = 32  # hex digits of a cache entry's name: 128 bits
-_READERS_OF_THE_STORE = frozenset(
-    # modules that change no row
-    ["packing", "layout", "plan", "stream_plan", "planning", "collate", "loader", "ledger"]
-    + ["inspect", "survey", "coverage", "workers"]
-)
+_PLANNERS = ("packing", "layout", "plan", "stream_plan", "planning", "ledger")
+_READERS_OF_THE_STORE = frozenset((*_PLANNERS, "collate", "loader", "inspect", "survey", "coverage", "workers"))
 _TOKEN_SETTINGS = ("seq_len", "long_examples", "loss_on", "prompt_loss_weight")
 _SETTINGS = (
     *_TOKEN_SETTINGS,
