@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sft_dist.config.compatibility import refusal
+
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -249,6 +251,12 @@ class Recipe(Section):
     def _kernels_by_one_word(cls, value: Any) -> Any:
         """`kernels: auto` and `kernels: reference` choose for all kernels at once."""
         return {"head": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _combines_what_works_together(self) -> Recipe:
+        if found := refusal(self):
+            raise ValueError(found)
+        return self
 
     @model_validator(mode="after")
     def _weighs_what_is_trained(self) -> Recipe:
