@@ -112,7 +112,7 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
     backend = attention.choose_backend(recipe.model.attention, model.config, place.device, compute)
     if packed_rows:
         attention.install(model, backend.name)
-    tuned = apply_tuning(model, recipe.tuning, recipe.run.seed)
+    tuned = apply_tuning(model, recipe.tuning, recipe.run.seed, compute)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(master)
@@ -130,7 +130,7 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
 
     head_name, head, head_reason = pick_head(recipe.kernels.head, place.device)
     autocast = compute if choices.strategy not in CASTS_ITSELF and compute != torch.float32 else None
-    packed = PackedCausalLM(tuned, head, autocast_dtype=autocast)
+    packed = PackedCausalLM(tuned, head, autocast_dtype=autocast, neftune_alpha=recipe.optim.neftune_alpha)
     engine = build_engine(
         choices.strategy,
         packed,

@@ -25,9 +25,9 @@ from sft_dist.checkpoint.catalog import find
 from sft_dist.checkpoint.disk import check_space, fsync_path, rename_fresh, storage_errors
 from sft_dist.checkpoint.manifest import read_manifest
 from sft_dist.checkpoint.shards import empty_tensors, num_bytes, read_shards, spread
-from sft_dist.config.schema import Recipe
+from sft_dist.config.schema import Recipe, TuningSection
 from sft_dist.errors import CheckpointError, ConfigError
-from sft_dist.models.adapters import apply_tuning, is_adapter
+from sft_dist.models.adapters import apply_tuning, apply_tuning_plain, is_adapter
 from sft_dist.models.load import DTYPES, load_model
 from sft_dist.models.packed import causal_lm
 
@@ -88,10 +88,10 @@ def export_from_checkpoint(
     when the checkpoint is bad or absent, ConfigError when there is nothing to merge.
     """
     folder = find(run_dir, step)
-    if merge and recipe.tuning.method == "full":
-        raise ConfigError(f"--merge: {run_dir} tuned all weights (tuning.method=full), there is no adapter to merge")
+    if merge:
+        _refuse_to_merge(recipe.tuning, run_dir)
     compute = _compute_dtype(Path(run_dir), recipe)
-    model = _rebuild(recipe, len(tokenizer), compute=compute, base=torch.float32 if merge else None)
+    model = _rebuild(recipe, len(tokenizer), compute=compute, merging=merge)
     _fill(model, folder)
     if merge:
         model = model.merge_and_unload().to(compute)  # type: ignore[operator]
@@ -106,6 +106,19 @@ def export_from_checkpoint(
         peft_config=model.peft_config["default"] if is_adapter(model) else None,  # type: ignore[index]
         stop_token_ids=stop_token_ids,
     )
+
+
+def _refuse_to_merge(tuning: TuningSection, run_dir: str | Path) -> None:
+    """Raise ConfigError where nothing was added that could be folded into the base."""
+    if not tuning.adds_adapter:
+        raise ConfigError(
+            f"--merge: {run_dir} tuned the model itself (tuning.method={tuning.method}), there is no adapter to merge"
+        )
+    if not tuning.is_low_rank:
+        raise ConfigError(
+            f"--merge: {run_dir} learned virtual tokens (tuning.method={tuning.method}), which stand before the input "
+            f"and not in the weights; export without --merge"
+        )
 
 
 def model_tensors(state: Mapping[str, Tensor], hf_config: PretrainedConfig) -> dict[str, Tensor]:
@@ -128,6 +141,10 @@ def adapter_tensors(state: Mapping[str, Tensor], adapter: str = "default") -> di
     for name, tensor in state.items():
         if f".modules_to_save.{adapter}." in name:
             kept[name.replace(f".modules_to_save.{adapter}.", ".")] = tensor.detach()
+        elif name == f"prompt_encoder.{adapter}.embedding.weight":
+            kept["prompt_embeddings"] = tensor.detach()
+        elif name.endswith(f".lora_magnitude_vector.{adapter}.weight"):
+            kept[name.removesuffix(f".{adapter}.weight")] = tensor.detach()
         elif ".lora_" in name and f".{adapter}" in name:
             kept[name.replace(f".{adapter}", "", 1)] = tensor.detach()
     return kept
@@ -216,12 +233,14 @@ def _compute_dtype(run_dir: Path, recipe: Recipe) -> torch.dtype:
     return DTYPES.get(chosen, torch.float32)
 
 
-def _rebuild(recipe: Recipe, vocab_size: int, *, compute: torch.dtype, base: torch.dtype | None) -> nn.Module:
-    """The run's model as it was before its first step; `base` overrides the dtype of the untrained weights."""
-    master = DTYPES[recipe.precision.master]
-    dtype = base or (master if recipe.tuning.method == "full" else compute)
+def _rebuild(recipe: Recipe, vocab_size: int, *, compute: torch.dtype, merging: bool) -> nn.Module:
+    """The run's model as it was before its first step; for merging on a base in fp32, which for QLoRA has the values
+    that its 4-bit codes stand for: those the adapter was trained on."""
+    master, tuning = DTYPES[recipe.precision.master], recipe.tuning
+    finer = merging and tuning.method != "qlora"  # codes are made from the weights in `compute`
+    dtype = master if tuning.method == "full" else torch.float32 if finer else compute
     model = load_model(recipe.model, dtype=dtype, seed=recipe.run.seed, vocab_size=vocab_size)
-    tuned = apply_tuning(model, recipe.tuning, recipe.run.seed)
+    tuned = (apply_tuning_plain if merging else apply_tuning)(model, tuning, recipe.run.seed, compute)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(master)
