@@ -137,7 +137,12 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
         decoder_layers(causal_lm(tuned)),
         place,
         compute,
-        partial(build_optimizer, optim=recipe.optim, lr=choices.lr),
+        partial(
+            build_optimizer,
+            optim=recipe.optim,
+            lr=choices.lr,
+            rounding_seed=recipe.run.seed if recipe.precision.stochastic_rounding else None,
+        ),
         offload=recipe.parallel.offload,
     )
     with engine.evaluating():

@@ -50,7 +50,10 @@ def apply_tuning_plain(model: PreTrainedModel, tuning: TuningSection, seed: int,
     """As `apply_tuning`, but a 4-bit base has become float32 matrices of the same values: to merge into, or to compute
     with on any machine."""
     if tuning.method == "qlora":
-        model, tuning = dequantise(quantise(model, compute), torch.float32), tuning.model_copy(update={"method": "lora"})
+        model, tuning = (
+            dequantise(quantise(model, compute), torch.float32),
+            tuning.model_copy(update={"method": "lora"}),
+        )
     return apply_tuning(model, tuning, seed, compute)
 
 
@@ -144,7 +147,7 @@ def _with_virtual_tokens(model: PreTrainedModel, tuning: TuningSection, seed: in
 
 
 def _adapted(model: PreTrainedModel, config: PeftConfig, seed: int) -> nn.Module:
-    """What PEFT makes of `model`; whatever it draws is a function of the seed, and the caller's generator stands still."""
+    """What PEFT makes of `model`. Whatever it draws is a function of the seed; the caller's generator stands still."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(model, config, autocast_adapter_dtype=False)

@@ -40,12 +40,12 @@ def enter(model: nn.Module, lm: PreTrainedModel, batch: PackedBatch, noise_alpha
         embedded = embedded + neftune_noise(batch, embedded, noise_alpha)
     if kind is None:
         return Entry({"inputs_embeds": embedded, "position_ids": batch.position_ids}, batch)
-    layout = Layout.of(batch, num_virtual(model))  # type: ignore[arg-type]
+    layout = Layout.of(batch, num_virtual(model))
     if kind == "prefix":  # the row keeps its length; its tokens stand behind the prefix
-        positions = batch.position_ids + num_virtual(model)  # type: ignore[arg-type]
+        positions = batch.position_ids + num_virtual(model)
         inputs = {"inputs_embeds": embedded, "position_ids": positions}
-        return Entry(inputs, layout.batch, {"prefix": prefix_of(model, layout)})  # type: ignore[arg-type]
-    virtual = learned(model).to(embedded.dtype).expand(embedded.shape[0], -1, -1)  # type: ignore[arg-type]
+        return Entry(inputs, layout.batch, {"prefix": prefix_of(model, layout)})
+    virtual = learned(model).to(embedded.dtype).expand(embedded.shape[0], -1, -1)
     inputs = {
         "inputs_embeds": layout.widen(virtual, embedded, dim=1),
         "position_ids": layout.batch.position_ids,

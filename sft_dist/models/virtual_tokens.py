@@ -49,9 +49,7 @@ class Layout:
         source[own] = tokens + num
         positions[own] = batch.position_ids[0] + num
         longer = edges + num * torch.arange(documents + 1, device=device, dtype=edges.dtype)
-        widened = replace(
-            batch, cu_seqlens=longer, max_seqlen=batch.max_seqlen + num, position_ids=positions[None]
-        )
+        widened = replace(batch, cu_seqlens=longer, max_seqlen=batch.max_seqlen + num, position_ids=positions[None])
         return Layout(widened, source, own)
 
     @staticmethod
