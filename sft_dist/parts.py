@@ -33,8 +33,9 @@ from sft_dist.data.store import TokenStore
 from sft_dist.errors import CheckpointError, ConfigError, DataError
 from sft_dist.models import attention
 from sft_dist.models.adapters import apply_tuning, frozen_digest, is_adapter
-from sft_dist.models.load import DTYPES, load_model, load_tokenizer
+from sft_dist.models.load import DTYPES, load_config, load_model, load_tokenizer
 from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers, pick_head
+from sft_dist.models.vocabulary import num_added, require_training
 from sft_dist.observe.header import batch_equation, certificate_line, count
 from sft_dist.observe.perf import Shape
 from sft_dist.optim import build_optimizer
@@ -108,11 +109,19 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
     compute, master = DTYPES[compute_name], DTYPES[recipe.precision.master]
     packed_rows = recipe.data.packing != "padded"
     base_dtype = master if recipe.tuning.method == "full" else compute
-    model = load_model(recipe.model, dtype=base_dtype, seed=recipe.run.seed, vocab_size=len(inputs.tokenizer))
+    model = load_model(
+        recipe.model,
+        dtype=base_dtype,
+        seed=recipe.run.seed,
+        vocab_size=len(inputs.tokenizer),
+        num_added=num_added(inputs.tokenizer),
+    )
     backend = attention.choose_backend(recipe.model.attention, model.config, place.device, compute)
     if packed_rows:
         attention.install(model, backend.name)
     tuned = apply_tuning(model, recipe.tuning, recipe.run.seed, compute)
+    base_rows = load_config(recipe.model).get_text_config().vocab_size
+    require_training(tuned, inputs.tokenizer, base_rows, recipe.tuning.method)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(master)

@@ -30,6 +30,7 @@ from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.models.adapters import apply_tuning, apply_tuning_plain, is_adapter
 from sft_dist.models.load import DTYPES, load_model
 from sft_dist.models.packed import causal_lm
+from sft_dist.models.vocabulary import num_added
 
 SHARD_BYTES = 5 << 30
 WEIGHTS_PREFIX = "model."
@@ -91,7 +92,7 @@ def export_from_checkpoint(
     if merge:
         _refuse_to_merge(recipe.tuning, run_dir)
     compute = _compute_dtype(Path(run_dir), recipe)
-    model = _rebuild(recipe, len(tokenizer), compute=compute, merging=merge)
+    model = _rebuild(recipe, tokenizer, compute=compute, merging=merge)
     _fill(model, folder)
     if merge:
         model = model.merge_and_unload().to(compute)  # type: ignore[operator]
@@ -233,13 +234,14 @@ def _compute_dtype(run_dir: Path, recipe: Recipe) -> torch.dtype:
     return DTYPES.get(chosen, torch.float32)
 
 
-def _rebuild(recipe: Recipe, vocab_size: int, *, compute: torch.dtype, merging: bool) -> nn.Module:
+def _rebuild(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, compute: torch.dtype, merging: bool) -> nn.Module:
     """The run's model as it was before its first step; for merging on a base in fp32, which for QLoRA has the values
     that its 4-bit codes stand for: those the adapter was trained on."""
     master, tuning = DTYPES[recipe.precision.master], recipe.tuning
     finer = merging and tuning.method != "qlora"  # codes are made from the weights in `compute`
     dtype = master if tuning.method == "full" else torch.float32 if finer else compute
-    model = load_model(recipe.model, dtype=dtype, seed=recipe.run.seed, vocab_size=vocab_size)
+    sizes = {"vocab_size": len(tokenizer), "num_added": num_added(tokenizer)}
+    model = load_model(recipe.model, dtype=dtype, seed=recipe.run.seed, **sizes)
     tuned = (apply_tuning_plain if merging else apply_tuning)(model, tuning, recipe.run.seed, compute)
     for parameter in tuned.parameters():
         if parameter.requires_grad:

@@ -161,7 +161,8 @@ def _number(text: str) -> float | None:
 _ADAMW: dict[str, str | Translate] = dict.fromkeys(
     ("adam", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "paged_adamw", "torch.optim.adamw"),
     "adamw",
-) | dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit", "paged_adamw_8bit"), "adamw8bit")
+)
+_ADAMW |= dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit", "paged_adamw_8bit"), "adamw8bit")
 _SCHEDULES: dict[str, str | Translate] = {
     "constant_with_warmup": "constant",
     "cosine_with_min_lr": "cosine",
@@ -227,8 +228,6 @@ NAMES: dict[str, Translate] = {
     "load_in_8bit": _switch(_set("in 4 bits", tuning__method="qlora"), _drop("tuning.method=qlora is what quantises")),
     "quantization_bit": _set("in 4 bits", tuning__method="qlora"),
     "num_virtual_tokens": _to("tuning.virtual_tokens"),
-    "loraplus_lr_ratio": _to("optim.lora_plus_ratio"),
-    "neftune_noise_alpha": _to("optim.neftune_alpha"),
     "r": _to("tuning.rank"),
     "lora_r": _to("tuning.rank", "beside tuning.method: lora"),
     "lora_rank": _to("tuning.rank", "beside tuning.method: lora"),
@@ -306,8 +305,8 @@ NAMES: dict[str, Translate] = {
     "max_epochs": _epochs,
     "max_steps": _max_steps,
     "max_train_steps": _max_steps,
-    "neftune_noise_alpha": _later("NEFTune noise"),
-    "loraplus_lr_ratio": _later("LoRA+"),
+    "neftune_noise_alpha": _to("optim.neftune_alpha"),
+    "loraplus_lr_ratio": _to("optim.lora_plus_ratio"),
     # memory and processes
     "gradient_checkpointing": _switch(
         _set(memory__activation_checkpointing="full"), _set(memory__activation_checkpointing="none")

@@ -1,8 +1,8 @@
 """Every tuning method and optimizer trains under every engine what it trains in one process.
 
 The reference is one process without any wrapper, on the same global batches. Measured on two cores over ten steps:
-losses differ by 7e-8 and gradient norms by 4e-7 in fp32, a 4-bit base included; Muon orthogonalises in bf16, which turns
-such a difference into 2e-6 and 9e-5.
+losses differ by 7e-8 and gradient norms by 4e-7 in fp32, a 4-bit base included; Muon orthogonalises in bf16, which
+turns such a difference into 2e-6 and 9e-5.
 """
 
 from __future__ import annotations

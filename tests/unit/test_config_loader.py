@@ -126,8 +126,10 @@ def test_values_become_what_their_key_holds(setting: str, value: object) -> None
         ("optim.epochs=true", "optim.epochs = true: must be a whole number > 0"),
         ("optim.epochs=null", "optim.epochs = null: must be a whole number > 0"),
         ("optim.betas=[0.9]", "optim.betas = [0.9]: must be a list of 2: a number >= 0 and < 1, a number >= 0 and < 1"),
-        ("tuning.method=lroa", "tuning.method = lroa: must be full | lora | rslora (did you mean 'lora'?)"),
-        ("tuning.method=qlora", "qlora is not available in this version"),
+        (
+            "tuning.method=lroa",
+            "qlora | prefix | prompt | bitfit (did you mean 'lora'?)",
+        ),
         ("log.trackers=[wandb]", "wandb is not available in this version"),
         ("run.name=a b", "run.name = a b: must be text like"),
         ("run.deterministic=maybe", "run.deterministic = maybe: must be true or false"),
