@@ -11,7 +11,6 @@ with the values that the codes stand for: what a merge has to be made from.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -21,8 +20,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sft_dist.errors import ConfigError
-
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # while imported it tells of kernels that it did not find
 
 BLOCK = 64  # weights that share a scale
 MAX_ERROR = 0.17  # of a block's largest weight: half of NF4's widest gap (0.152), and the rounding of the scales
