@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sft_dist.checkpoint import export as export_module
-from sft_dist.checkpoint.export import adapter_tensors, export_from_checkpoint, export_model, model_tensors
+from sft_dist.checkpoint import weights as weights_module
+from sft_dist.checkpoint.export import (
+    LIMITS,
+    adapter_tensors,
+    export_from_checkpoint,
+    export_model,
+    model_tensors,
+    package_of,
+)
+from sft_dist.checkpoint.export_certificate import RECORD, Base, Probe, Words, probe_ids
 from sft_dist.checkpoint.manager import CheckpointManager
+from sft_dist.checkpoint.weights import FILE_BYTES, Weight, plain_weights, write_weights
 from sft_dist.config.schema import Recipe
 from sft_dist.errors import CheckpointError, ConfigError, StorageError
 from sft_dist.models.adapters import apply_tuning
@@ -54,30 +64,39 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=torch.tensor([[1, 4, 5, 6, 4]]), use_cache=False).logits
 
 
-def export(model: nn.Module, tokenizer: PreTrainedTokenizerFast, out: Path, **options: object) -> Path:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return export_model(
-        model.state_dict(),
-        base.config,
-        tokenizer,
-        TEMPLATE,
-        base.generation_config,
-        out,
-        **options,  # type: ignore[arg-type]
-    )
+def probe_of(model: nn.Module, limit: float = 0.0) -> Probe:
+    ids = probe_ids(len(WORDS))
+    with torch.no_grad():
+        return Probe(ids, model.eval()(input_ids=ids, use_cache=False).logits.float(), None, limit)
+
+
+def export(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    out: Path,
+    *,
+    stops: Sequence[int] = (),
+    change: Callable[[dict[str, Weight]], None] = lambda weights: None,
+    file_bytes: int = FILE_BYTES,
+) -> Path:
+    """Export and certify, in bf16 too bit for bit: both sides run on the same CPU. `change` spoils the weights."""
+    package = package_of(model, Words(tokenizer, TEMPLATE, stops), Base(0, tiny))
+    weights = plain_weights(model.state_dict())
+    probe = probe_of(model)
+    change(weights)
+    certificate = export_model(package, weights, out, probe, file_bytes=file_bytes)
+    assert certificate is not None and certificate.difference == 0
+    return out
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shard_bytes", [None, 1500], ids=["one file", "shards"])
+@pytest.mark.parametrize("file_bytes", [FILE_BYTES, 1500], ids=["one file", "shards"])
 def test_a_full_export_loads_in_transformers_with_the_same_logits(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, tied: bool, dtype: torch.dtype,
-    shard_bytes: int | None,
-) -> None:  # fmt: skip
-    if shard_bytes:
-        monkeypatch.setattr(export_module, "SHARD_BYTES", shard_bytes)
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, tied: bool, dtype: torch.dtype, file_bytes: int
+) -> None:
     model = tiny(tie_word_embeddings=tied).to(dtype)
-    out = export(model, tokenizer, tmp_path / "export", stop_token_ids=[3])
+    out = export(model, tokenizer, tmp_path / "export", stops=[3], file_bytes=file_bytes)
     loaded, problems = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(problems.values()), problems
     assert loaded.dtype == dtype
@@ -87,7 +106,8 @@ def test_a_full_export_loads_in_transformers_with_the_same_logits(
     assert loaded.generation_config.pad_token_id == 0
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"] and config["tie_word_embeddings"] is tied
-    assert (len(list(out.glob("*.safetensors"))) > 1) is bool(shard_bytes)
+    assert (len(list(out.glob("*.safetensors"))) > 1) is (file_bytes == 1500)
+    assert json.loads((out / RECORD).read_text())["difference"] == 0
     reloaded = AutoTokenizer.from_pretrained(out)
     assert reloaded.apply_chat_template([{"role": "user", "content": "one"}], tokenize=False) == "one<|end|>"
     assert tokenizer.chat_template is None and model.config.use_cache is False  # the caller's objects stay as they were
@@ -121,7 +141,7 @@ def test_an_adapter_export_loads_in_peft_with_the_same_logits(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, changes: dict[str, object]
 ) -> None:
     model = adapted(**changes)
-    out = export(model, tokenizer, tmp_path / "export", peft_config=model.peft_config["default"])
+    out = export(model, tokenizer, tmp_path / "export")
     assert not list(out.glob("model*.safetensors"))
     loaded = PeftModel.from_pretrained(tiny(), out)
     assert torch.equal(logits(loaded), logits(model))
@@ -145,10 +165,10 @@ def test_a_failed_export_leaves_the_older_one(
     out = export(tiny(), tokenizer, tmp_path / "export")
     before = (out / "model.safetensors").read_bytes()
 
-    def full(*_: object, **__: object) -> None:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_module, "save_file", full)
+    monkeypatch.setattr(weights_module, "_put", full)
     with pytest.raises(StorageError, match="No space left on device"):
         export(tiny(), tokenizer, out)
     assert (out / "model.safetensors").read_bytes() == before
@@ -189,9 +209,11 @@ def test_a_checkpoint_exports_to_the_model_it_holds(
     state = {f"model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
     CheckpointManager(tmp_path / "run").save(4, state, {"step": 4})
     for merge in (False, True) if "method" in tuning else (False,):
-        out = export_from_checkpoint(
-            tmp_path / "run", run, tokenizer, TEMPLATE, tmp_path / f"out-{merge}", merge=merge, stop_token_ids=[2, 3]
+        out = tmp_path / f"out-{merge}"
+        certificate = export_from_checkpoint(
+            tmp_path / "run", run, Words(tokenizer, TEMPLATE, [2, 3]), out, merge=merge
         )
+        assert merge or certificate.difference == 0
         if "method" in tuning and not merge:
             base = load_model(run.model, dtype=torch.float32, seed=7, vocab_size=len(WORDS))
             assert torch.equal(logits(PeftModel.from_pretrained(base, out)), logits(model))
@@ -207,9 +229,9 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path, tokenizer: PreTrainedTo
     state = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     manager = CheckpointManager(tmp_path / "run")
     with pytest.raises(CheckpointError, match="no checkpoint yet"):
-        export_from_checkpoint(tmp_path / "run", run, tokenizer, TEMPLATE, tmp_path / "out")
+        export_from_checkpoint(tmp_path / "run", run, Words(tokenizer, TEMPLATE), tmp_path / "out")
     manager.save(4, state | {"model.stranger": torch.zeros(1)}, {})
     with pytest.raises(ConfigError, match="there is no adapter to merge"):
-        export_from_checkpoint(tmp_path / "run", run, tokenizer, TEMPLATE, tmp_path / "out", merge=True)
+        export_from_checkpoint(tmp_path / "run", run, Words(tokenizer, TEMPLATE), tmp_path / "out", merge=True)
     with pytest.raises(CheckpointError, match=r"model\.stranger does not fit"):
-        export_from_checkpoint(tmp_path / "run", run, tokenizer, TEMPLATE, tmp_path / "out")
+        export_from_checkpoint(tmp_path / "run", run, Words(tokenizer, TEMPLATE), tmp_path / "out")
