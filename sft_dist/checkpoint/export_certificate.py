@@ -14,6 +14,7 @@ where that does not fit, PEFT is asked for the names alone and the record says t
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 import warnings
@@ -249,11 +250,13 @@ def _refuse(fault: str | None) -> None:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Upstream's remarks on offloading are not for the user."""
-    level = transformers_logging.get_verbosity()
+    level, accelerate = transformers_logging.get_verbosity(), logging.getLogger("accelerate.big_modeling")
     transformers_logging.set_verbosity_error()
+    accelerate.disabled = True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         transformers_logging.set_verbosity(level)
+        accelerate.disabled = False
