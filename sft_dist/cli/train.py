@@ -9,7 +9,7 @@ from typing import Any
 
 from sft_dist.cli.arguments import add_recipe_arguments
 from sft_dist.cli.inputs import check_inputs
-from sft_dist.config.loader import load_recipe
+from sft_dist.config.loader import adoptions, load_recipe
 from sft_dist.config.overrides import split_arguments
 
 
@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
 
         return train.main([*files, *overrides])
     check_inputs(load_recipe(files, overrides))
+    for line in adoptions(files, overrides):
+        print(line)
     from sft_dist.launch import local
 
     return local.run(files, overrides, args.nproc, args.dry_run)

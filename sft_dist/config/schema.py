@@ -176,6 +176,7 @@ class OptimSection(Section):
 class ParallelSection(Section):
     strategy: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
     offload: Literal["none", "optimizer", "params"] = "none"  # to CPU memory; `params` offloads the optimizer too
+    deepspeed_config: str | None = None  # a DeepSpeed JSON file whose settings are adopted, or refused
 
     @model_validator(mode="after")
     def _offloads_what_is_partitioned(self) -> ParallelSection:
@@ -297,7 +298,6 @@ NOT_YET: dict[str, str] = {
     "optim.neftune_alpha": "NEFTune noise",
     "parallel.dp_replicate": "HSDP meshes",
     "parallel.sequence": "sequence parallel",
-    "parallel.deepspeed_config": "DeepSpeed's own files: set parallel.strategy and parallel.offload",
     "memory.activation_offload": "activation offloading",
     "checkpoint.async": "asynchronous checkpoints",
     "resilience.audit_every": "the silent-corruption audit",
