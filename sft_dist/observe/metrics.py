@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from sft_dist.observe.run_files import append_lines, keep_lines, read_lines
+from sft_dist.observe.trackers import Trackers
 from sft_dist.types import StepMetrics
 
 
 class MetricsLog:
-    """Appends to RUN_DIR/metrics.jsonl (and TensorBoard when asked). One writer: rank 0."""
+    """Appends to RUN_DIR/metrics.jsonl, and hands each line to the trackers. One writer: rank 0."""
 
-    def __init__(self, run_dir: Path, trackers: Iterable[str]) -> None:
+    def __init__(self, run_dir: Path, trackers: Trackers) -> None:
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = _tensorboard(run_dir) if "tensorboard" in trackers else None
+        self._trackers = trackers
 
     def step(self, metrics: StepMetrics) -> None:
         values = asdict(metrics)
@@ -34,17 +35,12 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._trackers.close()
 
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for key, value in line.items():
-                for name, number in value.items() if isinstance(value, dict) else [("", value)]:
-                    if isinstance(number, int | float) and key not in ("step", "attempt"):
-                        self._board.add_scalar("/".join(filter(None, (line["kind"], key, name))), number, line["step"])
+        self._trackers.log(line["step"], _numbers(line))
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -80,7 +76,11 @@ def best_step(lines: Iterable[dict[str, Any]]) -> int | None:
     return min(scored)[1] if scored else None
 
 
-def _tensorboard(run_dir: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run_dir / "tensorboard"))
+def _numbers(line: dict[str, Any]) -> dict[str, float]:
+    """`step/loss`, `eval/by_source/NAME` ... -> number."""
+    return {
+        "/".join(filter(None, (line["kind"], key, name))): number
+        for key, value in line.items()
+        for name, number in (value.items() if isinstance(value, dict) else [("", value)])
+        if isinstance(number, int | float) and key not in ("step", "attempt")
+    }
