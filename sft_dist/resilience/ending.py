@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 
@@ -32,8 +33,6 @@ def run_and_end(main: Callable[[], int | None]) -> NoReturn:
         code = 1
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with suppress(OSError, ValueError):  # its reader has left, or it is closed: nobody is left to tell
             stream.flush()
-        except (OSError, ValueError):  # its reader has left, or it is closed: nobody is left to tell
-            pass
     os._exit(code)

@@ -24,7 +24,6 @@ from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.checkpoint.manifest import read_manifest
 from sft_dist.errors import CheckpointError, NonFiniteError, SftError, StorageError
 from sft_dist.resilience.ending import run_and_end
-from sft_dist.resilience.run_folder import write_exit_code
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 META = {"loss": 0.1 + 0.2, "plan": "abc"}
