@@ -111,6 +111,8 @@ def certify(
     build = Builder(make_batch, packing, sequence.pad_multiple(PAD_MULTIPLE))
     vocabulary = min(config.get_text_config().vocab_size, COPY_VOCABULARY)
     documents = probe_documents(vocabulary, seed)
+    first = "set parallel.sequence=1; where that is refused too, " if sequence.size > 1 else ""
+    way_out = first + WAY_OUT[packing]
     checks = [check_layout(build, documents)]
     try:
         whole_hidden_states = lambda batch: sequence.join(hidden_states(sequence.cut(batch)))  # noqa: E731
@@ -124,21 +126,21 @@ def certify(
     ) as error:  # a forward that does not take positions or segments, or refuses packing itself
         cause = str(error).strip().splitlines()[0]
         raise CertificateError(
-            f"certificate: {config.model_type} cannot take packed rows ({cause}); {WAY_OUT[packing]}"
+            f"certificate: {config.model_type} cannot take packed rows ({cause}); {way_out}"
         ) from error
     for check in checks:
         if not check.passed:
-            raise CertificateError(refusal(check, config, backend, packing))
+            raise CertificateError(refusal(check, config, backend, packing, way_out))
     return checks
 
 
-def refusal(check: Check, config: PretrainedConfig, backend: str | None, packing: str) -> str:
+def refusal(check: Check, config: PretrainedConfig, backend: str | None, packing: str, way_out: str) -> str:
     """What failed, by how much, and the way out."""
     kernel = f"attention {backend}" if backend else "its own attention"
     return (
         f"certificate: {check.name} differ by {check.figure:.1e} (allowed {check.limit:.0e}) for {config.model_type} "
         f"with {kernel}, data.packing={packing}: documents would see each other or the loss would be wrong; "
-        f"{WAY_OUT[packing]}"
+        f"{way_out}"
     )
 
 
