@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from sft_dist.certify import Check, certify
+from sft_dist.certify import DROPOUTS, Check, certify
 from sft_dist.config.auto import Choices, Facts, choose, compute_dtype
 from sft_dist.config.identity import identity, refuse_changes
 from sft_dist.config.loader import load_resolved
@@ -42,6 +42,12 @@ from sft_dist.parallel.build import CASTS_ITSELF, build_engine
 from sft_dist.parallel.engine import Engine, global_numel
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime
+from sft_dist.parallel.sequence import (
+    SequenceGroup,
+    refuse_what_cannot_be_cut,
+    sequence_group,
+    share_dropout,
+)
 from sft_dist.resilience.heartbeat import heart
 
 PAD_MULTIPLE_CPU = 8
@@ -103,6 +109,7 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
     Raises ConfigError or CertificateError with the way out.
     """
     recipe = inputs.recipe
+    sequence = sequence_group(recipe.parallel.sequence, place)
     recorded = broadcast_json(read_fingerprint(run_dir) if place.is_main else None)
     compute_name = recorded["choices"]["compute"] if recorded else compute_dtype(recipe, place.device.type)
     compute, master = DTYPES[compute_name], DTYPES[recipe.precision.master]
@@ -110,9 +117,11 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
     base_dtype = master if recipe.tuning.method == "full" else compute
     model = load_model(recipe.model, dtype=base_dtype, seed=recipe.run.seed, vocab_size=len(inputs.tokenizer))
     backend = attention.choose_backend(recipe.model.attention, model.config, place.device, compute)
+    refuse_what_cannot_be_cut(model.config, sequence.size, DROPOUTS)
     if packed_rows:
-        attention.install(model, backend.name)
+        attention.install(model, backend.name, sequence.across)
     tuned = apply_tuning(model, recipe.tuning, recipe.run.seed)
+    share_dropout(tuned, sequence)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(master)
@@ -150,8 +159,9 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
             device=place.device,
             dtype=compute,
             seed=recipe.run.seed,
+            sequence=sequence,
         )
-    split = lambda store, plan: Split(plan, _loader(recipe, inputs, choices, place, store, plan))  # noqa: E731
+    split = lambda store, plan: Split(plan, _loader(recipe, inputs, choices, place, sequence, store, plan))  # noqa: E731
     heldout = {} if inputs.data.eval is None else inputs.data.eval.by_source()
     attention_used = (
         (backend.name, backend.reason) if packed_rows else ("the architecture's own", "data.packing=padded")
@@ -193,6 +203,8 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
     trained = sum(map(global_numel, parts.engine.trained.values()))
     total = sum(map(global_numel, parts.engine.model.parameters()))
     offloaded = "" if recipe.parallel.offload == "none" else f"{recipe.parallel.offload} offloaded, "
+    shared_by = recipe.parallel.sequence
+    cut_among = "" if shared_by == 1 else f", each row cut among {shared_by} (sequence parallel)"
     store = parts.inputs.data.train
     share = store.num_loss_tokens.sum() / store.lengths.sum()
     return [
@@ -211,12 +223,16 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
         (
             "engine",
             f"{parts.engine.name}, {offloaded}{place.world_size} process(es) on {place.device.type}, "
-            f"{place.num_threads} thread(s) each",
+            f"{place.num_threads} thread(s) each{cut_among}",
         ),
         (
             "batch",
             batch_equation(
-                choices.packs_per_micro_batch, recipe.data.seq_len, choices.micro_batches_per_step, place.world_size
+                choices.packs_per_micro_batch,
+                recipe.data.seq_len,
+                choices.micro_batches_per_step,
+                place.world_size,
+                shared_by,
             ),
         ),
         (
@@ -332,19 +348,28 @@ def _memory_bytes(place: Runtime) -> int:
 
 
 def _loader(
-    recipe: Recipe, inputs: Inputs, choices: Choices, place: Runtime, store: TokenStore, plan: PackPlan
+    recipe: Recipe,
+    inputs: Inputs,
+    choices: Choices,
+    place: Runtime,
+    sequence: SequenceGroup,
+    store: TokenStore,
+    plan: PackPlan,
 ) -> Loader:
     """Rows have one fixed size on GPUs (kernels and allocator like that); on CPUs padding would only cost time."""
     fixed = place.device.type == "cuda" and recipe.data.packing != "padded"
     return Loader(
         store,
         plan,
-        rank=place.rank,
-        world_size=place.world_size,
+        rank=place.rank // sequence.size,
+        world_size=place.world_size // sequence.size,
         packing=recipe.data.packing,
         pad_token_id=pad_token_id(inputs.tokenizer),
-        pad_to_multiple_of=choices.packs_per_micro_batch * recipe.data.seq_len if fixed else PAD_MULTIPLE_CPU,
+        pad_to_multiple_of=sequence.pad_multiple(
+            choices.packs_per_micro_batch * recipe.data.seq_len if fixed else PAD_MULTIPLE_CPU
+        ),
         device=place.device,
+        cut=sequence.cut,
     )
 
 

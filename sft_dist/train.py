@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from sft_dist import milestones
 from sft_dist.checkpoint.manager import CheckpointManager
-from sft_dist.config.auto import FEW_STEPS, cadence
+from sft_dist.config.auto import FEW_STEPS, cadence, refuse_uneven
 from sft_dist.config.environment import check_launcher
 from sft_dist.config.identity import check_recipe
 from sft_dist.config.loader import load_recipe, load_resolved
@@ -267,6 +267,7 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
     is_main = read_place()[0] == 0
     notice = print if is_main else lambda text: None
     recipe, adopted = check_launcher(read_recipe(argv), launchers=launcher_commands())
+    refuse_uneven(recipe, read_place()[1])  # before the data are prepared
     for line in adopted:
         notice(line)
     run_dir, anew = Path(recipe.run.dir), recipe.checkpoint.resume == "never"

@@ -176,6 +176,7 @@ class OptimSection(Section):
 class ParallelSection(Section):
     strategy: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
     offload: Literal["none", "optimizer", "params"] = "none"  # to CPU memory; `params` offloads the optimizer too
+    sequence: Positive = 1  # processes that share each micro-batch, every one holding that part of its tokens
 
     @model_validator(mode="after")
     def _offloads_what_is_partitioned(self) -> ParallelSection:
@@ -277,6 +278,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _cuts_packed_rows_only(self) -> Recipe:
+        if self.parallel.sequence > 1 and self.data.packing == "padded":
+            raise ValueError(
+                f"parallel.sequence={self.parallel.sequence} cuts packed rows, and data.packing=padded has none: "
+                "set data.packing=best_fit or none, or parallel.sequence=1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _budgets_are_multiples(self) -> Recipe:
         micro, step, seq_len = self.batch.tokens_per_micro_batch, self.batch.tokens_per_step, self.data.seq_len
         if micro != "auto" and micro % seq_len:
@@ -296,7 +306,6 @@ NOT_YET: dict[str, str] = {
     "optim.lora_plus_ratio": "LoRA+",
     "optim.neftune_alpha": "NEFTune noise",
     "parallel.dp_replicate": "HSDP meshes",
-    "parallel.sequence": "sequence parallel",
     "parallel.deepspeed_config": "DeepSpeed's own files: set parallel.strategy and parallel.offload",
     "memory.activation_offload": "activation offloading",
     "checkpoint.async": "asynchronous checkpoints",

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Literal
 
 from sft_dist import errors
+from sft_dist.config.auto import refuse_uneven
 from sft_dist.config.loader import dump_recipe, load_recipe
 from sft_dist.config.schema import Recipe
 from sft_dist.errors import EXIT_DONE, EXIT_HANG, EXIT_NO_PROGRESS, StorageError
@@ -70,6 +71,7 @@ def run(recipe_files: Sequence[str | Path], overrides: Sequence[str], nproc: int
     """
     recipe = load_recipe(recipe_files, overrides)
     num_processes = choose_num_processes(nproc)
+    refuse_uneven(recipe, num_processes)
     run_dir = Path(recipe.run.dir)
     command = worker_command(run_dir)
     if dry_run:

@@ -52,7 +52,7 @@ class PackedCausalLM(nn.Module):
             )
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """The decoder's last hidden states: [1, T, D] packed, [B, S, D] padded."""
+        """The decoder's last hidden states of the batch's tokens: [1, T, D] packed, [B, S, D] padded."""
         lm = causal_lm(self.model)
         arguments = attention_arguments(batch, lm.config._attn_implementation)
         with self._autocast(batch.input_ids.device.type):
@@ -79,7 +79,7 @@ def attention_arguments(batch: PackedBatch, implementation: str) -> dict[str, An
         "cu_seq_lens_k": batch.cu_seqlens,
         "max_length_q": batch.max_seqlen,
         "max_length_k": batch.max_seqlen,
-        "segments": Segments.of(batch.cu_seqlens) if implementation == INTERFACE_NAMES["sdpa"] else None,
+        "segments": Segments.of(batch.cu_seqlens) if implementation.startswith(INTERFACE_NAMES["sdpa"]) else None,
     }
 
 
