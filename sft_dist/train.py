@@ -50,6 +50,7 @@ from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime, read_place, runtime, seed_for
 from sft_dist.parts import Inputs, Parts, build_parts, header_rows, read_fingerprint, read_inputs
+from sft_dist.resilience.ending import run_and_end
 from sft_dist.resilience.heartbeat import heart
 from sft_dist.resilience.orphan import launcher_commands
 from sft_dist.resilience.run_folder import attempt_dir, claim, put_aside, write_exit_code
@@ -309,4 +310,4 @@ def take_attempt(run_dir: Path, stack: ExitStack) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_end(main)

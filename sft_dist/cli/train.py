@@ -11,6 +11,7 @@ from sft_dist.cli.arguments import add_recipe_arguments
 from sft_dist.cli.inputs import check_inputs
 from sft_dist.config.loader import load_recipe
 from sft_dist.config.overrides import split_arguments
+from sft_dist.resilience.ending import run_and_end
 
 
 def add_parser(subparsers: Any) -> None:
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     if inside_launcher(os.environ) and not args.dry_run:
         from sft_dist import train
 
-        return train.main([*files, *overrides])
+        run_and_end(lambda: train.main([*files, *overrides]))
     check_inputs(load_recipe(files, overrides))
     from sft_dist.launch import local
 
