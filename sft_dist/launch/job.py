@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft_dist.errors import ConfigError
-from sft_dist.launch.nodes import Nodes
+from sft_dist.launch.nodes import ALONE, Nodes
 from sft_dist.resilience.run_folder import attempt_dir
 
 RESOLVED_NAME = "config.yaml"
@@ -29,7 +29,7 @@ class Job:
     num_processes: int
     run_dir: Path
     attempt: int
-    nodes: Nodes = Nodes()
+    nodes: Nodes = ALONE
 
     @property
     def world_size(self) -> int:
@@ -54,15 +54,19 @@ class Job:
     def environment(self, index: int, base: Mapping[str, str]) -> dict[str, str]:
         """What worker `index` finds: its place, and where the ranks meet."""
         kept = {name: value for name, value in base.items() if name not in _FOREIGN}
-        return kept | self._meeting_point() | {
-            "RANK": str(self.rank(index)),
-            "LOCAL_RANK": str(index),
-            "WORLD_SIZE": str(self.world_size),
-            "LOCAL_WORLD_SIZE": str(self.num_processes),
-            "SFT_ATTEMPT": str(self.attempt),
-            "SFT_EXIT_CODE_FILE": str((self.attempt_dir / "exit_code").absolute()),
-            "SFT_RUN_LOCKED": "1",
-        }
+        return (
+            kept
+            | self._meeting_point()
+            | {
+                "RANK": str(self.rank(index)),
+                "LOCAL_RANK": str(index),
+                "WORLD_SIZE": str(self.world_size),
+                "LOCAL_WORLD_SIZE": str(self.num_processes),
+                "SFT_ATTEMPT": str(self.attempt),
+                "SFT_EXIT_CODE_FILE": str((self.attempt_dir / "exit_code").absolute()),
+                "SFT_RUN_LOCKED": "1",
+            }
+        )
 
     def _meeting_point(self) -> dict[str, str]:
         """A file on one machine, so that no port is opened; over several, rank 0's address."""

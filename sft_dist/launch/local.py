@@ -164,9 +164,7 @@ def supervise(
     grace_seconds: float = GRACE_SECONDS,
 ) -> Ending:
     """Start the job's workers and stay until all have ended: in order, with one that failed, or for a hang."""
-    append_event(
-        job.attempt_dir, "start", processes=job.num_processes, node=job.nodes.index, command=list(job.command)
-    )
+    append_event(job.attempt_dir, "start", processes=job.num_processes, node=job.nodes.index, command=list(job.command))
     with Workers(job, inherited) as workers:
         stops.pass_to(workers)
         watchdog = Watchdog(hang_seconds, time.monotonic())
@@ -196,7 +194,9 @@ def end_hang(job: Job, workers: Workers, silence_seconds: float) -> Ending:
     line = accuse(witnesses, silence_seconds)
     try:
         for index, text in stacks.items():
-            job.stacks_path(job.rank(index)).write_text(text or "no answer: the process was stopped, or stuck in the kernel\n")
+            job.stacks_path(job.rank(index)).write_text(
+                text or "no answer: the process was stopped, or stuck in the kernel\n"
+            )
         write_exit_code(job.attempt_dir, EXIT_HANG)
     except OSError as error:
         _say(f"warning: {job.attempt_dir}: the stacks cannot be written ({error.strerror})")

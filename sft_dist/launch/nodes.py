@@ -46,13 +46,16 @@ class Nodes:
         return run_dir / "logs" / f"meeting-{self.meeting}"
 
 
+ALONE = Nodes()
+
+
 def read_nodes(environ: Mapping[str, str]) -> Nodes:
     """The place that the environment tells. Raises ConfigError when it is incomplete or contradicts itself."""
     count, index = _number(environ, "SFT_NNODES", "1"), _number(environ, "SFT_NODE_RANK", "0")
     if count < 1 or not 0 <= index < count:
         raise ConfigError(f"SFT_NODE_RANK={index} of SFT_NNODES={count}: must be from 0 to SFT_NNODES - 1")
     if count == 1:
-        return Nodes()
+        return ALONE
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "SFT_MEETING") if not environ.get(name)]
     if missing:
         raise ConfigError(
@@ -108,4 +111,3 @@ def join(run_dir: Path, nodes: Nodes, num_processes: int, seconds: float = MEETI
             "set SFT_NPROC (cluster.gpus_per_node) to a number that every node has"
         )
     return int(told["attempt"])
-

@@ -1,12 +1,12 @@
 """A real Slurm on one machine: munged, slurmctld and one slurmd per virtual node, each node in namespaces of its own.
 
-One PID, mount, network and UTS namespace holds everything; each node has a network namespace (own address, loopback and
-ports) and a UTS namespace (own host name) besides. A shell is process 1 of it and reads its stdin: when the test ends, in
-whatever way, the kernel ends every daemon, step and worker with that shell. Nothing outside is changed or signalled.
+One PID, mount, network and UTS namespace holds everything; each node has a network namespace (own address, loopback
+and ports) and a UTS namespace (own host name) besides. A shell is process 1 of it and reads its stdin: when the test
+ends, in whatever way, the kernel ends every daemon, step and worker with that shell. Nothing outside is changed.
 
-Needs Debian's slurmctld, slurmd, slurm-client, munge, iproute2 and util-linux, and root. `proctrack/cgroup` is used where
-the freezer can be reached: only with it do signals go where they go on production clusters (to the task that Slurm
-started itself, and not to its children).
+Needs Debian's slurmctld, slurmd, slurm-client, munge, iproute2 and util-linux, and root. `proctrack/cgroup` is used
+where the freezer can be reached: only with it do signals go where they go on production clusters (to the task that
+Slurm itself started, and not to its children).
 """
 
 from __future__ import annotations
@@ -188,9 +188,7 @@ class Cluster:
                 f"RealMemory=64000 Gres=gpu:{self._gpus} Feature=fast State=UNKNOWN"
             )
         (folder / "hosts").write_text("\n".join(hosts) + "\n")
-        conf = CONF.format(
-            folder=folder, subnet=SUBNET, nodes="\n".join(lines), proctrack=proctrack(), **self._limits
-        )
+        conf = CONF.format(folder=folder, subnet=SUBNET, nodes="\n".join(lines), proctrack=proctrack(), **self._limits)
         (folder / "etc" / "slurm.conf").write_text(conf)
         gres = f"NodeName={','.join(self.nodes)} Name=gpu File={folder}/dev/nvidia[0-{self._gpus - 1}]\n"
         (folder / "etc" / "gres.conf").write_text(gres)
