@@ -37,6 +37,7 @@ from sft_dist.config.identity import check_recipe
 from sft_dist.config.loader import load_recipe, load_resolved
 from sft_dist.config.overrides import split_arguments
 from sft_dist.config.schema import Recipe
+from sft_dist.config.srun import adopt_srun
 from sft_dist.data.ledger import fold
 from sft_dist.data.loader import LoadedStep
 from sft_dist.data.store import TokenStore
@@ -249,6 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns 0 on an orderly end; the code itself (75 for "run again to continue") goes to logs/attempt_N/exit_code,
     because torchrun would turn any other into 1.
     """
+    adopt_srun(os.environ)
     is_main = read_place()[0] == 0
     try:
         code, folder = run_worker(sys.argv[1:] if argv is None else argv)

@@ -8,17 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Auto = Literal["auto"]
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class Section(BaseModel):
-    """A node of the tree: strict types, no extra keys, immutable once resolved."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False)
+from sft_dist.config.cluster import ClusterSection
+from sft_dist.config.section import Auto, Fraction, Positive, Section
 
 
 class RunSection(Section):
@@ -222,10 +215,6 @@ class ResilienceSection(Section):
     max_restarts: Annotated[int, Field(ge=0)] = 3  # by the local launcher, after a hang, a signal or a storage failure
 
 
-class ClusterSection(Section):
-    target: Literal["local"] = "local"
-
-
 class Recipe(Section):
     """A whole run. `files < key=value` on top of these defaults."""
 
@@ -321,9 +310,4 @@ NOT_YET: dict[str, str] = {
     ),
     "memory.activation_checkpointing=selective": "selective checkpointing",
     **dict.fromkeys([f"log.trackers={name}" for name in ("wandb", "mlflow")], "hosted trackers"),
-    **dict.fromkeys([f"cluster.target={name}" for name in ("ssh", "slurm")], "several machines"),
-    **dict.fromkeys(
-        [f"cluster.{name}" for name in ("nodes", "gpus_per_node", "partition", "account", "qos", "time", "container")],
-        "several machines",
-    ),
 }

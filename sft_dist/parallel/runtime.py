@@ -41,11 +41,8 @@ class Runtime:
 
 
 def read_place() -> tuple[int, int, int, int]:
-    """(rank, world size, local rank, local world size) from the launcher's or srun's environment, or (0, 1, 0, 1)."""
+    """(rank, world size, local rank, local world size) from the launcher's environment, or (0, 1, 0, 1)."""
     environment = os.environ
-    if "RANK" not in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
-        rank, local_rank = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
-        return rank, int(environment["SLURM_NTASKS"]), local_rank, int(environment["SLURM_NTASKS_PER_NODE"])
     rank, world_size = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
     local_rank = int(environment.get("LOCAL_RANK", rank))
     local_world_size = int(environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", world_size)))

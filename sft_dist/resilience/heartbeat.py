@@ -54,11 +54,11 @@ def heart() -> Heart:
     inherited = os.environ.get(HEARTBEATS_VARIABLE)
     if inherited is None:
         return Heart(mmap.mmap(-1, _STRIDE), 0)
-    return Heart(mmap.mmap(int(inherited), 0), int(os.environ["RANK"]))
+    return Heart(mmap.mmap(int(inherited), 0), int(os.environ["LOCAL_RANK"]))
 
 
 class Heartbeats:
-    """The reading side: records of `num_ranks` workers that inherit `fd`."""
+    """The reading side: records of this machine's `num_ranks` workers, which inherit `fd`."""
 
     def __init__(self, num_ranks: int) -> None:
         self.fd = os.memfd_create("heartbeats")
