@@ -177,7 +177,9 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
             return EXIT_STOPPED
         exported = milestones.restore_best(parts, manager, job)
         milestones.check_answers(parts, "after", job.run_dir)
-        milestones.export(parts, job.run_dir)
+        certificate = milestones.export(parts, job.run_dir)
+        if certificate is not None:
+            job.console.say(f"export       {certificate.line()}")
         if place.is_main:
             job.console.say(milestones.describe(milestones.finish(job.run_dir, exported), job.run_dir))
         return EXIT_DONE

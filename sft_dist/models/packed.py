@@ -64,6 +64,11 @@ class PackedCausalLM(nn.Module):
         """The Hugging Face `generate`, reached through the wrapper so that engines can gather sharded weights first."""
         return causal_lm(self.model).generate(*args, **kwargs)
 
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """[B, S, V] of plain token ids [B, S], as a user's forward call gives them; reached as `generate` is."""
+        with self._autocast(input_ids.device.type):
+            return self.model(input_ids=input_ids, use_cache=False).logits
+
     def _autocast(self, device_type: str) -> torch.autocast:
         enabled = self._autocast_dtype is not None
         return torch.autocast(device_type, dtype=self._autocast_dtype if enabled else torch.bfloat16, enabled=enabled)
