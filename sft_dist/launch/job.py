@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft_dist.errors import ConfigError
+from sft_dist.resilience.lease import LEASE_VARIABLE
 from sft_dist.resilience.run_folder import attempt_dir
 
 RESOLVED_NAME = "config.yaml"
@@ -25,6 +26,7 @@ class Job:
     num_processes: int
     run_dir: Path
     attempt: int
+    lease: str = ""  # token of the run folder's lease
 
     @property
     def attempt_dir(self) -> Path:
@@ -50,6 +52,7 @@ class Job:
             "SFT_ATTEMPT": str(self.attempt),
             "SFT_EXIT_CODE_FILE": str((self.attempt_dir / "exit_code").absolute()),
             "SFT_RUN_LOCKED": "1",
+            LEASE_VARIABLE: self.lease,
         }
 
 
