@@ -20,8 +20,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 
 from sft_dist import milestones
+from sft_dist.checkpoint.disk import explain, is_storage_failure
 from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.config.auto import FEW_STEPS, cadence, refuse_uneven
 from sft_dist.config.environment import check_launcher
@@ -53,6 +54,7 @@ from sft_dist.parallel.runtime import Runtime, read_place, runtime, seed_for
 from sft_dist.parts import Inputs, Parts, build_parts, header_rows, read_fingerprint, read_inputs
 from sft_dist.resilience.ending import run_and_end
 from sft_dist.resilience.heartbeat import heart
+from sft_dist.resilience.lease import LEASE_VARIABLE
 from sft_dist.resilience.orphan import launcher_commands
 from sft_dist.resilience.run_folder import attempt_dir, claim, put_aside, write_exit_code
 from sft_dist.types import StepMetrics, StepPlan
@@ -142,7 +144,8 @@ def loop(parts: Parts, job: Job, manager: CheckpointManager, done: Position) -> 
             losses += milestones.evaluate(parts, step, job.run_dir, job.log)
         if is_last or stopping or step % save_every == 0:
             job.beat(step, "save")
-            milestones.save(parts, manager, Position(step, ledger), job.run_dir)
+            leaves = is_last or stopping
+            milestones.save(parts, manager, Position(step, ledger), job.run_dir, may_fail=not leaves)
         if stopping and not is_last:
             return False
     return True
@@ -152,7 +155,8 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
     """Build, resume, step, finish. Returns the exit code; every rank takes the same path."""
     parts = build_parts(inputs, place, job.run_dir)
     try:
-        manager = CheckpointManager(job.run_dir, inputs.recipe.checkpoint.keep, notice=job.console.say)
+        keep = inputs.recipe.checkpoint.keep
+        manager = CheckpointManager(job.run_dir, keep, notice=job.console.say, ready=job.settle, fence=job.check_lease)
         done = resume(parts, job, manager)
         job.open_records(
             inputs.recipe, parts.fingerprint, inputs.data.report.as_dict(), header_rows(parts, job.attempt)
@@ -291,11 +295,23 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
         job = stack.enter_context(Job(run_dir, attempt, place.rank))
         folder = attempt_dir(run_dir, attempt) if place.is_main else None
         try:
-            return train(inputs, job, place), folder
+            with failing_storage(run_dir):
+                return train(inputs, job, place), folder
         except SftError as error:
             if folder is not None:
                 write_exit_code(folder, error.exit_code)
             raise
+
+
+@contextmanager
+def failing_storage(run_dir: Path) -> Iterator[None]:
+    """A disk that is full, fails or went away, wherever the run meets it, ends it with one line and 74."""
+    try:
+        yield
+    except OSError as error:
+        if not is_storage_failure(error):
+            raise
+        raise explain(Path(error.filename or run_dir), error) from error
 
 
 def read_recipe(argv: Sequence[str]) -> Recipe:
@@ -311,6 +327,8 @@ def take_attempt(run_dir: Path, stack: ExitStack) -> int:
         return int(os.environ["SFT_ATTEMPT"])
     claimed = claim(run_dir, sys.argv)
     stack.callback(claimed.lock.release)
+    stack.enter_context(claimed.lock.lease.kept())
+    os.environ[LEASE_VARIABLE] = claimed.lock.lease.token
     return claimed.attempt
 
 
