@@ -150,7 +150,7 @@ class Builder:
 
     make_batch: Collate
     packing: str
-    pad_to_multiple_of: int
+    pad_to_multiple_of: int = PAD_MULTIPLE
 
     def __call__(self, documents: Documents) -> PackedBatch:
         packs: Sequence[Pack] = documents.packs

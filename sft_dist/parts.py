@@ -120,7 +120,7 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
     refuse_what_cannot_be_cut(model.config, sequence.size, DROPOUTS)
     if packed_rows:
         attention.install(model, backend.name, sequence.across)
-    tuned = apply_tuning(model, recipe.tuning, recipe.run.seed)
+    tuned = apply_tuning(model, recipe.tuning, recipe.run.seed, compute)
     share_dropout(tuned, sequence)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
@@ -139,7 +139,7 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
 
     head_name, head, head_reason = pick_head(recipe.kernels.head, place.device)
     autocast = compute if choices.strategy not in CASTS_ITSELF and compute != torch.float32 else None
-    packed = PackedCausalLM(tuned, head, autocast_dtype=autocast)
+    packed = PackedCausalLM(tuned, head, autocast_dtype=autocast, neftune_alpha=recipe.optim.neftune_alpha)
     engine = build_engine(
         choices.strategy,
         packed,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from sft_dist.config.compatibility import refusal
 from sft_dist.config.schema import Recipe
 from sft_dist.errors import ConfigError
 
@@ -49,7 +50,10 @@ class Choices:
 
 
 def choose(recipe: Recipe, facts: Facts) -> Choices:
-    """Every `auto` that defines the numbers of a run."""
+    """Every `auto` that defines the numbers of a run. Raises ConfigError when the recipe rules out what was chosen."""
+    strategy = _strategy(recipe, facts)
+    if found := refusal(recipe, strategy):
+        raise ConfigError(found)
     checkpointing = _activation_checkpointing(recipe, facts)
     micro_tokens = _micro_batch_tokens(recipe, facts, checkpointing)
     step_tokens = _step_tokens(recipe, facts, micro_tokens)
@@ -57,7 +61,7 @@ def choose(recipe: Recipe, facts: Facts) -> Choices:
         packs_per_micro_batch=micro_tokens // recipe.data.seq_len,
         micro_batches_per_step=None if recipe.batch.examples_per_step else step_tokens // micro_tokens,
         lr=_learning_rate(recipe, facts),
-        strategy=_strategy(recipe, facts),
+        strategy=strategy,
         activation_checkpointing=checkpointing,
         compute=compute_dtype(recipe, facts.device),
     )
