@@ -35,7 +35,7 @@ from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.config.auto import FEW_STEPS, cadence, refuse_uneven
 from sft_dist.config.environment import check_launcher
 from sft_dist.config.identity import check_recipe
-from sft_dist.config.loader import load_recipe, load_resolved
+from sft_dist.config.loader import adoptions, load_recipe, load_resolved
 from sft_dist.config.overrides import split_arguments
 from sft_dist.config.schema import Recipe
 from sft_dist.config.srun import adopt_srun
@@ -276,7 +276,7 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
     notice = print if is_main else lambda text: None
     recipe, adopted = check_launcher(read_recipe(argv), launchers=launcher_commands())
     refuse_uneven(recipe, read_place()[1])  # before the data are prepared
-    for line in adopted:
+    for line in [*told(argv), *adopted]:
         notice(line)
     run_dir, anew = Path(recipe.run.dir), recipe.checkpoint.resume == "never"
     if not anew:
@@ -319,6 +319,11 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
     if argv[:1] == ["--resolved"]:
         return load_resolved(argv[1])
     return load_recipe(*split_arguments(argv))
+
+
+def told(argv: Sequence[str]) -> list[str]:
+    """What the recipe took from other programs' files; our launcher has told it already."""
+    return [] if argv[:1] == ["--resolved"] else adoptions(*split_arguments(argv))
 
 
 def take_attempt(run_dir: Path, stack: ExitStack) -> int:

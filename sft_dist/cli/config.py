@@ -9,7 +9,7 @@ from typing import Any
 from sft_dist.cli.arguments import add_recipe_arguments, read_recipe
 from sft_dist.cli.inputs import check_inputs
 from sft_dist.config.export import annotate_recipe, json_schema, settings
-from sft_dist.config.loader import load_recipe, origins
+from sft_dist.config.loader import adoptions, load_recipe, origins
 from sft_dist.config.overrides import split_arguments
 from sft_dist.config.world import describe_world
 from sft_dist.errors import ConfigError
@@ -75,8 +75,8 @@ def check(args: argparse.Namespace) -> int:
         print(json.dumps({"ok": True, "settings": given, "world": world}))
         return 0
     print(f"ok: {given} settings given, the rest are defaults; every named file is there")
-    if world:
-        print(f"    {world}")
+    for line in [*adoptions(*split_arguments(args.items)), *([world] if world else [])]:
+        print(f"    {line}")
     return 0
 
 

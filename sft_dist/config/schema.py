@@ -187,6 +187,7 @@ class ParallelSection(Section):
     strategy: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
     offload: Literal["none", "optimizer", "params"] = "none"  # to CPU memory; `params` offloads the optimizer too
     sequence: Positive = 1  # processes that share each micro-batch, every one holding that part of its tokens
+    deepspeed_config: str | None = None  # a DeepSpeed JSON file whose settings are adopted, or refused
 
     @model_validator(mode="after")
     def _offloads_what_is_partitioned(self) -> ParallelSection:
@@ -316,7 +317,6 @@ NOT_YET: dict[str, str] = {
     "precision.stochastic_rounding": "bf16 masters with stochastic rounding",
     "precision.compile": "torch.compile",
     "parallel.dp_replicate": "HSDP meshes",
-    "parallel.deepspeed_config": "DeepSpeed's own files: set parallel.strategy and parallel.offload",
     "memory.activation_offload": "activation offloading",
     "checkpoint.async": "asynchronous checkpoints",
     "resilience.audit_every": "the silent-corruption audit",
