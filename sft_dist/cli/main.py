@@ -23,6 +23,7 @@ VERBS = {
     "train": "fine-tune on this machine",
     "submit": "fine-tune on a Slurm cluster",
     "slurm": "status, logs, cancel, requeue of a submitted run",
+    "where": "where each rank of a run is",
     "fetch": "models and data from hubs into the cache",
     "estimate": "memory, time and cost before a run",
     "data": "prepare, inspect, count and plan training data",

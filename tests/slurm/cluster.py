@@ -252,9 +252,9 @@ class Cluster:
         return done
 
     def job(self, job: int | str) -> dict[str, str]:
-        """The scheduler's record of a job, field by field."""
+        """The scheduler's record of a job, field by field; what a hostile folder name adds comes last."""
         words = self.run("scontrol", "show", "job", "-o", str(job)).stdout.split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
+        return dict(reversed([word.partition("=")[::2] for word in words if "=" in word]))
 
     def wait_job(self, job: int | str, seconds: float = 90, states: Collection[str] = FINAL) -> dict[str, str]:
         """The record of a job once it is in one of `states`. A requeued job's waiting time is cut short."""
