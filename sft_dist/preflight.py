@@ -222,7 +222,7 @@ def _listen(nodes: Nodes, deadline: float) -> str | None:
 
 
 def reduce_rate(nodes: Nodes) -> tuple[float | None, str | None]:
-    """(GB/s of an all-reduce over all nodes, None) or (None, what went wrong). GPU 0 of each node where there are any."""
+    """GB/s of an all-reduce over all nodes, or what went wrong; GPU 0 of each node where there is one."""
     from datetime import timedelta
 
     import torch
