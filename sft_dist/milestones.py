@@ -131,11 +131,15 @@ def answer(parts: Parts, prompts: Sequence[Prompt]) -> list[Answer]:
     ]
 
 
-def save(parts: Parts, manager: CheckpointManager, position: Position, run_dir: Path) -> None:
-    """Commit the state at `position`; with early stopping the best checkpoint so far stays too."""
+def save(parts: Parts, manager: CheckpointManager, position: Position, run_dir: Path, *, may_fail: bool) -> None:
+    """Commit the state at `position`; with early stopping the best checkpoint so far stays too.
+
+    A save that `may_fail` is left out when the disk refuses it, with a notice; the third in a row raises StorageError.
+    """
     best = best_step(read_metrics(run_dir)) if parts.recipe.eval.early_stopping else None
     meta = {**asdict(position), "plan": parts.train.plan.digest}
-    manager.save(position.step, parts.engine.state(), meta, also_keep=best)
+    write = manager.try_save if may_fail else manager.save
+    write(position.step, parts.engine.state(), meta, also_keep=best)
 
 
 def load(parts: Parts, manager: CheckpointManager, folder: Path) -> Position:

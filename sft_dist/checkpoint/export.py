@@ -40,11 +40,12 @@ from sft_dist.checkpoint.manifest import read_manifest
 from sft_dist.checkpoint.ranks import Ranks
 from sft_dist.checkpoint.shards import read_shards
 from sft_dist.checkpoint.weights import FILE_BYTES, Weight, Written, plain_weights, write_weights
-from sft_dist.config.schema import Recipe
+from sft_dist.config.schema import Recipe, TuningSection
 from sft_dist.errors import CertificateError, CheckpointError, ConfigError
-from sft_dist.models.adapters import apply_tuning, is_adapter
+from sft_dist.models.adapters import apply_tuning, apply_tuning_plain, is_adapter
 from sft_dist.models.load import DTYPES, load_model
 from sft_dist.models.packed import causal_lm
+from sft_dist.models.quantise import quantise
 
 WEIGHTS_PREFIX = "model."
 ADAPTER = "default"
@@ -136,10 +137,10 @@ def export_from_checkpoint(
     absent, ConfigError when there is nothing to merge, CertificateError when the folder is not the model.
     """
     folder = find(run_dir, step)
-    if merge and recipe.tuning.method == "full":
-        raise ConfigError(f"--merge: {run_dir} tuned all weights (tuning.method=full), there is no adapter to merge")
+    if merge:
+        _refuse_to_merge(recipe.tuning, run_dir)
     compute = _compute_dtype(Path(run_dir), recipe)
-    rebuild = partial(_rebuild, recipe, len(words.tokenizer), compute=compute)
+    rebuild = partial(_rebuild, recipe, len(words.tokenizer), compute=compute, merging=merge)
     model = rebuild().eval()
     _fill(model, folder)
     lm = causal_lm(model)
@@ -163,6 +164,19 @@ def export_from_checkpoint(
     return certificate
 
 
+def _refuse_to_merge(tuning: TuningSection, run_dir: str | Path) -> None:
+    """Raise ConfigError where nothing was added that could be folded into the base."""
+    if not tuning.adds_adapter:
+        raise ConfigError(
+            f"--merge: {run_dir} tuned the model itself (tuning.method={tuning.method}), there is no adapter to merge"
+        )
+    if not tuning.is_low_rank:
+        raise ConfigError(
+            f"--merge: {run_dir} learned virtual tokens (tuning.method={tuning.method}), which stand before the input "
+            f"and not in the weights; export without --merge"
+        )
+
+
 def model_tensors(state: Mapping[str, T], hf_config: PretrainedConfig) -> dict[str, T]:
     """`state` without the names of tied weights: transformers ties them again when it loads."""
     tied = getattr(_model_class(hf_config), "_tied_weights_keys", None) or ()
@@ -176,6 +190,10 @@ def adapter_tensors(state: Mapping[str, T], adapter: str = ADAPTER) -> dict[str,
     for name, tensor in state.items():
         if f".modules_to_save.{adapter}." in name:
             kept[name.replace(f".modules_to_save.{adapter}.", ".")] = tensor
+        elif name == f"prompt_encoder.{adapter}.embedding.weight":
+            kept["prompt_embeddings"] = tensor
+        elif name.endswith(f".lora_magnitude_vector.{adapter}.weight"):
+            kept[name.removesuffix(f".{adapter}.weight")] = tensor
         elif ".lora_" in name and f".{adapter}" in name:
             kept[name.replace(f".{adapter}", "", 1)] = tensor
     return kept
@@ -291,12 +309,13 @@ def _compute_dtype(run_dir: Path, recipe: Recipe) -> torch.dtype:
     return DTYPES.get(chosen, torch.float32)
 
 
-def _rebuild(recipe: Recipe, vocab_size: int, *, compute: torch.dtype) -> nn.Module:
-    """The run's model as it was before its first step."""
-    master = DTYPES[recipe.precision.master]
-    dtype = master if recipe.tuning.method == "full" else compute
+def _rebuild(recipe: Recipe, vocab_size: int, *, compute: torch.dtype, merging: bool) -> nn.Module:
+    """The run's model as it was before its first step; for merging, a 4-bit base as plain matrices of the values that
+    its codes stand for: those the adapter was trained on."""
+    master, tuning = DTYPES[recipe.precision.master], recipe.tuning
+    dtype = master if tuning.method == "full" else compute
     model = load_model(recipe.model, dtype=dtype, seed=recipe.run.seed, vocab_size=vocab_size)
-    tuned = apply_tuning(model, recipe.tuning, recipe.run.seed)
+    tuned = (apply_tuning_plain if merging else apply_tuning)(model, tuning, recipe.run.seed, compute)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(master)
@@ -305,7 +324,8 @@ def _rebuild(recipe: Recipe, vocab_size: int, *, compute: torch.dtype) -> nn.Mod
 
 def base_model(recipe: Recipe, vocab_size: int, compute: torch.dtype) -> nn.Module:
     """What an adapter of this run was trained on, loaded anew."""
-    return load_model(recipe.model, dtype=compute, seed=recipe.run.seed, vocab_size=vocab_size)
+    model = load_model(recipe.model, dtype=compute, seed=recipe.run.seed, vocab_size=vocab_size)
+    return quantise(model, compute) if recipe.tuning.method == "qlora" else model
 
 
 def _fill(model: nn.Module, folder: Path) -> None:
