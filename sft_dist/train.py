@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from sft_dist import milestones
 from sft_dist.checkpoint.disk import explain, is_storage_failure
-from sft_dist.checkpoint.hub_push import push
+from sft_dist.checkpoint.hub_push import check_hub, push
 from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.config.auto import FEW_STEPS, cadence, refuse_uneven
 from sft_dist.config.environment import check_launcher
@@ -48,6 +48,7 @@ from sft_dist.job import Job
 from sft_dist.milestones import Position
 from sft_dist.observe.metrics import read_metrics, rises, roll_back
 from sft_dist.observe.perf import peak_flops, peak_memory_gib, step_flops
+from sft_dist.observe.trackers import check_trackers
 from sft_dist.optim import lr_at, set_lr
 from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.messages import broadcast_json
@@ -289,6 +290,8 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
     if not anew and (run_dir / "summary.json").exists():
         notice(f"the run in {run_dir} is finished: {run_dir / 'export'}; choose another run.dir to train anew")
         return EXIT_DONE, None
+    check_trackers(recipe)
+    check_hub(recipe.hub)
     heart().beat(0, "prepare")
     inputs = read_inputs(recipe, notice)
     heart().beat(0, "build")
