@@ -12,21 +12,21 @@ from tiny_run import environment
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_dist.data.builtin_templates import BUILTIN
+from sft_dist.data.templates import resolve_template
 
 pytestmark = pytest.mark.slow
 NEW_TOKENS = 24
 
 
 def greedy(model: Path, question: str) -> str:
-    """What stock transformers answers, alpaca's prompt written out."""
+    """What stock transformers answers to alpaca's prompt, begun as training begins a document."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], chat_template=BUILTIN["alpaca"], tokenize=False,
         add_generation_prompt=True,
     )  # fmt: skip
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    if ids[0, 0] != tokenizer.bos_token_id:
-        ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), ids], dim=1)
+    first = [tokenizer.bos_token_id] if resolve_template("alpaca", tokenizer).bind(tokenizer).bos_to_prepend else []
+    ids = torch.tensor([first + tokenizer(prompt, add_special_tokens=False)["input_ids"]])
     answer = AutoModelForCausalLM.from_pretrained(model).generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
     )
