@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sft_dist.certify import Check, certify
+from sft_dist.checkpoint.hub_push import check_hub
 from sft_dist.config.auto import Choices, Facts, choose, compute_dtype
 from sft_dist.config.identity import identity, refuse_changes
 from sft_dist.config.loader import load_resolved
@@ -37,6 +38,7 @@ from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers
 from sft_dist.network import Network, build_network
 from sft_dist.observe.header import batch_equation, certificate_line, count
 from sft_dist.observe.perf import Shape
+from sft_dist.observe.trackers import check_trackers
 from sft_dist.optim import build_optimizer
 from sft_dist.parallel.build import CASTS_ITSELF, build_engine
 from sft_dist.parallel.engine import Engine, global_numel
@@ -93,6 +95,8 @@ class Parts:
 
 def read_inputs(recipe: Recipe, notice: Callable[[str], None]) -> Inputs:
     """Tokenizer and prepared data. Concurrent ranks share the preparation through the cache's lock."""
+    check_trackers(recipe)
+    check_hub(recipe.hub)
     tokenizer = load_tokenizer(recipe.model)
     return Inputs(recipe, tokenizer, prepare(recipe, tokenizer, notice=notice, progress=_beat_while_preparing))
 

@@ -31,6 +31,7 @@ import torch.distributed as dist
 
 from sft_dist import milestones
 from sft_dist.checkpoint.disk import explain, is_storage_failure
+from sft_dist.checkpoint.hub_push import push
 from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.config.auto import FEW_STEPS, cadence, refuse_uneven
 from sft_dist.config.environment import check_launcher
@@ -186,6 +187,10 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
             job.console.say(f"export       {certificate.line()}")
         if place.is_main:
             job.console.say(milestones.describe(milestones.finish(job.run_dir, exported), job.run_dir))
+            if inputs.recipe.hub.push_to:
+                job.console.say(
+                    push(job.run_dir / "export", inputs.recipe.hub, f"{inputs.recipe.run.name}, {num_steps} steps")
+                )
         return EXIT_DONE
     finally:
         parts.close()

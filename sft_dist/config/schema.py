@@ -224,7 +224,14 @@ class EvalSection(Section):
 
 class LogSection(Section):
     every_steps: Positive | Auto = "auto"
-    trackers: list[Literal["tensorboard"]] = []
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+    project: str | None = None  # of W&B; of MLflow the experiment
+    group: str | None = None
+
+
+class HubSection(Section):
+    push_to: str | None = Field(None, pattern=r"^[\w][\w.-]*/[\w][\w.-]*$")  # owner/name: the export goes there
+    private: bool = True  # whether a repository that is made for it is private
 
 
 class ResilienceSection(Section):
@@ -250,6 +257,7 @@ class Recipe(Section):
     eval: EvalSection = EvalSection()
     log: LogSection = LogSection()
     resilience: ResilienceSection = ResilienceSection()
+    hub: HubSection = HubSection()
     cluster: ClusterSection = ClusterSection()
 
     @field_validator("kernels", mode="before")
@@ -320,11 +328,7 @@ NOT_YET: dict[str, str] = {
     "memory.activation_offload": "activation offloading",
     "checkpoint.async": "asynchronous checkpoints",
     "resilience.audit_every": "the silent-corruption audit",
-    "log.project": "hosted trackers",
-    "log.group": "hosted trackers",
-    "hub": "hub upload",
     "data.sources.*.streaming": "data sets of the hub that are never downloaded whole",
     "run.deterministic=elastic": "bit-exact runs at any world size",
     "memory.activation_checkpointing=selective": "selective checkpointing",
-    **dict.fromkeys([f"log.trackers={name}" for name in ("wandb", "mlflow")], "hosted trackers"),
 }
