@@ -16,6 +16,7 @@ from sft_dist.checkpoint.export import export_model
 from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.checkpoint.manifest import folder_step, step_name
 from sft_dist.data.ledger import START
+from sft_dist.errors import CheckpointError
 from sft_dist.evaluate.generation import Prompt, generate, prompts_from_store
 from sft_dist.evaluate.heldout import Measured, heldout_loss
 from sft_dist.evaluate.metrics import exact_match
@@ -127,7 +128,7 @@ def answer(parts: Parts, prompts: Sequence[Prompt]) -> list[Answer]:
 def save(parts: Parts, manager: CheckpointManager, position: Position, run_dir: Path) -> None:
     """Commit the state at `position`; with early stopping the best checkpoint so far stays too."""
     best = best_step(read_metrics(run_dir)) if parts.recipe.eval.early_stopping else None
-    meta = {**asdict(position), "plan": parts.train.plan.digest}
+    meta = {**asdict(position), "plan": parts.train.plan.digest_up_to(position.step)}
     manager.save(position.step, parts.engine.state(), meta, also_keep=best)
 
 
@@ -135,6 +136,12 @@ def load(parts: Parts, manager: CheckpointManager, folder: Path) -> Position:
     """Make the state in a checkpoint folder the run's; returns where it was taken."""
     tensors = parts.engine.state()
     meta = manager.load(folder, tensors)
+    now = parts.train.plan.digest_up_to(meta["step"])
+    if meta["plan"] != now:
+        raise CheckpointError(
+            f"{folder}: the data up to step {meta['step']} are not those it was trained on (plan {meta['plan'][:16]}, "
+            f"today {now[:16]}): restore them, or choose another run.dir"
+        )
     parts.engine.adopt(tensors)
     set_step(parts.engine.optimizer, meta["step"])
     return Position(meta["step"], meta["ledger"])

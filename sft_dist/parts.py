@@ -25,11 +25,12 @@ from sft_dist.config.auto import Choices, Facts, choose, compute_dtype
 from sft_dist.config.identity import identity, refuse_changes
 from sft_dist.config.loader import load_resolved
 from sft_dist.config.schema import Recipe
-from sft_dist.data.loader import Loader
+from sft_dist.data.loader import Loader, Plan, VerifiedDocuments
 from sft_dist.data.plan import PackPlan
 from sft_dist.data.planning import heldout_plan, train_plan
 from sft_dist.data.prepare import PreparedData, prepare
-from sft_dist.data.store import TokenStore
+from sft_dist.data.stream_plan import StreamPlan
+from sft_dist.data.stream_store import AnyStore
 from sft_dist.errors import CheckpointError, ConfigError, DataError
 from sft_dist.models import attention
 from sft_dist.models.adapters import apply_tuning, frozen_digest, is_adapter
@@ -41,7 +42,7 @@ from sft_dist.optim import build_optimizer
 from sft_dist.parallel.build import CASTS_ITSELF, build_engine
 from sft_dist.parallel.engine import Engine, global_numel
 from sft_dist.parallel.messages import broadcast_json
-from sft_dist.parallel.runtime import Runtime
+from sft_dist.parallel.runtime import Runtime, read_place
 from sft_dist.resilience.heartbeat import heart
 
 PAD_MULTIPLE_CPU = 8
@@ -61,7 +62,7 @@ class Inputs:
 class Split:
     """A planned data split with this rank's loader."""
 
-    plan: PackPlan
+    plan: PackPlan | StreamPlan
     loader: Loader
 
 
@@ -85,16 +86,19 @@ class Parts:
         """End the loaders' threads."""
         for split in (self.train, *self.heldout.values()):
             split.loader.close()
+        self.inputs.data.close()
 
 
 def read_inputs(recipe: Recipe, notice: Callable[[str], None]) -> Inputs:
     """Tokenizer and prepared data. Concurrent ranks share the preparation through the cache's lock."""
     tokenizer = load_tokenizer(recipe.model)
-    return Inputs(recipe, tokenizer, prepare(recipe, tokenizer, notice=notice, progress=_beat_while_preparing))
+    is_first_here = read_place()[2] == 0
+    data = prepare(recipe, tokenizer, notice=notice, progress=_beat_while_preparing, reads_streams=is_first_here)
+    return Inputs(recipe, tokenizer, data)
 
 
 def _beat_while_preparing(done: int, total: int) -> None:
-    heart().beat(0, "prepare")
+    heart().stay("prepare")
 
 
 def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
@@ -194,7 +198,7 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
     total = sum(map(global_numel, parts.engine.model.parameters()))
     offloaded = "" if recipe.parallel.offload == "none" else f"{recipe.parallel.offload} offloaded, "
     store = parts.inputs.data.train
-    share = store.num_loss_tokens.sum() / store.lengths.sum()
+    so_far = " in the first window of a stream" if recipe.data.streams else ""
     return [
         ("run", f"{recipe.run.name} in {recipe.run.dir}, attempt {attempt}, seed {recipe.run.seed}"),
         (
@@ -205,7 +209,7 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
         ),
         (
             "data",
-            f"{len(store):,} examples, {int(store.lengths.sum()):,} tokens, {share:.1%} supervised, "
+            f"{len(store):,} examples, {store.num_tokens:,} tokens{so_far}, {store.supervised_share:.1%} supervised, "
             f"{len(parts.inputs.data.eval or ()):,} held out, template {parts.inputs.data.template.name}",
         ),
         (
@@ -233,7 +237,9 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
     ]
 
 
-def make_fingerprint(inputs: Inputs, choices: Choices, plan: PackPlan, frozen: str | None) -> dict[str, Any]:
+def make_fingerprint(
+    inputs: Inputs, choices: Choices, plan: PackPlan | StreamPlan, frozen: str | None
+) -> dict[str, Any]:
     """What must not change between attempts (`recipe`, `inputs`), what `auto` became, and versions for the record."""
     return {
         "recipe": identity(inputs.recipe),
@@ -243,7 +249,7 @@ def make_fingerprint(inputs: Inputs, choices: Choices, plan: PackPlan, frozen: s
     }
 
 
-def data_fingerprint(inputs: Inputs, plan: PackPlan) -> dict[str, Any]:
+def data_fingerprint(inputs: Inputs, plan: PackPlan | StreamPlan) -> dict[str, Any]:
     """Hashes of what the steps are made from."""
     data, template = inputs.data, inputs.data.template
     return {
@@ -255,7 +261,7 @@ def data_fingerprint(inputs: Inputs, plan: PackPlan) -> dict[str, Any]:
     }
 
 
-def reopen(run_dir: Path, notice: Callable[[str], None]) -> tuple[Inputs, Choices, PackPlan]:
+def reopen(run_dir: Path, notice: Callable[[str], None]) -> tuple[Inputs, Choices, PackPlan | StreamPlan]:
     """What the run in `run_dir` is made from, proven to be what it recorded; no model is loaded.
 
     Raises CheckpointError when it is no run folder or its record is damaged, DataError when its data changed.
@@ -298,7 +304,7 @@ def read_fingerprint(run_dir: Path) -> dict[str, Any] | None:
 
 
 def _choices(
-    recipe: Recipe, recorded: dict[str, Any] | None, model: nn.Module, store: TokenStore, place: Runtime
+    recipe: Recipe, recorded: dict[str, Any] | None, model: nn.Module, store: AnyStore, place: Runtime
 ) -> Choices:
     """New runs choose; resumed runs keep what was chosen, whatever the world size is now.
 
@@ -315,7 +321,7 @@ def _choices(
         num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
-        num_train_tokens=int(store.lengths.sum()),
+        num_train_tokens=store.num_tokens,
         num_train_examples=len(store),
         world_size=place.world_size,
         device=place.device.type,
@@ -332,7 +338,7 @@ def _memory_bytes(place: Runtime) -> int:
 
 
 def _loader(
-    recipe: Recipe, inputs: Inputs, choices: Choices, place: Runtime, store: TokenStore, plan: PackPlan
+    recipe: Recipe, inputs: Inputs, choices: Choices, place: Runtime, store: VerifiedDocuments, plan: Plan
 ) -> Loader:
     """Rows have one fixed size on GPUs (kernels and allocator like that); on CPUs padding would only cost time."""
     fixed = place.device.type == "cuda" and recipe.data.packing != "padded"
