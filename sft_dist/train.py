@@ -42,7 +42,7 @@ from sft_dist.config.schema import Recipe
 from sft_dist.config.srun import adopt_srun
 from sft_dist.data.ledger import fold
 from sft_dist.data.loader import LoadedStep
-from sft_dist.data.store import TokenStore
+from sft_dist.data.stream_store import AnyStore
 from sft_dist.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, SftError
 from sft_dist.job import Job
 from sft_dist.milestones import Position
@@ -160,7 +160,7 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
         manager = CheckpointManager(job.run_dir, keep, notice=job.console.say, ready=job.settle, fence=job.check_lease)
         done = resume(parts, job, manager)
         job.open_records(
-            inputs.recipe, parts.fingerprint, inputs.data.report.as_dict(), header_rows(parts, job.attempt)
+            inputs.recipe, parts.fingerprint, inputs.data.report_now().as_dict(), header_rows(parts, job.attempt)
         )
         dist.barrier()
         num_steps = parts.train.plan.num_steps
@@ -174,6 +174,8 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
             milestones.evaluate(parts, 0, job.run_dir, job.log)
         finished = loop(parts, job, manager, done)
         job.console.stop()
+        if inputs.recipe.data.streams:
+            job.write_report(inputs.data.report_now().as_dict())
         job.beat(num_steps, "finish")
         if not finished:
             anew = inputs.recipe.checkpoint.resume == "never"
@@ -216,8 +218,8 @@ def measure(
     """One line of metrics.jsonl; counts are global."""
     step, place = loaded.step, parts.place
     peak = peak_flops(place.device)
-    lengths = parts.inputs.data.train.lengths
-    squares = sum(int(lengths[i]) ** 2 for pack in step.packs for i in pack.example_ids)
+    examples = np.array([example for pack in step.packs for example in pack.example_ids])
+    squares = int((parts.inputs.data.train.lengths[examples].astype(np.int64) ** 2).sum())
     flops = step_flops(parts.shape, step.num_tokens, squares, step.num_loss_tokens)
     return StepMetrics(
         step=step.step,
@@ -236,7 +238,7 @@ def measure(
     )
 
 
-def tokens_by_source(store: TokenStore, step: StepPlan) -> dict[str, int] | None:
+def tokens_by_source(store: AnyStore, step: StepPlan) -> dict[str, int] | None:
     """Source of the recipe -> tokens of it in this step; None where there is but one."""
     if len(store.sources) < 2:
         return None
