@@ -155,7 +155,12 @@ def spread(network: Network, recipe: Recipe, choices: Choices, place: Runtime) -
         decoder_layers(causal_lm(network.model)),
         place,
         network.compute,
-        partial(build_optimizer, optim=recipe.optim, lr=choices.lr),
+        partial(
+            build_optimizer,
+            optim=recipe.optim,
+            lr=choices.lr,
+            rounding_seed=recipe.run.seed if recipe.precision.stochastic_rounding else None,
+        ),
         offload=recipe.parallel.offload,
     )
 

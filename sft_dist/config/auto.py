@@ -93,6 +93,8 @@ def _learning_rate(recipe: Recipe, facts: Facts) -> float:
     field's full fine-tunes sit. Adapters take ten times that, at most 5e-3 (Hu et al., 2021 use 2e-4 at 7 B)."""
     if recipe.optim.lr != "auto":
         return recipe.optim.lr
+    if recipe.optim.name == "adafactor":
+        return 1e-2  # bounds a step relative to the weights; Shazeer and Stern, 2018
     full = min(2e-3, max(1e-5, 2e-3 * (2.6e5 / facts.num_parameters) ** 0.5))
     lr = full if recipe.tuning.method == "full" else min(5e-3, 10 * full)
     return float(f"{lr:.2g}")

@@ -45,12 +45,17 @@ class ModelSection(Section):
 class PrecisionSection(Section):
     compute: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs, float32 on CPUs
     master: Literal["float32", "bfloat16"] = "float32"
+    stochastic_rounding: bool = False  # of bfloat16 masters and moments, so that small updates are not lost
 
     @model_validator(mode="after")
     def _masters_are_not_narrower(self) -> PrecisionSection:
         if self.compute == "float32" and self.master == "bfloat16":
             raise ValueError(
                 "precision.master=bfloat16 needs precision.compute=bfloat16: masters are never narrower than compute"
+            )
+        if self.stochastic_rounding and self.master != "bfloat16":
+            raise ValueError(
+                "precision.stochastic_rounding needs precision.master=bfloat16: float32 masters lose no small update"
             )
         return self
 
@@ -174,7 +179,7 @@ class BatchSection(Section):
 
 
 class OptimSection(Section):
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "adafactor", "muon"] = "adamw"
     lr: Annotated[float, Field(gt=0)] | Auto = "auto"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -368,7 +373,6 @@ def check_streams(recipe: Recipe) -> None:
 
 # Public keys, and values as `key=word`, that later versions implement; asking for one is refused with this text.
 NOT_YET: dict[str, str] = {
-    "precision.stochastic_rounding": "bf16 masters with stochastic rounding",
     "precision.compile": "torch.compile",
     "parallel.dp_replicate": "HSDP meshes",
     "memory.activation_offload": "activation offloading",

@@ -159,10 +159,6 @@ class PackPlan:
     def reach(self, n: int) -> None:
         """Wait for the examples of step `n`: they are all there."""
 
-    def ends_epoch(self, n: int) -> bool:
-        """Whether step `n` is the last of its epoch."""
-        return n == self._steps_before(self._epoch_of(n) + 1)
-
     def digest_up_to(self, n: int) -> str:
         """What steps 1..n train on: the digest, which covers all steps."""
         return self.digest
