@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sft_dist.certify import Check, certify
 from sft_dist.config.auto import Choices, Facts, choose, compute_dtype
+from sft_dist.config.elastic import ELASTIC, check_micro_batches
 from sft_dist.config.identity import identity, refuse_changes
 from sft_dist.config.loader import load_resolved
 from sft_dist.config.schema import Recipe
@@ -119,6 +120,8 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
 
     shape = decoder_shape(tuned)
     choices = _choices(recipe, recorded, tuned, inputs.data.train, place)
+    if recipe.run.deterministic == ELASTIC:
+        check_micro_batches(place.world_size, choices.micro_batches_per_step)
     if choices.activation_checkpointing == "full":
         causal_lm(tuned).gradient_checkpointing_enable({"use_reentrant": False})
     plan = train_plan(recipe, choices, inputs.data.train)
@@ -139,6 +142,7 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
         compute,
         partial(build_optimizer, optim=recipe.optim, lr=choices.lr),
         offload=recipe.parallel.offload,
+        exact=recipe.run.deterministic == ELASTIC,
     )
     with engine.evaluating():
         checks = certify(

@@ -32,6 +32,7 @@ import torch.distributed as dist
 from sft_dist import milestones
 from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.config.auto import FEW_STEPS, cadence
+from sft_dist.config.elastic import ELASTIC, check_world
 from sft_dist.config.environment import check_launcher
 from sft_dist.config.identity import check_recipe
 from sft_dist.config.loader import load_recipe, load_resolved
@@ -78,7 +79,9 @@ def train_step(
 ) -> StepResult:
     """One optimizer step. The loss is the sum over the global batch divided once by its global weight."""
     divisor = loaded.step.loss_weight_sum
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    slots = len(loaded.batches) * dist.get_world_size()
+    verdict = torch.zeros(slots + 1, dtype=torch.float64, device=device)  # the loss of each micro-batch; stop
+    verdict[slots] = float(stop)
     for round_, (index, batch) in enumerate(zip(loaded.indices, loaded.batches, strict=True)):
         torch.manual_seed(
             seed_for(seed, loaded.step.step, index)
@@ -86,12 +89,12 @@ def train_step(
         with engine.accumulate(round_ == len(loaded.batches) - 1):
             micro_sum = engine.forward(batch.to(device))
             (micro_sum / divisor).backward()
-        loss_sum += micro_sum.detach()
+        verdict[index] = micro_sum.detach()
     grad_norm = engine.clip_grad_norm(max_norm)
 
-    verdict = torch.stack([loss_sum, torch.tensor(float(stop), dtype=torch.float64, device=device)])
-    dist.all_reduce(verdict)  # one verdict for all ranks: the loss, and whether anyone was asked to stop
-    result = StepResult(verdict[0].item() / divisor, grad_norm.item(), verdict[1].item() > 0)
+    dist.all_reduce(verdict)  # one for all ranks: the losses, and whether anyone was asked to stop
+    loss_sum = verdict[: len(loaded.step.micro_batches)].sum()  # in the plan's order, whoever computed them
+    result = StepResult(loss_sum.item() / divisor, grad_norm.item(), verdict[slots].item() > 0)
     if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
         set_lr(engine.optimizer, lr)
         engine.optimizer.step()
@@ -269,6 +272,9 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
     recipe, adopted = check_launcher(read_recipe(argv), launchers=launcher_commands())
     for line in adopted:
         notice(line)
+    elastic = recipe.run.deterministic == ELASTIC
+    if elastic:
+        check_world(read_place()[1])
     run_dir, anew = Path(recipe.run.dir), recipe.checkpoint.resume == "never"
     if not anew:
         check_recipe(recipe)
@@ -279,7 +285,7 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
     inputs = read_inputs(recipe, notice)
     heart().beat(0, "build")
     with ExitStack() as stack:
-        place = stack.enter_context(runtime())
+        place = stack.enter_context(runtime(num_threads=1 if elastic else None))
         attempt = broadcast_json(take_attempt(run_dir, stack) if place.is_main else None)
         if anew and place.is_main and (aside := put_aside(run_dir, attempt)):
             notice(f"checkpoint.resume=never: what earlier attempts left is in {aside}")

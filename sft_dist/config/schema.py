@@ -25,7 +25,7 @@ class RunSection(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     dir: str = "runs/run"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    deterministic: bool = False
+    deterministic: bool | Literal["elastic"] = False  # elastic: the same bits on 1, 2, 4, 8 ... processes
 
 
 class ModelSection(Section):
@@ -261,6 +261,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _sums_in_one_order(self) -> Recipe:
+        strategy, offload = self.parallel.strategy, self.parallel.offload
+        if self.run.deterministic == "elastic" and (strategy not in ("auto", "fsdp2") or offload != "none"):
+            asked = f"parallel.strategy={strategy}" if offload == "none" else f"parallel.offload={offload}"
+            raise ValueError(
+                f"run.deterministic=elastic needs parallel.strategy=fsdp2 (or auto) without offload, not {asked}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _measures_on_held_out_data(self) -> Recipe:
         data, wanted = self.data, self.eval
         has_eval = bool(data.eval_fraction or data.eval_sources)
@@ -305,7 +315,6 @@ NOT_YET: dict[str, str] = {
     "log.group": "hosted trackers",
     "hub": "hub upload",
     "data.sources.*.streaming": "data sets of the hub that are never downloaded whole",
-    "run.deterministic=elastic": "bit-exact runs at any world size",
     **dict.fromkeys(
         [f"tuning.method={name}" for name in ("dora", "qlora", "prefix", "prompt", "bitfit")],
         "other methods than LoRA",
