@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sft_dist.checkpoint.background import BackgroundSaver
 from sft_dist.checkpoint.catalog import folders
 from sft_dist.checkpoint.export import export_model
 from sft_dist.checkpoint.manager import CheckpointManager
@@ -124,11 +125,12 @@ def answer(parts: Parts, prompts: Sequence[Prompt]) -> list[Answer]:
     ]
 
 
-def save(parts: Parts, manager: CheckpointManager, position: Position, run_dir: Path) -> None:
-    """Commit the state at `position`; with early stopping the best checkpoint so far stays too."""
+def save(parts: Parts, saver: BackgroundSaver, position: Position, run_dir: Path, *, wait: bool) -> None:
+    """Save the state at `position`, committed now (`wait`) or at a later `commit_written`; with early stopping the best
+    checkpoint so far stays too."""
     best = best_step(read_metrics(run_dir)) if parts.recipe.eval.early_stopping else None
     meta = {**asdict(position), "plan": parts.train.plan.digest}
-    manager.save(position.step, parts.engine.state(), meta, also_keep=best)
+    saver.save(position.step, parts.engine.state(), meta, also_keep=best, wait=wait)
 
 
 def load(parts: Parts, manager: CheckpointManager, folder: Path) -> Position:

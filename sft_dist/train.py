@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 
 from sft_dist import milestones
+from sft_dist.checkpoint.background import BackgroundSaver
 from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.config.auto import FEW_STEPS, cadence
 from sft_dist.config.elastic import ELASTIC, check_world
@@ -102,7 +103,7 @@ def train_step(
     return result
 
 
-def loop(parts: Parts, job: Job, manager: CheckpointManager, done: Position) -> bool:
+def loop(parts: Parts, job: Job, saver: BackgroundSaver, done: Position) -> bool:
     """The steps behind `done` to the end of the plan. False when asked to stop before it; the state is saved then."""
     recipe, num_steps = parts.recipe, parts.train.plan.num_steps
     patience = recipe.eval.early_stopping
@@ -137,6 +138,7 @@ def loop(parts: Parts, job: Job, manager: CheckpointManager, done: Position) -> 
         refuse_nonfinite(metrics, loaded)
         job.record(metrics, num_steps, due=step % log_every == 0 or step in (done.step + 1, num_steps))
         ledger = fold(ledger, loaded.step)
+        saver.commit_written()
 
         is_last, stopping = step == num_steps, result.stop or step == stop_after
         if is_last or step % evaluate_every == 0:
@@ -144,7 +146,8 @@ def loop(parts: Parts, job: Job, manager: CheckpointManager, done: Position) -> 
             losses += milestones.evaluate(parts, step, job.run_dir, job.log)
         if is_last or stopping or step % save_every == 0:
             job.beat(step, "save")
-            milestones.save(parts, manager, Position(step, ledger), job.run_dir)
+            wait = is_last or stopping or not recipe.checkpoint.background
+            milestones.save(parts, saver, Position(step, ledger), job.run_dir, wait=wait)
         if stopping and not is_last:
             return False
     return True
@@ -169,7 +172,9 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
             job.beat(0, "evaluate")
             milestones.check_answers(parts, "before", job.run_dir)
             milestones.evaluate(parts, 0, job.run_dir, job.log)
-        finished = loop(parts, job, manager, done)
+        saver = BackgroundSaver(manager)
+        finished = loop(parts, job, saver, done)
+        saver.commit_written(wait=True)
         job.console.stop()
         job.beat(num_steps, "finish")
         if not finished:

@@ -18,7 +18,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 class Section(BaseModel):
     """A node of the tree: strict types, no extra keys, immutable once resolved."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False, serialize_by_alias=True)
 
 
 class RunSection(Section):
@@ -199,6 +199,7 @@ class KernelsSection(Section):
 class CheckpointSection(Section):
     every_steps: Positive | Auto = "auto"
     keep: Annotated[int, Field(ge=2)] = 2
+    background: bool = Field(True, alias="async")  # write while training goes on, from a copy in host memory
     resume: Literal["auto", "never"] = "auto"
 
 
@@ -309,7 +310,6 @@ NOT_YET: dict[str, str] = {
     "parallel.sequence": "sequence parallel",
     "parallel.deepspeed_config": "DeepSpeed's own files: set parallel.strategy and parallel.offload",
     "memory.activation_offload": "activation offloading",
-    "checkpoint.async": "asynchronous checkpoints",
     "resilience.audit_every": "the silent-corruption audit",
     "log.project": "hosted trackers",
     "log.group": "hosted trackers",
