@@ -78,6 +78,11 @@ class BackgroundSaver:
         self._write = write
         write.thread.start()
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save is under way; the same on all ranks."""
+        return self._write is not None
+
     def commit_written(self, *, wait: bool = False) -> None:
         """Commit the save under way if it is written, or once it is (`wait`). Nothing to do without one.
 

@@ -65,7 +65,7 @@ def test_a_later_boundary_commits_what_is_written(tmp_path: Path) -> None:
     saver._write.thread.join(30)
     saver.commit_written()
     assert names(tmp_path) == ["step-00000001"] and not leftovers(tmp_path)
-    saver.commit_written()
+    assert not saver.is_writing
 
 
 def test_the_next_save_commits_the_one_before_and_old_ones_go(tmp_path: Path) -> None:
