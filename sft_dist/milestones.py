@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sft_dist.checkpoint.background import BackgroundSaver
 from sft_dist.checkpoint.catalog import folders
 from sft_dist.checkpoint.export import base_model, export_model, package_of, probe_limit
 from sft_dist.checkpoint.export_certificate import Base, Certificate, Probe, Words, probe_ids
@@ -132,15 +133,17 @@ def answer(parts: Parts, prompts: Sequence[Prompt]) -> list[Answer]:
     ]
 
 
-def save(parts: Parts, manager: CheckpointManager, position: Position, run_dir: Path, *, may_fail: bool) -> None:
-    """Commit the state at `position`; with early stopping the best checkpoint so far stays too.
+def save(
+    parts: Parts, saver: BackgroundSaver, position: Position, run_dir: Path, *, wait: bool, may_fail: bool
+) -> None:
+    """Save the state at `position`, committed now (`wait`) or at a later `commit_written`; with early stopping the best
+    checkpoint so far stays too.
 
     A save that `may_fail` is left out when the disk refuses it, with a notice; the third in a row raises StorageError.
     """
     best = best_step(read_metrics(run_dir)) if parts.recipe.eval.early_stopping else None
     meta = {**asdict(position), "plan": parts.train.plan.digest_up_to(position.step)}
-    write = manager.try_save if may_fail else manager.save
-    write(position.step, parts.engine.state(), meta, also_keep=best)
+    saver.save(position.step, parts.engine.state(), meta, also_keep=best, wait=wait, may_fail=may_fail)
 
 
 def load(parts: Parts, manager: CheckpointManager, folder: Path) -> Position:

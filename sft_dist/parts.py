@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from sft_dist.certify import Check, certify
 from sft_dist.checkpoint.hub_push import check_hub
 from sft_dist.config.auto import Choices, Facts, choose, compute_dtype
+from sft_dist.config.elastic import ELASTIC, check_micro_batches
 from sft_dist.config.identity import identity, refuse_changes
 from sft_dist.config.loader import load_resolved
 from sft_dist.config.schema import Recipe
@@ -118,6 +119,8 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
     vocab_size = len(inputs.tokenizer)
     network = build_network(recipe, DTYPES[compute], place.device, vocab_size=vocab_size, sequence=sequence)
     choices = _choices(recipe, recorded, network.model, inputs.data.train, place)
+    if recipe.run.deterministic == ELASTIC:
+        check_micro_batches(place.world_size, choices.micro_batches_per_step)
     plan = train_plan(recipe, choices, inputs.data.train)
     frozen = broadcast_json(frozen_digest(network.model) if place.is_main else None)
     fingerprint = make_fingerprint(inputs, choices, plan, frozen)
@@ -162,6 +165,7 @@ def spread(network: Network, recipe: Recipe, choices: Choices, place: Runtime) -
             rounding_seed=recipe.run.seed if recipe.precision.stochastic_rounding else None,
         ),
         offload=recipe.parallel.offload,
+        exact=recipe.run.deterministic == ELASTIC,
     )
 
 

@@ -5,9 +5,10 @@ Decided once, when a run is new; a resumed run reads its own record, so another 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from sft_dist.config.compatibility import refusal
+from sft_dist.config.elastic import ELASTIC, NOMINAL_RANKS
 from sft_dist.config.schema import Recipe
 from sft_dist.errors import ConfigError
 
@@ -51,6 +52,8 @@ class Choices:
 
 def choose(recipe: Recipe, facts: Facts) -> Choices:
     """Every `auto` that defines the numbers of a run. Raises ConfigError when the recipe rules out what was chosen."""
+    if recipe.run.deterministic == ELASTIC:
+        facts = replace(facts, world_size=NOMINAL_RANKS)
     strategy = _strategy(recipe, facts)
     if found := refusal(recipe, strategy):
         raise ConfigError(found)
@@ -105,6 +108,8 @@ def _strategy(recipe: Recipe, facts: Facts) -> str:
     something is to be offloaded."""
     if recipe.parallel.strategy != "auto":
         return recipe.parallel.strategy
+    if recipe.run.deterministic == ELASTIC:
+        return "fsdp2"
     if recipe.parallel.offload != "none":
         return {"optimizer": "zero2", "params": "zero3"}[recipe.parallel.offload]
     state = 4 * facts.num_parameters + (BYTES_PER_TRAINED - 4) * facts.num_trained

@@ -19,7 +19,7 @@ class RunSection(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     dir: str = "runs/run"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    deterministic: bool = False
+    deterministic: bool | Literal["elastic"] = False  # elastic: the same bits on 1, 2, 4, 8 ... processes
 
 
 class ModelSection(Section):
@@ -222,6 +222,7 @@ class KernelsSection(Section):
 class CheckpointSection(Section):
     every_steps: Positive | Auto = "auto"
     keep: Annotated[int, Field(ge=2)] = 2
+    background: bool = Field(True, alias="async")  # write while training goes on, from a copy in host memory
     resume: Literal["auto", "never"] = "auto"
 
 
@@ -291,6 +292,16 @@ class Recipe(Section):
                     raise ValueError(
                         f"data.{role}.{number} has a weight or repeat: evaluation sources count once; leave it out"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _sums_in_one_order(self) -> Recipe:
+        strategy, offload = self.parallel.strategy, self.parallel.offload
+        if self.run.deterministic == "elastic" and (strategy not in ("auto", "fsdp2") or offload != "none"):
+            asked = f"parallel.strategy={strategy}" if offload == "none" else f"parallel.offload={offload}"
+            raise ValueError(
+                f"run.deterministic=elastic needs parallel.strategy=fsdp2 (or auto) without offload, not {asked}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -376,8 +387,6 @@ NOT_YET: dict[str, str] = {
     "precision.compile": "torch.compile",
     "parallel.dp_replicate": "HSDP meshes",
     "memory.activation_offload": "activation offloading",
-    "checkpoint.async": "asynchronous checkpoints",
     "resilience.audit_every": "the silent-corruption audit",
-    "run.deterministic=elastic": "bit-exact runs at any world size",
     "memory.activation_checkpointing=selective": "selective checkpointing",
 }

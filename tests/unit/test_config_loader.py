@@ -129,7 +129,7 @@ def test_values_become_what_their_key_holds(setting: str, value: object) -> None
         ("tuning.method=lroa", "tuning.method = lroa: must be full | lora | rslora | dora | qlora | "),
         ("log.trackers=[comet]", "must be a list, each entry tensorboard | wandb | mlflow"),
         ("run.name=a b", "run.name = a b: must be text like"),
-        ("run.deterministic=maybe", "run.deterministic = maybe: must be true or false"),
+        ("run.deterministic=maybe", "run.deterministic = maybe: must be true or false, or elastic"),
         ("data.seq_len=4", "data.seq_len = 4: must be a whole number >= 8"),
         ("data.sources=[]", "data.sources = []: must be a list (one or more)"),
         ("data.sources=x.json", "data.sources is a list: write data.sources: [{path: x.json}]"),
