@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sft_dist.errors import ConfigError
 from sft_dist.launch.nodes import ALONE, Nodes
+from sft_dist.resilience.lease import LEASE_VARIABLE
 from sft_dist.resilience.run_folder import attempt_dir
 
 RESOLVED_NAME = "config.yaml"
@@ -30,6 +31,7 @@ class Job:
     run_dir: Path
     attempt: int
     nodes: Nodes = ALONE
+    lease: str = ""  # token of the run folder's lease
 
     @property
     def world_size(self) -> int:
@@ -65,6 +67,7 @@ class Job:
                 "SFT_ATTEMPT": str(self.attempt),
                 "SFT_EXIT_CODE_FILE": str((self.attempt_dir / "exit_code").absolute()),
                 "SFT_RUN_LOCKED": "1",
+                LEASE_VARIABLE: self.lease,
             }
         )
 

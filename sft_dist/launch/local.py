@@ -21,11 +21,13 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Literal
 
 from sft_dist import errors
+from sft_dist.config.auto import refuse_uneven
 from sft_dist.config.loader import dump_recipe, load_recipe
 from sft_dist.config.schema import Recipe
 from sft_dist.errors import EXIT_DONE, EXIT_HANG, EXIT_NO_PROGRESS, StorageError
@@ -74,6 +76,7 @@ def run(recipe_files: Sequence[str | Path], overrides: Sequence[str], nproc: int
     """
     recipe = load_recipe(recipe_files, overrides)
     num_processes = choose_num_processes(nproc)
+    refuse_uneven(recipe, num_processes)
     run_dir = Path(recipe.run.dir)
     command, nodes = worker_command(run_dir), read_nodes(os.environ)
     if dry_run:
@@ -88,17 +91,20 @@ def run(recipe_files: Sequence[str | Path], overrides: Sequence[str], nproc: int
         if nodes.are_several:
             write_resolved(taken, recipe)
             with hosting(run_dir, nodes, num_processes, taken.attempt):
-                job = Job(command, num_processes, run_dir, taken.attempt, nodes)
-                return run_share(job, recipe, (taken.lock.fd,))
+                lease = taken.lock.lease
+                job = Job(command, num_processes, run_dir, taken.attempt, nodes, lease.token)
+                return run_share(job, recipe, (taken.lock.fd,), lease.kept())
         return keep_running(taken, recipe, command, num_processes)
     finally:
         taken.lock.release()
 
 
-def run_share(job: Job, recipe: Recipe, inherited: tuple[int, ...] = ()) -> int:
+def run_share(
+    job: Job, recipe: Recipe, inherited: tuple[int, ...] = (), meanwhile: AbstractContextManager[None] | None = None
+) -> int:
     """One node's workers of a run over several, once; who started the nodes decides about another attempt."""
     with Stops() as stops:
-        return supervise(job, stops, inherited, recipe.resilience.hang_seconds).code
+        return supervise(job, stops, inherited, recipe.resilience.hang_seconds, meanwhile=meanwhile).code
 
 
 def keep_running(
@@ -109,8 +115,10 @@ def keep_running(
     with Stops() as stops:
         while True:
             write_resolved(taken, recipe)
-            job = Job(command, num_processes, taken.run_dir, taken.attempt)
-            ending = supervise(job, stops, (taken.lock.fd,), recipe.resilience.hang_seconds, grace_seconds)
+            lease = taken.lock.lease
+            job = Job(command, num_processes, taken.run_dir, taken.attempt, lease=lease.token)
+            inherited, hang_seconds = (taken.lock.fd,), recipe.resilience.hang_seconds
+            ending = supervise(job, stops, inherited, hang_seconds, grace_seconds, meanwhile=lease.kept())
             if not ending.may_pass or stops.asked or (taken.run_dir / STOP_NAME).exists():
                 return ending.code
             step = newest_step(taken.run_dir)
@@ -162,10 +170,14 @@ def supervise(
     inherited: tuple[int, ...] = (),
     hang_seconds: float | Literal["auto"] = "auto",
     grace_seconds: float = GRACE_SECONDS,
+    meanwhile: AbstractContextManager[None] | None = None,
 ) -> Ending:
-    """Start the job's workers and stay until all have ended: in order, with one that failed, or for a hang."""
+    """Start the job's workers and stay until all have ended: in order, with one that failed, or for a hang.
+
+    `meanwhile` is entered once they run: it may start threads, which must not exist before the last fork.
+    """
     append_event(job.attempt_dir, "start", processes=job.num_processes, node=job.nodes.index, command=list(job.command))
-    with Workers(job, inherited) as workers:
+    with Workers(job, inherited) as workers, meanwhile or nullcontext():
         stops.pass_to(workers)
         watchdog = Watchdog(hang_seconds, time.monotonic())
         failed, is_stuck = None, False
@@ -226,14 +238,15 @@ def how_it_ended(job: Job, workers: Workers, failed: int | None) -> Ending:
 
 def exit_code(job: Job, returncodes: Sequence[int | None], failed: int | None = None) -> int:
     """The worker's word in `exit_code`, unless it says done and yet a worker failed; else the code of the worker that
-    `failed` first, if it is one of ours; else 1. The word is rank 0's: on other nodes none is needed."""
+    `failed` first, or of any other, if it is one of ours (a full disk leaves no file, and a peer may be noticed first);
+    else 1. The word is rank 0's: on other nodes none is needed."""
     left = read_exit_code(job.attempt_dir)
     if left is None and job.nodes.index > 0:
         left = EXIT_DONE
     if left is not None and (left != EXIT_DONE or not any(returncodes)):
         return left
-    code = None if failed is None else returncodes[failed]
-    return code if code in EXIT_CODES else 1
+    candidates = [] if failed is None else [returncodes[failed], *returncodes]
+    return next((code for code in candidates if code in EXIT_CODES), 1)
 
 
 def obituary(job: Job, index: int, returncode: int) -> str:

@@ -70,7 +70,7 @@ def runtime() -> Iterator[Runtime]:
         _backend(device),
         rank=rank,
         world_size=world_size,
-        timeout=WATCHED_TIMEOUT if WATCHED_VARIABLE in os.environ else COLLECTIVE_TIMEOUT,
+        timeout=collective_timeout(),
         device_id=device if device.type == "cuda" else None,
         **meeting,
     )
@@ -78,6 +78,11 @@ def runtime() -> Iterator[Runtime]:
         yield Runtime(rank, world_size, local_rank, local_world_size, device, num_threads)
     finally:
         dist.destroy_process_group()
+
+
+def collective_timeout() -> timedelta:
+    """How long a rank waits for the others, in every process group."""
+    return WATCHED_TIMEOUT if WATCHED_VARIABLE in os.environ else COLLECTIVE_TIMEOUT
 
 
 def seed_for(*parts: int | str) -> int:

@@ -125,12 +125,15 @@ def write_exit_code(folder: str | Path | None, code: int) -> None:
     `folder` is None when the run ended before it had one.
     """
     named = [os.environ[name] for name in (EXIT_CODE_VARIABLE, RESULT_VARIABLE) if os.environ.get(name)]
-    places = [*([Path(folder) / "exit_code"] if folder else []), *map(Path, named)]
+    places = {Path(place).absolute() for place in (Path(folder) / "exit_code" if folder else None, *named) if place}
     for path in places:
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(f"{code}\n")
-        partial.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(f"{code}\n")
+            partial.replace(path)
+        except OSError as error:  # our launcher then goes by the process's own code
+            print(f"sft-dist: warning: {path}: cannot be written ({error.strerror})", file=sys.stderr, flush=True)
 
 
 def read_exit_code(folder: str | Path) -> int | None:
