@@ -38,7 +38,7 @@ from sft_dist.errors import (
     EXIT_USAGE,
 )
 from sft_dist.launch.restarts import FRUITLESS_LIMIT, newest_step
-from sft_dist.launch.submission import BAD_NODES, ENDINGS, RECIPE, slurm_dir
+from sft_dist.launch.submission import ENDINGS, RECIPE, slurm_dir
 
 MAY_PASS = frozenset({EXIT_HANG, EXIT_STORAGE})
 OUR_CODES = frozenset({EXIT_DONE, EXIT_USAGE, *range(EXIT_DATA, EXIT_HARDWARE + 1)})
@@ -125,7 +125,7 @@ def end(run_dir: Path, code: int, near_end: bool, ended: bool, environ: Mapping[
     recipe = load_resolved(slurm_dir(run_dir) / RECIPE)
     submission = environ["SFT_SUBMISSION"]
     allowed = recipe.cluster.exclude_bad_nodes
-    bad = slurm_dir(run_dir) / f"{BAD_NODES}.{environ['SFT_MEETING']}"
+    bad = run_dir / "logs" / f"preflight-{environ['SFT_MEETING']}" / "bad_nodes"  # as sft_dist.preflight writes it
     ending = Ending(
         submission=submission,
         job=environ["SLURM_JOB_ID"],

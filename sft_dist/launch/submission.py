@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 from sft_dist.config.cluster import ClusterSection
 from sft_dist.config.loader import dump_recipe
@@ -22,8 +23,9 @@ from sft_dist.config.schema import Recipe
 from sft_dist.config.shipped import CHECKOUT, INSTALLED
 from sft_dist.errors import ConfigError, StorageError
 
+JobKind = Literal["train", "prepare", "preflight"]
 RECIPE, JOB_ENV, SETUP, SRUN_ARGS, ARRAY = "recipe.yaml", "job.env", "setup.sh", "srun.args", "array"
-ENDINGS, JOBS, BAD_NODES = "endings.jsonl", "jobs.jsonl", "bad_nodes"
+ENDINGS, JOBS = "endings.jsonl", "jobs.jsonl"
 OWN_FLAGS = {  # flags the product builds itself -> the key that sets them, where there is one
     "account": "cluster.account",
     "array": "cluster.array",
@@ -136,9 +138,12 @@ def srun_words(cluster: ClusterSection, run_dir: Path, cwd: Path) -> list[str]:
     return [*cluster.srun, "apptainer", "exec", "--nv", *binds, "--pwd", str(cwd), box.image]
 
 
-def sbatch_command(recipe: Recipe, *, after: str | None = None, script: Path | None = None) -> list[str]:
-    """The words that submit the recipe's run; `after` is the job of the chain that must have ended before."""
-    cluster, run_dir = recipe.cluster, Path(recipe.run.dir).absolute()
+def sbatch_command(recipe: Recipe, *, after: str | None = None, job: JobKind = "train") -> list[str]:
+    """The words that submit the recipe's run; `after` is the job of the chain that must have ended before.
+
+    `prepare` is a job of one node without GPUs; `preflight` gets the nodes of the run and is never requeued.
+    """
+    cluster, run_dir = for_job(recipe.cluster, job), Path(recipe.run.dir).absolute()
     output = str(slurm_dir(run_dir)).replace("%", "%%") + ("/%A_%a.out" if cluster.array else "/%j.out")
     chosen: dict[str, object] = {
         "account": cluster.account,
@@ -161,8 +166,18 @@ def sbatch_command(recipe: Recipe, *, after: str | None = None, script: Path | N
     }
     flags = [f"--{name}={value}" for name, value in chosen.items() if value is not None]
     flags += ["--requeue" if cluster.requeue else "--no-requeue", "--parsable", *["--exclusive"] * cluster.exclusive]
-    script = script or home_of_scripts() / "slurm" / "train.sbatch"
+    script = home_of_scripts() / "slurm" / f"{job}.sbatch"
     return ["sbatch", *sorted(flags), *cluster.sbatch, str(script), str(run_dir)]
+
+
+def for_job(cluster: ClusterSection, job: JobKind) -> ClusterSection:
+    """What the section asks for, changed to what this kind of job needs."""
+    if job == "train":
+        return cluster
+    once = cluster.model_copy(update={"array": [], "chain": 1, "requeue": False})
+    if job == "preflight":
+        return once
+    return once.model_copy(update={"nodes": 1, "gpus_per_node": "auto", "gres": None, "exclusive": False})
 
 
 def home_of_scripts() -> Path:
