@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sft_dist.checkpoint.background import BackgroundSaver
 from sft_dist.checkpoint.catalog import folders
 from sft_dist.checkpoint.export import base_model, export_model, package_of, probe_limit
 from sft_dist.checkpoint.export_certificate import Base, Certificate, Probe, Words, probe_ids
@@ -21,6 +22,7 @@ from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.checkpoint.manifest import folder_step, step_name
 from sft_dist.checkpoint.weights import live_weights
 from sft_dist.data.ledger import START
+from sft_dist.errors import CheckpointError
 from sft_dist.evaluate.generation import Prompt, generate, prompts_from_store, stock_attention
 from sft_dist.evaluate.heldout import Measured, heldout_loss
 from sft_dist.evaluate.metrics import exact_match
@@ -131,21 +133,29 @@ def answer(parts: Parts, prompts: Sequence[Prompt]) -> list[Answer]:
     ]
 
 
-def save(parts: Parts, manager: CheckpointManager, position: Position, run_dir: Path, *, may_fail: bool) -> None:
-    """Commit the state at `position`; with early stopping the best checkpoint so far stays too.
+def save(
+    parts: Parts, saver: BackgroundSaver, position: Position, run_dir: Path, *, wait: bool, may_fail: bool
+) -> None:
+    """Save the state at `position`, committed now (`wait`) or at a later `commit_written`; with early stopping the best
+    checkpoint so far stays too.
 
     A save that `may_fail` is left out when the disk refuses it, with a notice; the third in a row raises StorageError.
     """
     best = best_step(read_metrics(run_dir)) if parts.recipe.eval.early_stopping else None
-    meta = {**asdict(position), "plan": parts.train.plan.digest}
-    write = manager.try_save if may_fail else manager.save
-    write(position.step, parts.engine.state(), meta, also_keep=best)
+    meta = {**asdict(position), "plan": parts.train.plan.digest_up_to(position.step)}
+    saver.save(position.step, parts.engine.state(), meta, also_keep=best, wait=wait, may_fail=may_fail)
 
 
 def load(parts: Parts, manager: CheckpointManager, folder: Path) -> Position:
     """Make the state in a checkpoint folder the run's; returns where it was taken."""
     tensors = parts.engine.state()
     meta = manager.load(folder, tensors)
+    now = parts.train.plan.digest_up_to(meta["step"])
+    if meta["plan"] != now:
+        raise CheckpointError(
+            f"{folder}: the data up to step {meta['step']} are not those it was trained on (plan {meta['plan'][:16]}, "
+            f"today {now[:16]}): restore them, or choose another run.dir"
+        )
     parts.engine.adopt(tensors)
     set_step(parts.engine.optimizer, meta["step"])
     return Position(meta["step"], meta["ledger"])

@@ -21,15 +21,18 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sft_dist.certify import Check, certify
+from sft_dist.checkpoint.hub_push import check_hub
 from sft_dist.config.auto import Choices, Facts, choose, compute_dtype
+from sft_dist.config.elastic import ELASTIC, check_micro_batches
 from sft_dist.config.identity import identity, refuse_changes
 from sft_dist.config.loader import load_resolved
 from sft_dist.config.schema import Recipe
-from sft_dist.data.loader import Loader
+from sft_dist.data.loader import Loader, Plan, VerifiedDocuments
 from sft_dist.data.plan import PackPlan
 from sft_dist.data.planning import heldout_plan, train_plan
 from sft_dist.data.prepare import PreparedData, prepare
-from sft_dist.data.store import TokenStore
+from sft_dist.data.stream_plan import StreamPlan
+from sft_dist.data.stream_store import AnyStore
 from sft_dist.errors import CheckpointError, ConfigError, DataError
 from sft_dist.models.adapters import frozen_digest, is_adapter
 from sft_dist.models.load import DTYPES, load_tokenizer
@@ -37,15 +40,13 @@ from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers
 from sft_dist.network import Network, build_network
 from sft_dist.observe.header import batch_equation, certificate_line, count
 from sft_dist.observe.perf import Shape
+from sft_dist.observe.trackers import check_trackers
 from sft_dist.optim import build_optimizer
 from sft_dist.parallel.build import CASTS_ITSELF, build_engine
 from sft_dist.parallel.engine import Engine, global_numel
 from sft_dist.parallel.messages import broadcast_json
-from sft_dist.parallel.runtime import Runtime
-from sft_dist.parallel.sequence import (
-    SequenceGroup,
-    sequence_group,
-)
+from sft_dist.parallel.runtime import Runtime, read_place
+from sft_dist.parallel.sequence import SequenceGroup, sequence_group
 from sft_dist.resilience.heartbeat import heart
 
 PAD_MULTIPLE_CPU = 8
@@ -65,7 +66,7 @@ class Inputs:
 class Split:
     """A planned data split with this rank's loader."""
 
-    plan: PackPlan
+    plan: PackPlan | StreamPlan
     loader: Loader
 
 
@@ -89,16 +90,21 @@ class Parts:
         """End the loaders' threads."""
         for split in (self.train, *self.heldout.values()):
             split.loader.close()
+        self.inputs.data.close()
 
 
 def read_inputs(recipe: Recipe, notice: Callable[[str], None]) -> Inputs:
     """Tokenizer and prepared data. Concurrent ranks share the preparation through the cache's lock."""
+    check_trackers(recipe)
+    check_hub(recipe.hub)
     tokenizer = load_tokenizer(recipe.model)
-    return Inputs(recipe, tokenizer, prepare(recipe, tokenizer, notice=notice, progress=_beat_while_preparing))
+    is_first_here = read_place()[2] == 0
+    data = prepare(recipe, tokenizer, notice=notice, progress=_beat_while_preparing, reads_streams=is_first_here)
+    return Inputs(recipe, tokenizer, data)
 
 
 def _beat_while_preparing(done: int, total: int) -> None:
-    heart().beat(0, "prepare")
+    heart().stay("prepare")
 
 
 def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
@@ -113,6 +119,8 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
     vocab_size = len(inputs.tokenizer)
     network = build_network(recipe, DTYPES[compute], place.device, vocab_size=vocab_size, sequence=sequence)
     choices = _choices(recipe, recorded, network.model, inputs.data.train, place)
+    if recipe.run.deterministic == ELASTIC:
+        check_micro_batches(place.world_size, choices.micro_batches_per_step)
     plan = train_plan(recipe, choices, inputs.data.train)
     frozen = broadcast_json(frozen_digest(network.model) if place.is_main else None)
     fingerprint = make_fingerprint(inputs, choices, plan, frozen)
@@ -150,8 +158,14 @@ def spread(network: Network, recipe: Recipe, choices: Choices, place: Runtime) -
         decoder_layers(causal_lm(network.model)),
         place,
         network.compute,
-        partial(build_optimizer, optim=recipe.optim, lr=choices.lr),
+        partial(
+            build_optimizer,
+            optim=recipe.optim,
+            lr=choices.lr,
+            rounding_seed=recipe.run.seed if recipe.precision.stochastic_rounding else None,
+        ),
         offload=recipe.parallel.offload,
+        exact=recipe.run.deterministic == ELASTIC,
     )
 
 
@@ -198,7 +212,7 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
     shared_by = recipe.parallel.sequence
     cut_among = "" if shared_by == 1 else f", each row cut among {shared_by} (sequence parallel)"
     store = parts.inputs.data.train
-    share = store.num_loss_tokens.sum() / store.lengths.sum()
+    so_far = " in the first window of a stream" if recipe.data.streams else ""
     return [
         ("run", f"{recipe.run.name} in {recipe.run.dir}, attempt {attempt}, seed {recipe.run.seed}"),
         (
@@ -209,7 +223,7 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
         ),
         (
             "data",
-            f"{len(store):,} examples, {int(store.lengths.sum()):,} tokens, {share:.1%} supervised, "
+            f"{len(store):,} examples, {store.num_tokens:,} tokens{so_far}, {store.supervised_share:.1%} supervised, "
             f"{len(parts.inputs.data.eval or ()):,} held out, template {parts.inputs.data.template.name}",
         ),
         (
@@ -241,7 +255,9 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
     ]
 
 
-def make_fingerprint(inputs: Inputs, choices: Choices, plan: PackPlan, frozen: str | None) -> dict[str, Any]:
+def make_fingerprint(
+    inputs: Inputs, choices: Choices, plan: PackPlan | StreamPlan, frozen: str | None
+) -> dict[str, Any]:
     """What must not change between attempts (`recipe`, `inputs`), what `auto` became, and versions for the record."""
     return {
         "recipe": identity(inputs.recipe),
@@ -251,7 +267,7 @@ def make_fingerprint(inputs: Inputs, choices: Choices, plan: PackPlan, frozen: s
     }
 
 
-def data_fingerprint(inputs: Inputs, plan: PackPlan) -> dict[str, Any]:
+def data_fingerprint(inputs: Inputs, plan: PackPlan | StreamPlan) -> dict[str, Any]:
     """Hashes of what the steps are made from."""
     data, template = inputs.data, inputs.data.template
     return {
@@ -263,7 +279,7 @@ def data_fingerprint(inputs: Inputs, plan: PackPlan) -> dict[str, Any]:
     }
 
 
-def reopen(run_dir: Path, notice: Callable[[str], None]) -> tuple[Inputs, Choices, PackPlan]:
+def reopen(run_dir: Path, notice: Callable[[str], None]) -> tuple[Inputs, Choices, PackPlan | StreamPlan]:
     """What the run in `run_dir` is made from, proven to be what it recorded; no model is loaded.
 
     Raises CheckpointError when it is no run folder or its record is damaged, DataError when its data changed.
@@ -306,7 +322,7 @@ def read_fingerprint(run_dir: Path) -> dict[str, Any] | None:
 
 
 def _choices(
-    recipe: Recipe, recorded: dict[str, Any] | None, model: nn.Module, store: TokenStore, place: Runtime
+    recipe: Recipe, recorded: dict[str, Any] | None, model: nn.Module, store: AnyStore, place: Runtime
 ) -> Choices:
     """New runs choose; resumed runs keep what was chosen, whatever the world size is now.
 
@@ -323,7 +339,7 @@ def _choices(
         num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
-        num_train_tokens=int(store.lengths.sum()),
+        num_train_tokens=store.num_tokens,
         num_train_examples=len(store),
         world_size=place.world_size,
         device=place.device.type,
@@ -345,8 +361,8 @@ def _loader(
     choices: Choices,
     place: Runtime,
     sequence: SequenceGroup,
-    store: TokenStore,
-    plan: PackPlan,
+    store: VerifiedDocuments,
+    plan: Plan,
 ) -> Loader:
     """Rows have one fixed size on GPUs (kernels and allocator like that); on CPUs padding would only cost time."""
     fixed = place.device.type == "cuda" and recipe.data.packing != "padded"

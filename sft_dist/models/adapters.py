@@ -147,7 +147,7 @@ def _with_virtual_tokens(model: PreTrainedModel, tuning: TuningSection, seed: in
 
 
 def _adapted(model: PreTrainedModel, config: PeftConfig, seed: int) -> nn.Module:
-    """What PEFT makes of `model`; what it draws is a function of the seed, and the caller's generator stands still."""
+    """What PEFT makes of `model`. Whatever it draws is a function of the seed; the caller's generator stands still."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(model, config, autocast_adapter_dtype=False)

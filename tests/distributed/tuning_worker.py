@@ -36,6 +36,9 @@ OPTIMIZERS = {
     "adamw": OptimSection(weight_decay=0.1),
     "plus": OptimSection(weight_decay=0.1, lora_plus_ratio=4.0),
     "noisy": OptimSection(neftune_alpha=5.0),
+    "adamw8bit": OptimSection(name="adamw8bit", weight_decay=0.1),
+    "adafactor": OptimSection(name="adafactor", weight_decay=0.1),
+    "muon": OptimSection(name="muon", weight_decay=0.1),
 }
 
 
@@ -63,7 +66,7 @@ def train(made: Engine, steps: range, accumulation: int, place: Runtime) -> list
         train_step(
             made,
             load_step(step, accumulation, place),
-            lr=1e-2 * (1 - step / 40),
+            lr=1e-3 * (1 - step / 40),
             max_norm=zero_worker.MAX_NORM,
             seed=5,
             device=place.device,
