@@ -126,6 +126,7 @@ def test_values_travel_as_lines_of_files_unchanged() -> None:
     given = recipe("cluster.setup=[module load cuda, 'export A=\"$B\"']")
     section = given.cluster.model_copy(update={"environment": {"HOSTILE": hostile}})
     files = files_of(given.model_copy(update={"cluster": section}), "one")
+    assert "HF_HUB_OFFLINE=0\n" in files_of(recipe("hub.push_to=me/model"), "one")["job.env"]
     assert f"HOSTILE={hostile}\n" in files["job.env"] and "HF_HUB_OFFLINE=1\n" in files["job.env"]
     assert files["setup.sh"] == 'module load cuda\nexport A="$B"\n'
 
