@@ -133,7 +133,7 @@ def _differences(line: Mapping[str, Any], step: StepPlan, store: TokenStore) -> 
 
 
 def _epoch(number: int, count: np.ndarray, plan: PackPlan, last: StepPlan | None) -> Epoch:
-    finished = last is not None and (last.epoch > number or _ends_epoch(plan, last))
+    finished = last is not None and (last.epoch > number or plan.ends_epoch(last.step))
     return Epoch(
         number=number,
         finished=finished,
@@ -142,10 +142,6 @@ def _epoch(number: int, count: np.ndarray, plan: PackPlan, last: StepPlan | None
         missed=tuple(np.flatnonzero(count == 0).tolist()) if finished else (),
         repeated=tuple(np.flatnonzero(count > 1).tolist()),
     )
-
-
-def _ends_epoch(plan: PackPlan, step: StepPlan) -> bool:
-    return step.step == plan.num_steps or plan.step(step.step + 1).epoch > step.epoch
 
 
 def _cover_faults(epoch: Epoch, store: TokenStore) -> Iterator[str]:

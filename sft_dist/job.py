@@ -16,6 +16,7 @@ from sft_dist.observe.console import Console
 from sft_dist.observe.metrics import MetricsLog
 from sft_dist.observe.run_files import write_json
 from sft_dist.resilience.heartbeat import heart
+from sft_dist.resilience.lease import LEASE_VARIABLE, check_ours
 from sft_dist.resilience.run_folder import attempt_dir
 from sft_dist.resilience.signals import StopFlag
 from sft_dist.types import StepMetrics
@@ -55,6 +56,16 @@ class Job:
         self._seconds = [*self._seconds[-19:], metrics.step_seconds]
         seconds_left = (num_steps - metrics.step) * sum(self._seconds) / len(self._seconds)
         self.console.step(metrics, num_steps, seconds_left, due=due)
+
+    def settle(self) -> None:
+        """Have every line of metrics.jsonl written; raises OSError. A checkpoint must not stand for unwritten steps."""
+        if self.log is not None:
+            self.log.settle()
+
+    def check_lease(self) -> None:
+        """Raise LockedError when another machine has taken the run folder over since this attempt claimed it."""
+        if token := os.environ.get(LEASE_VARIABLE):
+            check_ours(self.run_dir, token)
 
     def __enter__(self) -> Self:
         return self

@@ -32,10 +32,10 @@ from sft_dist.data.planning import heldout_plan, train_plan
 from sft_dist.data.prepare import PreparedData, prepare
 from sft_dist.data.store import TokenStore
 from sft_dist.errors import CheckpointError, ConfigError, DataError
-from sft_dist.models import attention
-from sft_dist.models.adapters import apply_tuning, frozen_digest, is_adapter
-from sft_dist.models.load import DTYPES, load_model, load_tokenizer
-from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers, pick_head
+from sft_dist.models.adapters import frozen_digest, is_adapter
+from sft_dist.models.load import DTYPES, load_tokenizer
+from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers
+from sft_dist.network import Network, build_network
 from sft_dist.observe.header import batch_equation, certificate_line, count
 from sft_dist.observe.perf import Shape
 from sft_dist.optim import build_optimizer
@@ -43,6 +43,10 @@ from sft_dist.parallel.build import CASTS_ITSELF, build_engine
 from sft_dist.parallel.engine import Engine, global_numel
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime
+from sft_dist.parallel.sequence import (
+    SequenceGroup,
+    sequence_group,
+)
 from sft_dist.resilience.heartbeat import heart
 
 PAD_MULTIPLE_CPU = 8
@@ -104,62 +108,25 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
     Raises ConfigError or CertificateError with the way out.
     """
     recipe = inputs.recipe
+    sequence = sequence_group(recipe.parallel.sequence, place)
     recorded = broadcast_json(read_fingerprint(run_dir) if place.is_main else None)
-    compute_name = recorded["choices"]["compute"] if recorded else compute_dtype(recipe, place.device.type)
-    compute, master = DTYPES[compute_name], DTYPES[recipe.precision.master]
-    packed_rows = recipe.data.packing != "padded"
-    base_dtype = master if recipe.tuning.method == "full" else compute
-    model = load_model(recipe.model, dtype=base_dtype, seed=recipe.run.seed, vocab_size=len(inputs.tokenizer))
-    backend = attention.choose_backend(recipe.model.attention, model.config, place.device, compute)
-    if packed_rows:
-        attention.install(model, backend.name)
-    tuned = apply_tuning(model, recipe.tuning, recipe.run.seed)
-    for parameter in tuned.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(master)
-
-    shape = decoder_shape(tuned)
-    choices = _choices(recipe, recorded, tuned, inputs.data.train, place)
+    compute = recorded["choices"]["compute"] if recorded else compute_dtype(recipe, place.device.type)
+    vocab_size = len(inputs.tokenizer)
+    network = build_network(recipe, DTYPES[compute], place.device, vocab_size=vocab_size, sequence=sequence)
+    choices = _choices(recipe, recorded, network.model, inputs.data.train, place)
     if recipe.run.deterministic == ELASTIC:
         check_micro_batches(place.world_size, choices.micro_batches_per_step)
-    if choices.activation_checkpointing == "full":
-        causal_lm(tuned).gradient_checkpointing_enable({"use_reentrant": False})
     plan = train_plan(recipe, choices, inputs.data.train)
-    frozen = broadcast_json(frozen_digest(tuned) if place.is_main else None)
+    frozen = broadcast_json(frozen_digest(network.model) if place.is_main else None)
     fingerprint = make_fingerprint(inputs, choices, plan, frozen)
     if recorded is not None:
         for part in ("recipe", "inputs"):
             refuse_changes(recorded[part], fingerprint[part], str(run_dir), explain_inputs(recipe))
-
-    head_name, head, head_reason = pick_head(recipe.kernels.head, place.device)
-    autocast = compute if choices.strategy not in CASTS_ITSELF and compute != torch.float32 else None
-    packed = PackedCausalLM(tuned, head, autocast_dtype=autocast)
-    engine = build_engine(
-        choices.strategy,
-        packed,
-        decoder_layers(causal_lm(tuned)),
-        place,
-        compute,
-        partial(build_optimizer, optim=recipe.optim, lr=choices.lr),
-        offload=recipe.parallel.offload,
-        exact=recipe.run.deterministic == ELASTIC,
-    )
-    with engine.evaluating():
-        checks = certify(
-            packed.hidden_states,
-            model.config,
-            head=head,
-            backend=backend.name if packed_rows else None,
-            packing=recipe.data.packing,
-            device=place.device,
-            dtype=compute,
-            seed=recipe.run.seed,
-        )
-    split = lambda store, plan: Split(plan, _loader(recipe, inputs, choices, place, store, plan))  # noqa: E731
+    shape = decoder_shape(network.model)
+    engine = spread(network, recipe, choices, place)
+    checks = prove_boundaries(network, engine, recipe, place, sequence)
+    split = lambda store, plan: Split(plan, _loader(recipe, inputs, choices, place, sequence, store, plan))  # noqa: E731
     heldout = {} if inputs.data.eval is None else inputs.data.eval.by_source()
-    attention_used = (
-        (backend.name, backend.reason) if packed_rows else ("the architecture's own", "data.packing=padded")
-    )
     return Parts(
         recipe=recipe,
         place=place,
@@ -170,9 +137,44 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
         heldout={name: split(part, heldout_plan(recipe, choices, part)) for name, part in heldout.items()},
         fingerprint=fingerprint,
         checks=checks,
-        kernels=[("attention", f"{attention_used[0]} ({attention_used[1]})"), ("head", f"{head_name} ({head_reason})")],
+        kernels=network.kernels,
         shape=shape,
     )
+
+
+def spread(network: Network, recipe: Recipe, choices: Choices, place: Runtime) -> Engine:
+    """The engine that was chosen, around the network, with the recipe's optimizer."""
+    if choices.activation_checkpointing == "full":
+        causal_lm(network.model).gradient_checkpointing_enable({"use_reentrant": False})
+    autocast = network.compute if choices.strategy not in CASTS_ITSELF and network.compute != torch.float32 else None
+    return build_engine(
+        choices.strategy,
+        PackedCausalLM(network.model, network.head, autocast_dtype=autocast, neftune_alpha=recipe.optim.neftune_alpha),
+        decoder_layers(causal_lm(network.model)),
+        place,
+        network.compute,
+        partial(build_optimizer, optim=recipe.optim, lr=choices.lr),
+        offload=recipe.parallel.offload,
+        exact=recipe.run.deterministic == ELASTIC,
+    )
+
+
+def prove_boundaries(
+    network: Network, engine: Engine, recipe: Recipe, place: Runtime, sequence: SequenceGroup
+) -> list[Check]:
+    """The certificate of this model under this engine. Raises CertificateError with the way out."""
+    with engine.evaluating():
+        return certify(
+            engine.packed.hidden_states,  # type: ignore[arg-type]  # a method of PackedCausalLM
+            network.config,
+            head=network.head,
+            backend=network.backend,
+            packing=recipe.data.packing,
+            device=place.device,
+            dtype=network.compute,
+            seed=recipe.run.seed,
+            sequence=sequence,
+        )
 
 
 def decoder_shape(model: nn.Module) -> Shape:
@@ -197,6 +199,8 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
     trained = sum(map(global_numel, parts.engine.trained.values()))
     total = sum(map(global_numel, parts.engine.model.parameters()))
     offloaded = "" if recipe.parallel.offload == "none" else f"{recipe.parallel.offload} offloaded, "
+    shared_by = recipe.parallel.sequence
+    cut_among = "" if shared_by == 1 else f", each row cut among {shared_by} (sequence parallel)"
     store = parts.inputs.data.train
     share = store.num_loss_tokens.sum() / store.lengths.sum()
     return [
@@ -215,12 +219,16 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
         (
             "engine",
             f"{parts.engine.name}, {offloaded}{place.world_size} process(es) on {place.device.type}, "
-            f"{place.num_threads} thread(s) each",
+            f"{place.num_threads} thread(s) each{cut_among}",
         ),
         (
             "batch",
             batch_equation(
-                choices.packs_per_micro_batch, recipe.data.seq_len, choices.micro_batches_per_step, place.world_size
+                choices.packs_per_micro_batch,
+                recipe.data.seq_len,
+                choices.micro_batches_per_step,
+                place.world_size,
+                shared_by,
             ),
         ),
         (
@@ -336,19 +344,28 @@ def _memory_bytes(place: Runtime) -> int:
 
 
 def _loader(
-    recipe: Recipe, inputs: Inputs, choices: Choices, place: Runtime, store: TokenStore, plan: PackPlan
+    recipe: Recipe,
+    inputs: Inputs,
+    choices: Choices,
+    place: Runtime,
+    sequence: SequenceGroup,
+    store: TokenStore,
+    plan: PackPlan,
 ) -> Loader:
     """Rows have one fixed size on GPUs (kernels and allocator like that); on CPUs padding would only cost time."""
     fixed = place.device.type == "cuda" and recipe.data.packing != "padded"
     return Loader(
         store,
         plan,
-        rank=place.rank,
-        world_size=place.world_size,
+        rank=place.rank // sequence.size,
+        world_size=place.world_size // sequence.size,
         packing=recipe.data.packing,
         pad_token_id=pad_token_id(inputs.tokenizer),
-        pad_to_multiple_of=choices.packs_per_micro_batch * recipe.data.seq_len if fixed else PAD_MULTIPLE_CPU,
+        pad_to_multiple_of=sequence.pad_multiple(
+            choices.packs_per_micro_batch * recipe.data.seq_len if fixed else PAD_MULTIPLE_CPU
+        ),
         device=place.device,
+        cut=sequence.cut,
     )
 
 

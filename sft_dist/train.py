@@ -20,8 +20,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,14 +31,16 @@ import torch.distributed as dist
 
 from sft_dist import milestones
 from sft_dist.checkpoint.background import BackgroundSaver
+from sft_dist.checkpoint.disk import explain, is_storage_failure
 from sft_dist.checkpoint.manager import CheckpointManager
-from sft_dist.config.auto import FEW_STEPS, cadence
+from sft_dist.config.auto import FEW_STEPS, cadence, refuse_uneven
 from sft_dist.config.elastic import ELASTIC, check_world
 from sft_dist.config.environment import check_launcher
 from sft_dist.config.identity import check_recipe
-from sft_dist.config.loader import load_recipe, load_resolved
+from sft_dist.config.loader import adoptions, load_recipe, load_resolved
 from sft_dist.config.overrides import split_arguments
 from sft_dist.config.schema import Recipe
+from sft_dist.config.srun import adopt_srun
 from sft_dist.data.ledger import fold
 from sft_dist.data.loader import LoadedStep
 from sft_dist.data.store import TokenStore
@@ -54,6 +56,7 @@ from sft_dist.parallel.runtime import Runtime, read_place, runtime, seed_for
 from sft_dist.parts import Inputs, Parts, build_parts, header_rows, read_fingerprint, read_inputs
 from sft_dist.resilience.ending import run_and_end
 from sft_dist.resilience.heartbeat import heart
+from sft_dist.resilience.lease import LEASE_VARIABLE
 from sft_dist.resilience.orphan import launcher_commands
 from sft_dist.resilience.run_folder import attempt_dir, claim, put_aside, write_exit_code
 from sft_dist.types import StepMetrics, StepPlan
@@ -146,8 +149,8 @@ def loop(parts: Parts, job: Job, saver: BackgroundSaver, done: Position) -> bool
             losses += milestones.evaluate(parts, step, job.run_dir, job.log)
         if is_last or stopping or step % save_every == 0:
             job.beat(step, "save")
-            wait = is_last or stopping or not recipe.checkpoint.background
-            milestones.save(parts, saver, Position(step, ledger), job.run_dir, wait=wait)
+            leaves = is_last or stopping
+            milestones.save(parts, saver, Position(step, ledger), job.run_dir, may_fail=not leaves)
         if stopping and not is_last:
             return False
     return True
@@ -157,7 +160,8 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
     """Build, resume, step, finish. Returns the exit code; every rank takes the same path."""
     parts = build_parts(inputs, place, job.run_dir)
     try:
-        manager = CheckpointManager(job.run_dir, inputs.recipe.checkpoint.keep, notice=job.console.say)
+        keep = inputs.recipe.checkpoint.keep
+        manager = CheckpointManager(job.run_dir, keep, notice=job.console.say, ready=job.settle, fence=job.check_lease)
         done = resume(parts, job, manager)
         job.open_records(
             inputs.recipe, parts.fingerprint, inputs.data.report.as_dict(), header_rows(parts, job.attempt)
@@ -184,7 +188,9 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
             return EXIT_STOPPED
         exported = milestones.restore_best(parts, manager, job)
         milestones.check_answers(parts, "after", job.run_dir)
-        milestones.export(parts, job.run_dir)
+        certificate = milestones.export(parts, job.run_dir)
+        if certificate is not None:
+            job.console.say(f"export       {certificate.line()}")
         if place.is_main:
             job.console.say(milestones.describe(milestones.finish(job.run_dir, exported), job.run_dir))
         return EXIT_DONE
@@ -257,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns 0 on an orderly end; the code itself (75 for "run again to continue") goes to logs/attempt_N/exit_code,
     because torchrun would turn any other into 1.
     """
+    adopt_srun(os.environ)
     is_main = read_place()[0] == 0
     try:
         code, folder = run_worker(sys.argv[1:] if argv is None else argv)
@@ -275,7 +282,8 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
     is_main = read_place()[0] == 0
     notice = print if is_main else lambda text: None
     recipe, adopted = check_launcher(read_recipe(argv), launchers=launcher_commands())
-    for line in adopted:
+    refuse_uneven(recipe, read_place()[1])  # before the data are prepared
+    for line in [*told(argv), *adopted]:
         notice(line)
     elastic = recipe.run.deterministic == ELASTIC
     if elastic:
@@ -297,11 +305,23 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
         job = stack.enter_context(Job(run_dir, attempt, place.rank))
         folder = attempt_dir(run_dir, attempt) if place.is_main else None
         try:
-            return train(inputs, job, place), folder
+            with failing_storage(run_dir):
+                return train(inputs, job, place), folder
         except SftError as error:
             if folder is not None:
                 write_exit_code(folder, error.exit_code)
             raise
+
+
+@contextmanager
+def failing_storage(run_dir: Path) -> Iterator[None]:
+    """A disk that is full, fails or went away, wherever the run meets it, ends it with one line and 74."""
+    try:
+        yield
+    except OSError as error:
+        if not is_storage_failure(error):
+            raise
+        raise explain(Path(error.filename or run_dir), error) from error
 
 
 def read_recipe(argv: Sequence[str]) -> Recipe:
@@ -311,12 +331,19 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
     return load_recipe(*split_arguments(argv))
 
 
+def told(argv: Sequence[str]) -> list[str]:
+    """What the recipe took from other programs' files; our launcher has told it already."""
+    return [] if argv[:1] == ["--resolved"] else adoptions(*split_arguments(argv))
+
+
 def take_attempt(run_dir: Path, stack: ExitStack) -> int:
     """Number of this attempt. Our launcher has claimed the folder already; other launchers leave that to rank 0."""
     if "SFT_ATTEMPT" in os.environ:
         return int(os.environ["SFT_ATTEMPT"])
     claimed = claim(run_dir, sys.argv)
     stack.callback(claimed.lock.release)
+    stack.enter_context(claimed.lock.lease.kept())
+    os.environ[LEASE_VARIABLE] = claimed.lock.lease.token
     return claimed.attempt
 
 

@@ -98,6 +98,7 @@ class PackedBatch:
     Packed: tensors are [1, T], segments described by `cu_seqlens`, `attention_mask` is None.
     Padded: tensors are [B, S], `attention_mask` is [B, S] (1 = real token), `cu_seqlens` is None.
     Padding in a packed row is a trailing document of its own without labels.
+    Under sequence parallel a rank holds a slice [1, T/k] of the row; `cu_seqlens` and `max_seqlen` are the whole row's.
     """
 
     input_ids: torch.Tensor  # int64

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
+from sft_dist.config.compatibility import refusal
 from sft_dist.config.elastic import ELASTIC, NOMINAL_RANKS
 from sft_dist.config.schema import Recipe
 from sft_dist.errors import ConfigError
@@ -50,9 +51,12 @@ class Choices:
 
 
 def choose(recipe: Recipe, facts: Facts) -> Choices:
-    """Every `auto` that defines the numbers of a run."""
+    """Every `auto` that defines the numbers of a run. Raises ConfigError when the recipe rules out what was chosen."""
     if recipe.run.deterministic == ELASTIC:
         facts = replace(facts, world_size=NOMINAL_RANKS)
+    strategy = _strategy(recipe, facts)
+    if found := refusal(recipe, strategy):
+        raise ConfigError(found)
     checkpointing = _activation_checkpointing(recipe, facts)
     micro_tokens = _micro_batch_tokens(recipe, facts, checkpointing)
     step_tokens = _step_tokens(recipe, facts, micro_tokens)
@@ -60,10 +64,20 @@ def choose(recipe: Recipe, facts: Facts) -> Choices:
         packs_per_micro_batch=micro_tokens // recipe.data.seq_len,
         micro_batches_per_step=None if recipe.batch.examples_per_step else step_tokens // micro_tokens,
         lr=_learning_rate(recipe, facts),
-        strategy=_strategy(recipe, facts),
+        strategy=strategy,
         activation_checkpointing=checkpointing,
         compute=compute_dtype(recipe, facts.device),
     )
+
+
+def refuse_uneven(recipe: Recipe, world_size: int) -> None:
+    """ConfigError where `parallel.sequence` does not divide the processes."""
+    size = recipe.parallel.sequence
+    if world_size % size:
+        raise ConfigError(
+            f"parallel.sequence={size}: {world_size} process(es) cannot form groups of {size}; "
+            f"start {-(-world_size // size) * size}, or set another parallel.sequence"
+        )
 
 
 def compute_dtype(recipe: Recipe, device: str) -> str:
@@ -105,7 +119,7 @@ def _activation_checkpointing(recipe: Recipe, facts: Facts) -> str:
     2022) would fill more than half of the memory."""
     if recipe.memory.activation_checkpointing != "auto":
         return recipe.memory.activation_checkpointing
-    return "full" if recipe.data.seq_len * _activation_bytes(facts) > 0.5 * facts.memory_bytes else "none"
+    return "full" if recipe.data.seq_len * _activation_bytes(recipe, facts) > 0.5 * facts.memory_bytes else "none"
 
 
 def _micro_batch_tokens(recipe: Recipe, facts: Facts, checkpointing: str) -> int:
@@ -114,14 +128,14 @@ def _micro_batch_tokens(recipe: Recipe, facts: Facts, checkpointing: str) -> int
         return asked
     if recipe.data.packing == "none":
         return seq_len
-    fits = int(0.3 * facts.memory_bytes / (_activation_bytes(facts) / (10 if checkpointing == "full" else 1)))
+    fits = int(0.3 * facts.memory_bytes / (_activation_bytes(recipe, facts) / (10 if checkpointing == "full" else 1)))
     ceiling = CPU_MICRO_BATCH_TOKENS if facts.device == "cpu" else 4 * CPU_MICRO_BATCH_TOKENS
     tokens = max(seq_len, min(fits, ceiling) // seq_len * seq_len)
     if recipe.batch.tokens_per_step != "auto":  # the step was fixed: give every rank a share of it and divide it evenly
         packs = recipe.batch.tokens_per_step // seq_len
-        share = max(1, min(tokens // seq_len, packs // facts.world_size))
+        share = max(1, min(tokens // seq_len, packs // _num_groups(recipe, facts)))
         return seq_len * max(k for k in range(1, share + 1) if packs % k == 0)
-    per_rank = _aimed_step_tokens(recipe, facts) // facts.world_size // seq_len * seq_len
+    per_rank = _aimed_step_tokens(recipe, facts) // _num_groups(recipe, facts) // seq_len * seq_len
     return max(seq_len, min(tokens, per_rank))
 
 
@@ -134,7 +148,7 @@ def _step_tokens(recipe: Recipe, facts: Facts, micro_tokens: int) -> int:
             )
         return asked
     aimed = _aimed_step_tokens(recipe, facts)
-    return max(1, facts.world_size, aimed // micro_tokens) * micro_tokens
+    return max(_num_groups(recipe, facts), aimed // micro_tokens) * micro_tokens
 
 
 def _aimed_step_tokens(recipe: Recipe, facts: Facts) -> int:
@@ -143,6 +157,12 @@ def _aimed_step_tokens(recipe: Recipe, facts: Facts) -> int:
     return max(recipe.data.seq_len, min(MAX_AUTO_STEP_TOKENS, total // AIM_STEPS))
 
 
-def _activation_bytes(facts: Facts) -> int:
-    """Bytes of activations per token without checkpointing; twice the bf16 figure in float32 on a CPU."""
-    return (68 if facts.device == "cpu" else 34) * facts.num_layers * facts.hidden_size
+def _num_groups(recipe: Recipe, facts: Facts) -> int:
+    """How many micro-batches are worked on at a time: one by each group of `parallel.sequence` processes."""
+    return max(1, facts.world_size // recipe.parallel.sequence)
+
+
+def _activation_bytes(recipe: Recipe, facts: Facts) -> float:
+    """Bytes of activations that a token of the row costs each rank without checkpointing; twice the bf16 figure in
+    float32 on a CPU."""
+    return (68 if facts.device == "cpu" else 34) * facts.num_layers * facts.hidden_size / recipe.parallel.sequence

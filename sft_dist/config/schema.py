@@ -8,17 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Auto = Literal["auto"]
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class Section(BaseModel):
-    """A node of the tree: strict types, no extra keys, immutable once resolved."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False, serialize_by_alias=True)
+from sft_dist.config.cluster import ClusterSection
+from sft_dist.config.compatibility import refusal
+from sft_dist.config.section import Auto, Fraction, Positive, Section
 
 
 class RunSection(Section):
@@ -62,18 +56,32 @@ class PrecisionSection(Section):
 
 
 class TuningSection(Section):
-    method: Literal["full", "lora", "rslora"] = "full"
+    method: Literal["full", "lora", "rslora", "dora", "qlora", "prefix", "prompt", "bitfit"] = "full"
     rank: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = 32
     dropout: Fraction = 0.0
     targets: str | list[str] = "all-linear"
     modules_to_save: list[str] = []
     freeze: list[str] = []  # patterns of parameter names kept fixed (full)
+    virtual_tokens: Positive = 20  # learned positions before every document (prefix, prompt)
+
+    @property
+    def is_low_rank(self) -> bool:
+        """LoRA or one of its relatives: matrices beside the base's own."""
+        return self.method in ("lora", "rslora", "dora", "qlora")
+
+    @property
+    def adds_adapter(self) -> bool:
+        """What is trained stands beside the base model, in a folder of its own."""
+        return self.method not in ("full", "bitfit")
 
     @model_validator(mode="after")
-    def _freezes_what_is_trained(self) -> TuningSection:
+    def _applies_what_is_set(self) -> TuningSection:
         if self.freeze and self.method != "full":
             raise ValueError(f"tuning.freeze needs tuning.method=full: {self.method} trains only what it adds")
+        for key in ("dropout", "modules_to_save"):
+            if getattr(self, key) and not self.is_low_rank:
+                raise ValueError(f"tuning.{key} needs tuning.method=lora, rslora, dora or qlora, not {self.method}")
         return self
 
 
@@ -168,6 +176,8 @@ class OptimSection(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_fraction: Fraction = 0.03
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    lora_plus_ratio: Annotated[float, Field(gt=0)] | None = None  # learning rate of LoRA's B over that of A
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = None  # noise on embeddings while training
     epochs: Positive = 3
     max_steps: Positive | None = None
     stop_after_step: Positive | None = None
@@ -176,6 +186,8 @@ class OptimSection(Section):
 class ParallelSection(Section):
     strategy: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
     offload: Literal["none", "optimizer", "params"] = "none"  # to CPU memory; `params` offloads the optimizer too
+    sequence: Positive = 1  # processes that share each micro-batch, every one holding that part of its tokens
+    deepspeed_config: str | None = None  # a DeepSpeed JSON file whose settings are adopted, or refused
 
     @model_validator(mode="after")
     def _offloads_what_is_partitioned(self) -> ParallelSection:
@@ -222,10 +234,6 @@ class ResilienceSection(Section):
     max_restarts: Annotated[int, Field(ge=0)] = 3  # by the local launcher, after a hang, a signal or a storage failure
 
 
-class ClusterSection(Section):
-    target: Literal["local"] = "local"
-
-
 class Recipe(Section):
     """A whole run. `files < key=value` on top of these defaults."""
 
@@ -252,6 +260,12 @@ class Recipe(Section):
         return {"head": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
+    def _combines_what_works_together(self) -> Recipe:
+        if found := refusal(self):
+            raise ValueError(found)
+        return self
+
+    @model_validator(mode="after")
     def _weighs_what_is_trained(self) -> Recipe:
         for role in ("eval_sources", "test_sources"):
             for number, source in enumerate(getattr(self.data, role)):
@@ -259,16 +273,6 @@ class Recipe(Section):
                     raise ValueError(
                         f"data.{role}.{number} has a weight or repeat: evaluation sources count once; leave it out"
                     )
-        return self
-
-    @model_validator(mode="after")
-    def _sums_in_one_order(self) -> Recipe:
-        strategy, offload = self.parallel.strategy, self.parallel.offload
-        if self.run.deterministic == "elastic" and (strategy not in ("auto", "fsdp2") or offload != "none"):
-            asked = f"parallel.strategy={strategy}" if offload == "none" else f"parallel.offload={offload}"
-            raise ValueError(
-                f"run.deterministic=elastic needs parallel.strategy=fsdp2 (or auto) without offload, not {asked}"
-            )
         return self
 
     @model_validator(mode="after")
@@ -284,6 +288,15 @@ class Recipe(Section):
             raise ValueError(
                 f"eval.exact_match={wanted.exact_match} needs held-out data: "
                 "set data.test_fraction, data.test_sources or data.eval_fraction"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cuts_packed_rows_only(self) -> Recipe:
+        if self.parallel.sequence > 1 and self.data.packing == "padded":
+            raise ValueError(
+                f"parallel.sequence={self.parallel.sequence} cuts packed rows, and data.packing=padded has none: "
+                "set data.packing=best_fit or none, or parallel.sequence=1"
             )
         return self
 
@@ -304,26 +317,13 @@ class Recipe(Section):
 NOT_YET: dict[str, str] = {
     "precision.stochastic_rounding": "bf16 masters with stochastic rounding",
     "precision.compile": "torch.compile",
-    "optim.lora_plus_ratio": "LoRA+",
-    "optim.neftune_alpha": "NEFTune noise",
     "parallel.dp_replicate": "HSDP meshes",
-    "parallel.sequence": "sequence parallel",
-    "parallel.deepspeed_config": "DeepSpeed's own files: set parallel.strategy and parallel.offload",
     "memory.activation_offload": "activation offloading",
     "resilience.audit_every": "the silent-corruption audit",
     "log.project": "hosted trackers",
     "log.group": "hosted trackers",
     "hub": "hub upload",
     "data.sources.*.streaming": "data sets of the hub that are never downloaded whole",
-    **dict.fromkeys(
-        [f"tuning.method={name}" for name in ("dora", "qlora", "prefix", "prompt", "bitfit")],
-        "other methods than LoRA",
-    ),
     "memory.activation_checkpointing=selective": "selective checkpointing",
     **dict.fromkeys([f"log.trackers={name}" for name in ("wandb", "mlflow")], "hosted trackers"),
-    **dict.fromkeys([f"cluster.target={name}" for name in ("ssh", "slurm")], "several machines"),
-    **dict.fromkeys(
-        [f"cluster.{name}" for name in ("nodes", "gpus_per_node", "partition", "account", "qos", "time", "container")],
-        "several machines",
-    ),
 }

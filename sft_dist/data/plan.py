@@ -175,6 +175,10 @@ class PackPlan:
         """Epochs that are begun."""
         return self._epoch_of(self.num_steps) + 1
 
+    def ends_epoch(self, step: int) -> bool:
+        """Whether no step of the same epoch follows `step`; `max_steps` may end the plan before that."""
+        return step == self._steps_before(self._epoch_of(step) + 1)
+
     @cached_property
     def num_tokens(self) -> int:
         """Real tokens of an epoch."""

@@ -59,13 +59,6 @@ class Engine:
             self.packed.train()
             self.reshard()
 
-    def full_state(self) -> dict[str, Tensor]:
-        """Every tensor of the model, gathered, on the CPU. All ranks call; all ranks receive."""
-        return {name: self.whole(tensor).detach().cpu() for name, tensor in self._state_dict().items()}
-
-    def _state_dict(self) -> dict[str, Tensor]:
-        return self.model.state_dict(keep_vars=True)
-
 
 def live_engine(
     name: str,

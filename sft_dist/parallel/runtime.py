@@ -41,11 +41,8 @@ class Runtime:
 
 
 def read_place() -> tuple[int, int, int, int]:
-    """(rank, world size, local rank, local world size) from the launcher's or srun's environment, or (0, 1, 0, 1)."""
+    """(rank, world size, local rank, local world size) from the launcher's environment, or (0, 1, 0, 1)."""
     environment = os.environ
-    if "RANK" not in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
-        rank, local_rank = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
-        return rank, int(environment["SLURM_NTASKS"]), local_rank, int(environment["SLURM_NTASKS_PER_NODE"])
     rank, world_size = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
     local_rank = int(environment.get("LOCAL_RANK", rank))
     local_world_size = int(environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", world_size)))
@@ -75,7 +72,7 @@ def runtime(num_threads: int | None = None) -> Iterator[Runtime]:
         _backend(device),
         rank=rank,
         world_size=world_size,
-        timeout=WATCHED_TIMEOUT if WATCHED_VARIABLE in os.environ else COLLECTIVE_TIMEOUT,
+        timeout=collective_timeout(),
         device_id=device if device.type == "cuda" else None,
         **meeting,
     )
@@ -83,6 +80,11 @@ def runtime(num_threads: int | None = None) -> Iterator[Runtime]:
         yield Runtime(rank, world_size, local_rank, local_world_size, device, num_threads)
     finally:
         dist.destroy_process_group()
+
+
+def collective_timeout() -> timedelta:
+    """How long a rank waits for the others, in every process group."""
+    return WATCHED_TIMEOUT if WATCHED_VARIABLE in os.environ else COLLECTIVE_TIMEOUT
 
 
 def seed_for(*parts: int | str) -> int:

@@ -24,6 +24,7 @@ from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.checkpoint.manifest import read_manifest
 from sft_dist.errors import CheckpointError, NonFiniteError, SftError, StorageError
 from sft_dist.resilience.ending import run_and_end
+from sft_dist.resilience.run_folder import write_exit_code
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 META = {"loss": 0.1 + 0.2, "plan": "abc"}
@@ -197,6 +198,8 @@ def main() -> None:
         scenario(Path(sys.argv[2]))
         dist.barrier()
     dist.destroy_process_group()
+    if RANK == 0:
+        write_exit_code(Path(sys.argv[2]) / "logs" / f"attempt_{int(os.environ['SFT_ATTEMPT']):04d}", 0)
 
 
 if __name__ == "__main__":

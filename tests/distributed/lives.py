@@ -1,8 +1,8 @@
 """Groups of ranks of any size, one after the other, with torch imported once: `python lives.py FOLDER`.
 
-Each life in FOLDER/lives.json is [number of ranks, [recipe and settings]]: its ranks are forks of this process that call
-the worker's `main` as torchrun would have started it. Every rank has to end with 0; what it printed is shown when it
-does not. Other scripts give `run_life` another body.
+Each life in FOLDER/lives.json is [number of ranks, [recipe and settings]]: its ranks are forks of this process that
+call the worker's `main` as torchrun would have started it. Every rank has to end with 0; what it printed is shown when
+it does not. Other scripts give `run_life` another body.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def run_script(script: Path, folder: Path) -> None:
 
 
 def run_life(name: str, world_size: int, body: Callable[[], int | None], folder: Path) -> None:
-    """Fork the ranks, wait for all of them; when one fails the others are killed and this process ends with its output."""
+    """Fork the ranks and wait for all; when one fails the others are killed and this process ends with its output."""
     meeting = Path(tempfile.mkdtemp(dir=folder)) / "rendezvous"
     children = {}
     for rank in range(world_size):

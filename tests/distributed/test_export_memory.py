@@ -1,0 +1,24 @@
+"""Exporting takes one tensor, not one model: peak resident memory of each of two ranks, as the kernel counts it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from harness import run_ranks
+
+pytestmark = pytest.mark.slow
+WORKER = Path(__file__).with_name("export_memory_worker.py")
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_an_export_never_holds_the_model(tmp_path: Path, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 also re-opens the folder: embeddings, head, one decoder layer and one mapped file come on top."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # else glibc keeps what was freed, and reuse looks like none
+    run_ranks(WORKER, 2, tmp_path, [str(tmp_path), strategy])
+    for rank, share in ((0, 0.30), (1, 0.10)):
+        found = json.loads((tmp_path / f"{strategy}-{rank}.json").read_text())
+        print(rank, {name: f"{size / 2**20:.1f} MiB" for name, size in found.items()})
+        assert found["whole"] > 0.9 * found["model"], "the measurement does not see a whole model"
+        assert found["streamed"] < share * found["model"]
