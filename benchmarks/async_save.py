@@ -123,7 +123,7 @@ def report(seconds: dict[str, list[float]], mib: int, repeats: int) -> str:
     title = "Asynchronous saving: how long training stands still"
     lines = header(title, "python benchmarks/async_save.py", ("torch",))
     lines += [
-        f"Two gloo ranks, {mib} MiB of state on each, {repeats} saves of each kind taking turns; the slower rank counts.",
+        f"Two gloo ranks, {mib} MiB of state on each, {repeats} saves of each kind in turns; the slower rank counts.",
         "Other work ran on the machine: compare within the table, not across days.",
         "",
         "| way | median stall, ms | smallest, largest | ours / it |",

@@ -31,6 +31,7 @@ from sft_dist.parts import reopen
 from sft_dist.types import StepPlan
 
 MAX_LISTED = 20
+STEPS = ("step", "skipped")  # kinds of lines that stand for a step of the plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ def audit(run_dir: Path, notice: Callable[[str], None], progress: Callable[[int,
         raise CheckpointError(f"{run_dir / 'metrics.jsonl'}: altered: {error}") from error
     if damaged := [number for number, line in enumerate(written, 1) if not _is_sound(line)]:
         raise CheckpointError(f"{run_dir / 'metrics.jsonl'}: line {damaged[0]} is altered")
-    lines = [line for line in written if line["kind"] == "step"]
+    lines = [line for line in written if line["kind"] in STEPS]
     ledgers = {manifest.step: manifest.meta.get("ledger") for manifest in map(read_manifest, folders(run_dir))}
     return prove(plan, inputs.data.train, lines, ledgers, progress)
 
@@ -91,7 +92,11 @@ def prove(
         ledger, tokens = fold(ledger, last), tokens + last.num_tokens
         faults += _differences(line, last, store)
         examples = [example for pack in last.packs for example in pack.example_ids]
-        np.add.at(counts.setdefault(last.epoch, np.zeros(plan.num_examples, np.int32)), examples, 1)
+        count = counts.setdefault(last.epoch, np.zeros(plan.num_examples, np.int32))
+        if line.get("kind") == "skipped":
+            faults.append(f"step {last.step}: was skipped, its {len(examples)} examples were not trained")
+        else:
+            np.add.at(count, examples, 1)
         if ledgers.get(last.step, ledger) != ledger:
             faults.append(f"checkpoint of step {last.step}: its ledger differs from the one of the plan")
         progress(number, len(lines))
@@ -105,9 +110,9 @@ def prove(
 
 def _is_sound(line: Any) -> bool:
     """Whether a line of metrics.jsonl has what is compared."""
-    if not isinstance(line, dict) or line.get("kind") not in ("step", "eval"):
+    if not isinstance(line, dict) or line.get("kind") not in (*STEPS, "eval"):
         return False
-    counts = ("step", "num_tokens", "num_loss_tokens") if line["kind"] == "step" else ("step",)
+    counts = ("step", "num_tokens", "num_loss_tokens") if line["kind"] in STEPS else ("step",)
     has_digest = line["kind"] == "eval" or isinstance(line.get("batch_digest"), str)
     return has_digest and all(type(line.get(name)) is int for name in counts)
 

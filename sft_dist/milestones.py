@@ -46,6 +46,7 @@ class Position:
 
     step: int = 0  # the last finished one
     ledger: str = START  # over every example trained so far
+    skipped: tuple[int, ...] = ()  # steps that applied no update: their loss or gradient norm was no number
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +151,9 @@ def load(parts: Parts, manager: CheckpointManager, folder: Path) -> Position:
     tensors = parts.engine.state()
     meta = manager.load(folder, tensors)
     parts.engine.adopt(tensors)
-    set_step(parts.engine.optimizer, meta["step"])
-    return Position(meta["step"], meta["ledger"])
+    done = Position(meta["step"], meta["ledger"], tuple(meta.get("skipped", ())))
+    set_step(parts.engine.optimizer, done.step - len(done.skipped))
+    return done
 
 
 def restore_best(parts: Parts, manager: CheckpointManager, job: Job) -> int | None:

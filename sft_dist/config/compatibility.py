@@ -46,6 +46,16 @@ REFUSED: tuple[Row, ...] = (
         "a document's sums are cut where the processes cut it",
         "set parallel.sequence=1",
     ),
+    Row(
+        {"resilience.nonfinite": ("skip",), "parallel.strategy": ZERO},
+        "DeepSpeed keeps what it has summed of a step that is not taken",
+        "set parallel.strategy=fsdp2 or ddp",
+    ),
+    Row(
+        {"resilience.audit_every": (GIVEN, 1), "parallel.sequence": (GIVEN,)},
+        "processes that share a row compute different parts of it",
+        "set parallel.sequence=1, or leave the audit out",
+    ),
 )
 
 

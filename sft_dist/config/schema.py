@@ -230,8 +230,9 @@ class LogSection(Section):
 
 class ResilienceSection(Section):
     hang_seconds: Annotated[float, Field(ge=1.0)] | Auto = "auto"  # without a sign of life inside a step
-    nonfinite: Literal["stop"] = "stop"
+    nonfinite: Literal["stop", "skip"] = "stop"  # skip: at most 3 steps in a row, 10 in all
     max_restarts: Annotated[int, Field(ge=0)] = 3  # by the local launcher, after a hang, a signal or a storage failure
+    audit_every: Positive | None = None  # steps between proofs that all ranks hold and compute the same
 
 
 class Recipe(Section):
@@ -319,7 +320,6 @@ NOT_YET: dict[str, str] = {
     "precision.compile": "torch.compile",
     "parallel.dp_replicate": "HSDP meshes",
     "memory.activation_offload": "activation offloading",
-    "resilience.audit_every": "the silent-corruption audit",
     "log.project": "hosted trackers",
     "log.group": "hosted trackers",
     "hub": "hub upload",
