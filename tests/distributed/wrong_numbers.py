@@ -1,4 +1,4 @@
-"""Real two-rank runs whose numbers go wrong on one rank: `python numbers.py FOLDER`.
+"""Real two-rank runs whose numbers go wrong on one rank: `python wrong_numbers.py FOLDER`.
 
 Each life patches the gradients, the weights or the forward pass of rank 1 at chosen steps and must end with the code
 that belongs to it. What rank 0 printed goes to FOLDER/printed.json, by life; the run folders are there to look into.

@@ -20,9 +20,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All lives of numbers.py; each has ended with its exit code on both ranks."""
+    """All lives of wrong_numbers.py; each has ended with its exit code on both ranks."""
     folder = tmp_path_factory.mktemp("numbers")
-    run_script(Path(__file__).with_name("numbers.py"), folder)
+    run_script(Path(__file__).with_name("wrong_numbers.py"), folder)
     return folder
 
 
