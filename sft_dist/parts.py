@@ -35,6 +35,7 @@ from sft_dist.models import attention
 from sft_dist.models.adapters import apply_tuning, frozen_digest, is_adapter
 from sft_dist.models.load import DTYPES, load_model, load_tokenizer
 from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers, pick_head
+from sft_dist.models.rotary import refuse_shared_turns
 from sft_dist.observe.header import batch_equation, certificate_line, count
 from sft_dist.observe.perf import Shape
 from sft_dist.optim import build_optimizer
@@ -117,7 +118,8 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
     base_dtype = master if recipe.tuning.method == "full" else compute
     model = load_model(recipe.model, dtype=base_dtype, seed=recipe.run.seed, vocab_size=len(inputs.tokenizer))
     backend = attention.choose_backend(recipe.model.attention, model.config, place.device, compute)
-    refuse_what_cannot_be_cut(model.config, sequence.size, DROPOUTS)
+    if sequence.size > 1:
+        refuse_what_cannot_be_cut(model.config, sequence.size, DROPOUTS)
     if packed_rows:
         attention.install(model, backend.name, sequence.across)
     tuned = apply_tuning(model, recipe.tuning, recipe.run.seed)
@@ -130,6 +132,11 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
     choices = _choices(recipe, recorded, tuned, inputs.data.train, place)
     if choices.activation_checkpointing == "full":
         causal_lm(tuned).gradient_checkpointing_enable({"use_reentrant": False})
+    refuse_shared_turns(
+        model.config,
+        max(int(store.lengths.max()) for store in (inputs.data.train, inputs.data.eval) if store is not None),
+        is_alone=recipe.data.packing == "none" and choices.packs_per_micro_batch == sequence.size == 1,
+    )
     plan = train_plan(recipe, choices, inputs.data.train)
     frozen = broadcast_json(frozen_digest(tuned) if place.is_main else None)
     fingerprint = make_fingerprint(inputs, choices, plan, frozen)
