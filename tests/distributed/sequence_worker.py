@@ -17,13 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from architectures import PACKABLE, tiny_config
 from torch import Tensor
 from transformers import PretrainedConfig
 from zero_worker import MAX_NORM, OPTIM, STEPS, documents
 
-from sft_dist.certify import certify, merge
+from sft_dist.certify import Documents, certify, merge
 from sft_dist.config.schema import TuningSection
 from sft_dist.data.collate import collate
 from sft_dist.data.loader import LoadedStep
@@ -49,14 +50,25 @@ ONE_KEY_HEAD = {"num_key_value_heads": 1}
 ODD_HEADS = {"num_attention_heads": 12, "num_key_value_heads": 6}  # 4 ranks do not divide the key heads
 
 
-def load_step(step: int, accumulation: int, place: Runtime, sequence: SequenceGroup, multiple: int) -> LoadedStep:
-    """Micro-batches of three documents, dealt to groups as the loader does; odd lengths unless `multiple` says else."""
-    number = MICRO_BATCHES * accumulation
+def load_step(
+    step: int, accumulation: int, place: Runtime, sequence: SequenceGroup, *, multiple: int, sparse: bool
+) -> LoadedStep:
+    """Micro-batches of three documents, dealt to groups as the loader does; odd lengths unless `multiple` says else.
+
+    `sparse`: only the last token of each document is learned, so that slices without any come up; one micro-batch is
+    missing, so that a group of two works on an empty one; and every fifth step has one short document at most.
+    """
+    number = MICRO_BATCHES * accumulation - sparse
     probe = documents(1000 + step % 5, 3 * number)
-    cuts = tuple(probe.packs[i : i + 3] for i in range(0, 3 * number, 3))
-    mine = range(place.rank // sequence.size, number, place.world_size // sequence.size)
+    if sparse:
+        kept = [replace(x, loss_weights=np.eye(len(x.input_ids), dtype=np.float32)[-1]) for x in probe.examples]
+        probe = Documents(tuple(kept))
+    cuts = tuple(probe.packs[i : i + 1 if sparse and step % 5 == 0 else i + 3] for i in range(0, 3 * number, 3))
+    num_groups = place.world_size // sequence.size
+    mine = range(place.rank // sequence.size, -(-number // num_groups) * num_groups, num_groups)
     pad = sequence.pad_multiple(multiple)
-    whole = [collate(cuts[i], probe, packing="best_fit", pad_token_id=0, pad_to_multiple_of=pad) for i in mine]
+    dealt = [cuts[i] if i < number else () for i in mine]
+    whole = [collate(cut, probe, packing="best_fit", pad_token_id=0, pad_to_multiple_of=pad) for cut in dealt]
     return LoadedStep(StepPlan(step, 0, cuts), tuple(map(sequence.cut, whole)), tuple(mine), "")
 
 
@@ -89,7 +101,7 @@ def run(case: str, place: Runtime, sequence: SequenceGroup) -> dict[str, list[fl
     results = [
         train_step(
             made,
-            load_step(step, int(accumulation), place, sequence, multiple),
+            load_step(step, int(accumulation), place, sequence, multiple=multiple, sparse=variant == "sparse"),
             lr=1e-3 * (1 - step / 40),
             max_norm=MAX_NORM,
             seed=5,

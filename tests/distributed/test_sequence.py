@@ -25,10 +25,11 @@ WORKER = Path(__file__).with_name("sequence_worker.py")
 BOTH = [f"{e}-{m}-{rounds}-plain" for e in ("ddp", "fsdp2") for m in ("full", "lora") for rounds in (1, 4)]
 GROUPS = ["ddp-full-1-plain", "ddp-lora-4-plain", "fsdp2-full-4-plain", "fsdp2-lora-1-plain"]
 ZERO = ["zero1-full-1-plain", "zero2-lora-4-plain", "zero3-full-4-plain", "zero3-lora-1-plain"]
-OTHERS = ["ddp-lora-1-dropout", "fsdp2-lora-4-dropout", "fsdp2-full-1-recomputed", "fsdp2-full-1-bfloat16"]
+SPARSE = ["ddp-full-4-sparse", "fsdp2-lora-1-sparse"]
+OTHERS = ["ddp-lora-1-dropout", "fsdp2-lora-4-dropout", "fsdp2-full-1-recomputed", "fsdp2-full-1-bfloat16", *SPARSE]
 LAUNCHES: dict[tuple[int, int], list[str]] = {  # (processes, k) -> cases
     (2, 2): BOTH + ZERO + OTHERS,
-    (4, 2): GROUPS,
+    (4, 2): GROUPS + SPARSE,
     (4, 4): ["ddp-full-1-plain", "fsdp2-lora-1-plain"],  # more ranks than key heads
 }
 PROVEN = [(2, 2), (4, 4)]  # where architectures and mutations are tried too: one group
