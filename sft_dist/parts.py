@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,7 @@ from sft_dist.data.loader import Loader, Plan, VerifiedDocuments
 from sft_dist.data.plan import PackPlan
 from sft_dist.data.planning import heldout_plan, train_plan
 from sft_dist.data.prepare import PreparedData, prepare
+from sft_dist.data.store import TokenStore
 from sft_dist.data.stream_plan import StreamPlan
 from sft_dist.data.stream_store import AnyStore
 from sft_dist.errors import CheckpointError, ConfigError, DataError
@@ -153,7 +155,8 @@ def longest_example(inputs: Inputs) -> int:
     """Tokens of the longest example of any split; of a stream, what its longest may have."""
     if inputs.recipe.data.streams:
         return inputs.recipe.data.seq_len
-    return max(int(store.lengths.max()) for store in (inputs.data.train, inputs.data.eval) if store is not None)
+    splits = (inputs.data.train, inputs.data.eval)
+    return max(int(np.max(store.lengths)) for store in splits if isinstance(store, TokenStore))
 
 
 def spread(network: Network, recipe: Recipe, choices: Choices, place: Runtime) -> Engine:
