@@ -382,6 +382,9 @@ def ranges_by_offsets(offsets: Sequence[tuple[int, int]], spans: Sequence[Span])
 def token_weights(num_tokens: int, ranges: Sequence[tuple[int, int]], spans: Sequence[Span]) -> np.ndarray:
     """float32[num_tokens]: the largest weight among the spans that a token is in, 0 for none."""
     weights = np.zeros(num_tokens, dtype=np.float32)
+    if len(spans) == 1:
+        weights[slice(*ranges[0])] = max(spans[0].weight, 0.0)
+        return weights
     for (first, end), span in zip(ranges, spans, strict=True):
         np.maximum(weights[first:end], np.float32(span.weight), out=weights[first:end])
     return weights
