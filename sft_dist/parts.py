@@ -34,7 +34,8 @@ from sft_dist.errors import CheckpointError, ConfigError, DataError
 from sft_dist.models.adapters import frozen_digest, is_adapter
 from sft_dist.models.load import DTYPES, load_tokenizer
 from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers
-from sft_dist.network import Network, build_network
+from sft_dist.models.weight_files import give_memory
+from sft_dist.network import Network, build_empty_network, build_network
 from sft_dist.observe.header import batch_equation, certificate_line, count
 from sft_dist.observe.perf import Shape
 from sft_dist.optim import build_optimizer
@@ -105,10 +106,9 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
     recipe = inputs.recipe
     recorded = broadcast_json(read_fingerprint(run_dir) if place.is_main else None)
     compute = recorded["choices"]["compute"] if recorded else compute_dtype(recipe, place.device.type)
-    network = build_network(recipe, DTYPES[compute], place.device, vocab_size=len(inputs.tokenizer))
-    choices = _choices(recipe, recorded, network.model, inputs.data.train, place)
+    network, choices = _network(inputs, recorded, DTYPES[compute], place)
     plan = train_plan(recipe, choices, inputs.data.train)
-    frozen = broadcast_json(frozen_digest(network.model) if place.is_main else None)
+    frozen = broadcast_json(frozen_digest(network.model, network.value) if place.is_main else None)
     fingerprint = make_fingerprint(inputs, choices, plan, frozen)
     if recorded is not None:
         for part in ("recipe", "inputs"):
@@ -133,6 +133,21 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
     )
 
 
+def _network(
+    inputs: Inputs, recorded: dict[str, Any] | None, compute: torch.dtype, place: Runtime
+) -> tuple[Network, Choices]:
+    """The network and what is chosen for it. Its weights stay in their files where the engine will read its shards."""
+    recipe, store = inputs.recipe, inputs.data.train
+    needs = (recipe, compute, place.device)
+    may_shard = recipe.parallel.strategy == "fsdp2" or (recipe.parallel.strategy == "auto" and place.world_size > 1)
+    if may_shard and (network := build_empty_network(*needs, vocab_size=len(inputs.tokenizer))):
+        choices = _choices(recipe, recorded, network.model, store, place)
+        if choices.strategy == "fsdp2":
+            return network, choices
+    network = build_network(*needs, vocab_size=len(inputs.tokenizer))
+    return network, _choices(recipe, recorded, network.model, store, place)
+
+
 def spread(network: Network, recipe: Recipe, choices: Choices, place: Runtime) -> Engine:
     """The engine that was chosen, around the network, with the recipe's optimizer."""
     if choices.activation_checkpointing == "full":
@@ -146,7 +161,16 @@ def spread(network: Network, recipe: Recipe, choices: Choices, place: Runtime) -
         network.compute,
         partial(build_optimizer, optim=recipe.optim, lr=choices.lr),
         offload=recipe.parallel.offload,
+        dp_replicate=recipe.parallel.dp_replicate,
+        fill=None if network.files is None else partial(_fill, network, place.device),
     )
+
+
+def _fill(network: Network, device: torch.device, packed: nn.Module) -> None:
+    """Memory and values for this rank's part of a network whose weights are still in their files."""
+    assert network.files is not None
+    give_memory(packed, device)
+    network.files.fill(network.model)
 
 
 def prove_boundaries(network: Network, engine: Engine, recipe: Recipe, place: Runtime) -> list[Check]:
@@ -186,6 +210,8 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
     trained = sum(map(global_numel, parts.engine.trained.values()))
     total = sum(map(global_numel, parts.engine.model.parameters()))
     offloaded = "" if recipe.parallel.offload == "none" else f"{recipe.parallel.offload} offloaded, "
+    replicas = recipe.parallel.dp_replicate
+    mesh = "" if replicas == 1 else f"{replicas} replicas x {place.world_size // replicas} shards, "
     store = parts.inputs.data.train
     share = store.num_loss_tokens.sum() / store.lengths.sum()
     return [
@@ -203,8 +229,8 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
         ),
         (
             "engine",
-            f"{parts.engine.name}, {offloaded}{place.world_size} process(es) on {place.device.type}, "
-            f"{place.num_threads} thread(s) each",
+            f"{parts.engine.name}, {offloaded}{mesh}{place.world_size} process(es) on {place.device.type}, "
+            f"{place.num_threads} thread(s) each; {choices.strategy_reason or 'as recorded'}",
         ),
         (
             "batch",
@@ -300,7 +326,7 @@ def _choices(
     if recorded is not None:
         values = dict(recorded["choices"])
         if recipe.parallel.strategy != "auto":
-            values["strategy"] = recipe.parallel.strategy
+            values |= {"strategy": recipe.parallel.strategy, "strategy_reason": "as the recipe says"}
         return Choices(**values)
     config = causal_lm(model).config.get_text_config()
     facts = Facts(
@@ -313,6 +339,7 @@ def _choices(
         world_size=place.world_size,
         device=place.device.type,
         memory_bytes=broadcast_json(_memory_bytes(place)),
+        intermediate_size=getattr(config, "intermediate_size", None) or 0,
     )
     return choose(recipe, facts)
 

@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from sft_dist import milestones
 from sft_dist.checkpoint.manager import CheckpointManager
-from sft_dist.config.auto import FEW_STEPS, cadence
+from sft_dist.config.auto import FEW_STEPS, cadence, refuse_uneven_mesh
 from sft_dist.config.environment import check_launcher
 from sft_dist.config.identity import check_recipe
 from sft_dist.config.loader import load_recipe, load_resolved
@@ -42,7 +42,10 @@ from sft_dist.data.loader import LoadedStep
 from sft_dist.data.store import TokenStore
 from sft_dist.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, SftError
 from sft_dist.job import Job
+from sft_dist.layout_certificate import certify_layout
 from sft_dist.milestones import Position
+from sft_dist.models.packed import causal_lm
+from sft_dist.observe.header import certificate_line
 from sft_dist.observe.metrics import read_metrics, rises, roll_back
 from sft_dist.observe.perf import peak_flops, peak_memory_gib, step_flops
 from sft_dist.optim import lr_at, set_lr
@@ -151,10 +154,9 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
     parts = build_parts(inputs, place, job.run_dir)
     try:
         manager = CheckpointManager(job.run_dir, inputs.recipe.checkpoint.keep, notice=job.console.say)
+        rows = [*header_rows(parts, job.attempt), ("layout", prove_layout(parts))]
         done = resume(parts, job, manager)
-        job.open_records(
-            inputs.recipe, parts.fingerprint, inputs.data.report.as_dict(), header_rows(parts, job.attempt)
-        )
+        job.open_records(inputs.recipe, parts.fingerprint, inputs.data.report.as_dict(), rows)
         dist.barrier()
         num_steps = parts.train.plan.num_steps
         if num_steps < FEW_STEPS:
@@ -181,6 +183,13 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
         return EXIT_DONE
     finally:
         parts.close()
+
+
+def prove_layout(parts: Parts) -> str:
+    """The layout certificate of this run, for the header. Raises CertificateError."""
+    config = causal_lm(parts.engine.model).config
+    checks = certify_layout(parts.recipe, parts.choices, config, parts.place, train_step)
+    return certificate_line([(c.name, c.figure, c.limit) for c in checks])
 
 
 def resume(parts: Parts, job: Job, manager: CheckpointManager) -> Position:
@@ -266,6 +275,7 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
     is_main = read_place()[0] == 0
     notice = print if is_main else lambda text: None
     recipe, adopted = check_launcher(read_recipe(argv), launchers=launcher_commands())
+    refuse_uneven_mesh(recipe, read_place()[1])  # before the data are prepared
     for line in adopted:
         notice(line)
     run_dir, anew = Path(recipe.run.dir), recipe.checkpoint.resume == "never"

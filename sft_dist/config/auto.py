@@ -14,6 +14,7 @@ AIM_STEPS = 200  # a run on small data should see about this many optimizer step
 FEW_STEPS = 50  # below this the header warns
 MAX_AUTO_STEP_TOKENS = 524_288
 CPU_MICRO_BATCH_TOKENS = 4_096
+REPLICATED_SHARE = 0.6  # of the memory that replicas may fill with state; the rest is for activations
 BYTES_PER_TRAINED = 16  # fp32 weight, gradient and two moments
 GIB = 2**30
 
@@ -31,6 +32,7 @@ class Facts:
     world_size: int
     device: str
     memory_bytes: int
+    intermediate_size: int = 0  # of the MLP; 0: not told, four times the hidden size
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class Choices:
     strategy: str
     activation_checkpointing: str
     compute: str  # dtype of forward and backward
+    strategy_reason: str = ""  # for the header
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -53,14 +56,31 @@ def choose(recipe: Recipe, facts: Facts) -> Choices:
     checkpointing = _activation_checkpointing(recipe, facts)
     micro_tokens = _micro_batch_tokens(recipe, facts, checkpointing)
     step_tokens = _step_tokens(recipe, facts, micro_tokens)
+    strategy, reason = _strategy(recipe, facts)
     return Choices(
         packs_per_micro_batch=micro_tokens // recipe.data.seq_len,
         micro_batches_per_step=None if recipe.batch.examples_per_step else step_tokens // micro_tokens,
         lr=_learning_rate(recipe, facts),
-        strategy=_strategy(recipe, facts),
+        strategy=strategy,
         activation_checkpointing=checkpointing,
         compute=compute_dtype(recipe, facts.device),
+        strategy_reason=reason,
     )
+
+
+def refuse_uneven_mesh(recipe: Recipe, world_size: int) -> None:
+    """ConfigError where `parallel.dp_replicate` does not cut the processes into equal sharded replicas."""
+    replicas = recipe.parallel.dp_replicate
+    if world_size % replicas:
+        raise ConfigError(
+            f"parallel.dp_replicate={replicas}: {world_size} process(es) cannot form {replicas} equal replicas; "
+            f"start a multiple of {replicas}, or set another parallel.dp_replicate"
+        )
+    if replicas > 1 and world_size == replicas:
+        raise ConfigError(
+            f"parallel.dp_replicate={replicas} on {world_size} process(es) leaves shards of one process: "
+            "set parallel.strategy=ddp and dp_replicate=1, or start more processes"
+        )
 
 
 def compute_dtype(recipe: Recipe, device: str) -> str:
@@ -84,20 +104,35 @@ def _learning_rate(recipe: Recipe, facts: Facts) -> float:
     return float(f"{lr:.2g}")
 
 
-def _strategy(recipe: Recipe, facts: Facts) -> str:
-    """Replicas while weights, gradients and moments fill less than 60 % of a process's memory, else shards; ZeRO where
-    something is to be offloaded."""
-    if recipe.parallel.strategy != "auto":
-        return recipe.parallel.strategy
-    if recipe.parallel.offload != "none":
-        return {"optimizer": "zero2", "params": "zero3"}[recipe.parallel.offload]
+def _strategy(recipe: Recipe, facts: Facts) -> tuple[str, str]:
+    """(name, why). Replicas while weights, gradients and moments fill less than REPLICATED_SHARE of a process's memory,
+    else shards; ZeRO where something is to be offloaded."""
+    parallel = recipe.parallel
+    if parallel.strategy != "auto":
+        return parallel.strategy, "as the recipe says"
+    if parallel.dp_replicate > 1:
+        return "fsdp2", f"parallel.dp_replicate={parallel.dp_replicate} is a mesh of it"
+    if parallel.offload != "none":
+        named = {"optimizer": "zero2", "params": "zero3"}[parallel.offload]
+        return named, f"the engine for parallel.offload={parallel.offload}"
     state = 4 * facts.num_parameters + (BYTES_PER_TRAINED - 4) * facts.num_trained
-    return "fsdp2" if facts.world_size > 1 and state > 0.6 * facts.memory_bytes else "ddp"
+    share = state / facts.memory_bytes
+    fills = f"{_size(state)} of weights, gradients and moments in {_size(facts.memory_bytes)} per process"
+    if facts.world_size == 1:
+        return "ddp", f"one process has nobody to share with: {fills}, {share:.0%}"
+    if share <= REPLICATED_SHARE:
+        return "ddp", f"replicas are fastest and fit: {fills}, {share:.0%} <= {REPLICATED_SHARE:.0%}"
+    sharded = share / facts.world_size
+    advice = "" if sharded <= REPLICATED_SHARE else "; still more than that: add processes, or set parallel.offload"
+    return "fsdp2", f"{fills}, {share:.0%} > {REPLICATED_SHARE:.0%}; sharded {sharded:.0%} each{advice}"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def _activation_checkpointing(recipe: Recipe, facts: Facts) -> str:
-    """Full when one pack's activations (about 34 bytes per token, layer and hidden unit in bf16; Korthikanti et al.,
-    2022) would fill more than half of the memory."""
+    """Full when one pack's activations would fill more than half of the memory."""
     if recipe.memory.activation_checkpointing != "auto":
         return recipe.memory.activation_checkpointing
     return "full" if recipe.data.seq_len * _activation_bytes(facts) > 0.5 * facts.memory_bytes else "none"
@@ -139,5 +174,9 @@ def _aimed_step_tokens(recipe: Recipe, facts: Facts) -> int:
 
 
 def _activation_bytes(facts: Facts) -> int:
-    """Bytes of activations per token without checkpointing; twice the bf16 figure in float32 on a CPU."""
-    return (68 if facts.device == "cpu" else 34) * facts.num_layers * facts.hidden_size
+    """Bytes of activations per token without checkpointing: what autograd keeps of layers with two norms, four
+    projections and a gated MLP when replicas train all of it, which is the most any engine keeps (`estimate.memory`
+    counts it exactly). In bf16 on GPUs that is 59 per layer and hidden unit of an 8 B Llama, in float32 on CPUs 94."""
+    unit, inner = (31, 8) if facts.device == "cuda" else (38, 16)
+    intermediate = facts.intermediate_size or 4 * facts.hidden_size
+    return facts.num_layers * (unit * facts.hidden_size + inner * intermediate)

@@ -176,6 +176,19 @@ class OptimSection(Section):
 class ParallelSection(Section):
     strategy: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
     offload: Literal["none", "optimizer", "params"] = "none"  # to CPU memory; `params` offloads the optimizer too
+    dp_replicate: Positive = 1  # HSDP: replicas of the sharded model; the shards of one are neighbouring processes
+
+    @model_validator(mode="after")
+    def _replicates_what_is_sharded(self) -> ParallelSection:
+        if self.dp_replicate > 1 and (self.strategy not in ("auto", "fsdp2") or self.offload != "none"):
+            with_ = (
+                f"parallel.offload={self.offload}" if self.offload != "none" else f"parallel.strategy={self.strategy}"
+            )
+            raise ValueError(
+                f"parallel.dp_replicate={self.dp_replicate} is a mesh of fsdp2, not for {with_}: set "
+                "parallel.strategy=fsdp2 and parallel.offload=none, or dp_replicate=1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _offloads_what_is_partitioned(self) -> ParallelSection:
@@ -295,7 +308,6 @@ NOT_YET: dict[str, str] = {
     "precision.compile": "torch.compile",
     "optim.lora_plus_ratio": "LoRA+",
     "optim.neftune_alpha": "NEFTune noise",
-    "parallel.dp_replicate": "HSDP meshes",
     "parallel.sequence": "sequence parallel",
     "parallel.deepspeed_config": "DeepSpeed's own files: set parallel.strategy and parallel.offload",
     "memory.activation_offload": "activation offloading",

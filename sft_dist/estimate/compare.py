@@ -104,6 +104,7 @@ def _choices(
         world_size=num_devices,
         device=device.kind,
         memory_bytes=device.memory,
+        intermediate_size=architecture.intermediate_size,
     )
     return choose(recipe, facts)
 
@@ -114,6 +115,8 @@ def _candidates(recipe: Recipe, num_devices: int) -> tuple[str, ...]:
         return ("zero3",)
     if recipe.parallel.offload == "optimizer":
         return ("zero1", "zero2", "zero3")
+    if recipe.parallel.dp_replicate > 1:
+        return ("fsdp2",)
     asked = () if recipe.parallel.strategy in ("auto", "ddp") else (recipe.parallel.strategy,)
     return STRATEGIES if num_devices > 1 else ("ddp", *asked)
 
@@ -134,6 +137,7 @@ def _layout(
         rounds=-(-micro_batches // num_devices),
         checkpointing=choices.activation_checkpointing == "full",
         offload=recipe.parallel.offload,
+        dp_replicate=recipe.parallel.dp_replicate if strategy == "fsdp2" else 1,
     )
 
 

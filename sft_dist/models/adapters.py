@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -32,15 +33,18 @@ def apply_tuning(model: PreTrainedModel, tuning: TuningSection, seed: int) -> nn
     return tuned
 
 
-def frozen_digest(model: nn.Module) -> str | None:
-    """SHA-256 that changes with the weights that are not trained, hex; None when all are.
+def frozen_digest(
+    model: nn.Module, value: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, parameter: parameter
+) -> str | None:
+    """SHA-256 that changes with the weights that are not trained, hex; None when all are. `value` gives a parameter's
+    values, by default its own.
 
     They stand in no checkpoint, so a resume must meet them again. Sums of blocks are hashed instead of every byte:
     reading a model once at the speed of memory is all it costs.
     """
     frozen = [(name, p.detach()) for name, p in model.named_parameters() if not p.requires_grad]
     digest = hashlib.sha256()
-    for name, parameter in frozen:
+    for name, parameter in ((name, value(name, held)) for name, held in frozen):
         bits = parameter.contiguous().flatten().view(_BITS[parameter.element_size()])
         sums = [block.sum(dtype=torch.int64) for block in bits.split(_BLOCK)]
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {torch.stack(sums).tolist()}".encode())
@@ -80,14 +84,16 @@ def _with_lora(model: PreTrainedModel, tuning: TuningSection, seed: int) -> nn.M
     except ValueError as error:
         raise ConfigError(f"tuning.targets={tuning.targets}: {str(error).splitlines()[0]}") from error
     for name, parameter in adapted.named_parameters():
-        if "lora_A" in name:
-            _kaiming_from_name(parameter, seed, name)
+        if "lora_A" in name and not parameter.is_meta:
+            parameter.data.copy_(initial_adapter(name, tuple(parameter.shape), seed))
     return adapted
 
 
-def _kaiming_from_name(parameter: nn.Parameter, seed: int, name: str) -> None:
-    """LoRA's A matrix as in the paper's code (Kaiming uniform, a = sqrt 5), from a generator of its own."""
+def initial_adapter(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """LoRA's matrices before the first step, fp32: A as in the paper's code (Kaiming uniform, a = sqrt 5) from a
+    generator of its own, B zero."""
+    if ".lora_B." in name:
+        return torch.zeros(shape)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    with torch.no_grad():
-        nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)

@@ -226,14 +226,22 @@ def test_what_would_fit_is_computed_and_really_fits() -> None:
     assert on(recipe_of(EIGHT_B, *words), "H100", 1).recommended == "ddp"
 
 
-def test_accumulating_shards_keeps_whole_gradients() -> None:
+def test_accumulating_shards_keeps_sharded_sums() -> None:
     architecture = derive(EIGHT_B, "x")
     counts = tuned(architecture, TuningSection())
     once, often = (
         memory(architecture, counts, Layout("fsdp2", 8, "cuda", 2, 4, 2048, 2048, rounds, True)) for rounds in (1, 2)
     )
-    assert often.device["loss"]["gradients"] == 4 * counts.trained
+    assert often.device["loss"]["gradients"] == 4 * counts.trained // 8
     assert once.device["backward"]["gradients"] < counts.trained
+
+
+def test_replicas_of_shards_hold_what_one_replica_alone_would() -> None:
+    architecture = derive(EIGHT_B, "x")
+    counts = tuned(architecture, TuningSection())
+    numbers = ("cuda", 2, 4, 2048, 2048, 2, True)
+    alone, twice = Layout("fsdp2", 8, *numbers), Layout("fsdp2", 16, *numbers, dp_replicate=2)
+    assert memory(architecture, counts, twice).peak == memory(architecture, counts, alone).peak
 
 
 def test_prepared_data_give_the_steps_of_the_plan(tmp_path: Path) -> None:
