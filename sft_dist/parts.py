@@ -34,6 +34,7 @@ from sft_dist.errors import CheckpointError, ConfigError, DataError
 from sft_dist.models.adapters import frozen_digest, is_adapter
 from sft_dist.models.load import DTYPES, load_tokenizer
 from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers
+from sft_dist.models.recompute import compile_layers, keep_activations
 from sft_dist.models.weight_files import give_memory
 from sft_dist.network import Network, build_empty_network, build_network
 from sft_dist.observe.header import batch_equation, certificate_line, count
@@ -98,8 +99,9 @@ def _beat_while_preparing(done: int, total: int) -> None:
     heart().beat(0, "prepare")
 
 
-def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
-    """Model, engine, plan and optimizer; refuses a run folder whose fingerprint differs.
+def build_parts(inputs: Inputs, place: Runtime, run_dir: Path, chosen: Choices | None = None) -> Parts:
+    """Model, engine, plan and optimizer; refuses a run folder whose fingerprint differs. `chosen` takes the place of
+    what would be chosen or was recorded.
 
     Raises ConfigError or CertificateError with the way out.
     """
@@ -107,6 +109,7 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
     recorded = broadcast_json(read_fingerprint(run_dir) if place.is_main else None)
     compute = recorded["choices"]["compute"] if recorded else compute_dtype(recipe, place.device.type)
     network, choices = _network(inputs, recorded, DTYPES[compute], place)
+    choices = chosen or choices
     plan = train_plan(recipe, choices, inputs.data.train)
     frozen = broadcast_json(frozen_digest(network.model, network.value) if place.is_main else None)
     fingerprint = make_fingerprint(inputs, choices, plan, frozen)
@@ -150,13 +153,20 @@ def _network(
 
 def spread(network: Network, recipe: Recipe, choices: Choices, place: Runtime) -> Engine:
     """The engine that was chosen, around the network, with the recipe's optimizer."""
-    if choices.activation_checkpointing == "full":
-        causal_lm(network.model).gradient_checkpointing_enable({"use_reentrant": False})
+    layers = decoder_layers(causal_lm(network.model))
+    if recipe.precision.compile:
+        compile_layers(layers, network.config._attn_implementation if network.backend else None)
+    keep_activations(
+        layers,
+        choices.activation_checkpointing,
+        offload=recipe.memory.activation_offload,
+        on_gpu=place.device.type == "cuda",
+    )
     autocast = network.compute if choices.strategy not in CASTS_ITSELF and network.compute != torch.float32 else None
     return build_engine(
         choices.strategy,
         PackedCausalLM(network.model, network.head, autocast_dtype=autocast),
-        decoder_layers(causal_lm(network.model)),
+        layers,
         place,
         network.compute,
         partial(build_optimizer, optim=recipe.optim, lr=choices.lr),
@@ -245,7 +255,9 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
         (
             "optimizer",
             f"{recipe.optim.name}, lr {choices.lr:g} {recipe.optim.schedule}, "
-            f"activation checkpointing {choices.activation_checkpointing}",
+            f"activation checkpointing {choices.activation_checkpointing}"
+            + (", offloaded" if recipe.memory.activation_offload else "")
+            + (", compiled layers" if recipe.precision.compile else ""),
         ),
         *parts.kernels,
         ("certificate", certificate_line([(c.name, c.figure, c.limit) for c in parts.checks])),

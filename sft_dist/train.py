@@ -23,6 +23,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,7 @@ from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime, read_place, runtime, seed_for
 from sft_dist.parts import Inputs, Parts, build_parts, header_rows, read_fingerprint, read_inputs
+from sft_dist.rehearsal import fit
 from sft_dist.resilience.heartbeat import heart
 from sft_dist.resilience.orphan import launcher_commands
 from sft_dist.resilience.run_folder import attempt_dir, claim, put_aside, write_exit_code
@@ -151,10 +153,12 @@ def loop(parts: Parts, job: Job, manager: CheckpointManager, done: Position) -> 
 
 def train(inputs: Inputs, job: Job, place: Runtime) -> int:
     """Build, resume, step, finish. Returns the exit code; every rank takes the same path."""
-    parts = build_parts(inputs, place, job.run_dir)
+    resumed = broadcast_json(read_fingerprint(job.run_dir) is not None)
+    fitted = fit(partial(build_parts, inputs, place, job.run_dir), resumed=resumed, say=job.console.say)
+    parts = fitted.parts
     try:
         manager = CheckpointManager(job.run_dir, inputs.recipe.checkpoint.keep, notice=job.console.say)
-        rows = [*header_rows(parts, job.attempt), ("layout", prove_layout(parts))]
+        rows = [*header_rows(parts, job.attempt), ("layout", prove_layout(parts)), ("rehearsal", fitted.told)]
         done = resume(parts, job, manager)
         job.open_records(inputs.recipe, parts.fingerprint, inputs.data.report.as_dict(), rows)
         dist.barrier()

@@ -135,6 +135,8 @@ def _activation_checkpointing(recipe: Recipe, facts: Facts) -> str:
     """Full when one pack's activations would fill more than half of the memory."""
     if recipe.memory.activation_checkpointing != "auto":
         return recipe.memory.activation_checkpointing
+    if recipe.memory.activation_offload:
+        return "full"
     return "full" if recipe.data.seq_len * _activation_bytes(facts) > 0.5 * facts.memory_bytes else "none"
 
 

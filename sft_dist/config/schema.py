@@ -51,6 +51,7 @@ class ModelSection(Section):
 class PrecisionSection(Section):
     compute: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs, float32 on CPUs
     master: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False  # torch.compile, layer by layer
 
     @model_validator(mode="after")
     def _masters_are_not_narrower(self) -> PrecisionSection:
@@ -202,7 +203,17 @@ class ParallelSection(Section):
 
 
 class MemorySection(Section):
-    activation_checkpointing: Literal["auto", "none", "full"] = "auto"
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    activation_offload: bool = False  # what full checkpointing keeps waits in host memory
+
+    @model_validator(mode="after")
+    def _offloads_what_checkpointing_keeps(self) -> MemorySection:
+        if self.activation_offload and self.activation_checkpointing not in ("auto", "full"):
+            raise ValueError(
+                "memory.activation_offload moves the layers' inputs that full checkpointing keeps, not all that "
+                f"{self.activation_checkpointing} keeps: set memory.activation_checkpointing=full (or auto)"
+            )
+        return self
 
 
 class KernelsSection(Section):
@@ -290,6 +301,22 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _compiles_what_stays_whole(self) -> Recipe:
+        if not self.precision.compile:
+            return self
+        if self.memory.activation_checkpointing == "selective":
+            raise ValueError(
+                "precision.compile decides itself what a layer keeps, memory.activation_checkpointing=selective does "
+                "so by operation: set it to none or full, or precision.compile=false"
+            )
+        if self.parallel.strategy == "zero3" or self.parallel.offload == "params":
+            raise ValueError(
+                "precision.compile makes one graph of a layer, and zero3 gathers its matrices one by one inside it: "
+                "set parallel.strategy=fsdp2, or precision.compile=false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _budgets_are_multiples(self) -> Recipe:
         micro, step, seq_len = self.batch.tokens_per_micro_batch, self.batch.tokens_per_step, self.data.seq_len
         if micro != "auto" and micro % seq_len:
@@ -305,12 +332,10 @@ class Recipe(Section):
 # Public keys, and values as `key=word`, that later versions implement; asking for one is refused with this text.
 NOT_YET: dict[str, str] = {
     "precision.stochastic_rounding": "bf16 masters with stochastic rounding",
-    "precision.compile": "torch.compile",
     "optim.lora_plus_ratio": "LoRA+",
     "optim.neftune_alpha": "NEFTune noise",
     "parallel.sequence": "sequence parallel",
     "parallel.deepspeed_config": "DeepSpeed's own files: set parallel.strategy and parallel.offload",
-    "memory.activation_offload": "activation offloading",
     "checkpoint.async": "asynchronous checkpoints",
     "resilience.audit_every": "the silent-corruption audit",
     "log.project": "hosted trackers",
@@ -322,7 +347,6 @@ NOT_YET: dict[str, str] = {
         [f"tuning.method={name}" for name in ("dora", "qlora", "prefix", "prompt", "bitfit")],
         "other methods than LoRA",
     ),
-    "memory.activation_checkpointing=selective": "selective checkpointing",
     **dict.fromkeys([f"log.trackers={name}" for name in ("wandb", "mlflow")], "hosted trackers"),
     **dict.fromkeys([f"cluster.target={name}" for name in ("ssh", "slurm")], "several machines"),
     **dict.fromkeys(

@@ -20,7 +20,7 @@ import torch
 from sft_dist.data.collate import batch_digest, collate
 from sft_dist.data.plan import PackPlan
 from sft_dist.data.store import TokenStore
-from sft_dist.types import PackedBatch, StepPlan
+from sft_dist.types import Pack, PackedBatch, StepPlan
 
 _CLOSE_SECONDS = 5.0  # a read that hangs must not keep the process from ending
 
@@ -100,7 +100,10 @@ class Loader:
         return LoadedStep(step=step, batches=batches, indices=indices, digest=batch_digest(step, self._store))
 
     def _batch(self, step: StepPlan, index: int) -> PackedBatch:
-        micro_batch = step.micro_batches[index] if index < len(step.micro_batches) else ()
+        return self.batch_of(step.micro_batches[index] if index < len(step.micro_batches) else ())
+
+    def batch_of(self, micro_batch: tuple[Pack, ...]) -> PackedBatch:
+        """These packs as one micro-batch of this rank."""
         batch = collate(
             micro_batch,
             self._store,

@@ -103,6 +103,7 @@ def empty_model(model: ModelSection, *, dtype: torch.dtype) -> PreTrainedModel:
     config = load_config(model)
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
         network = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
+    network.tie_weights()  # the context above makes parameters anew wherever one is set, and so unties them
     if _locate(model, "generation_config.json") is not None:
         network.generation_config = GenerationConfig.from_pretrained(model.path, revision=model.revision or "main")
     network.config.use_cache = False  # a cache object makes transformers drop document boundaries silently

@@ -53,10 +53,10 @@ def count_sums(made: Engine, rounds: int, place: Runtime) -> list[int]:
     """All-reduces in the mesh's replica groups during each micro-batch of one more step."""
     counts, real, counted = [], dist.all_reduce, [0]
     mesh = next(iter(made.trained.values())).device_mesh  # type: ignore[attr-defined]
-    between = mesh.get_group("dp_replicate").group_name
+    between = dist.get_process_group_ranks(mesh.get_group("dp_replicate"))
 
     def counting(*arguments: Any, group: Any = None, **options: Any) -> Any:
-        counted[0] += group is not None and group.group_name == between
+        counted[0] += dist.get_process_group_ranks(group) == between
         return real(*arguments, group=group, **options)
 
     dist.all_reduce = counting
