@@ -54,7 +54,8 @@ def build_network(
     model = load_model(recipe.model, dtype=base_dtype, seed=recipe.run.seed, vocab_size=vocab_size)
     backend = attention.choose_backend(recipe.model.attention, model.config, device, compute)
     packs = recipe.data.packing != "padded"
-    refuse_what_cannot_be_cut(model.config, sequence.size, DROPOUTS)
+    if sequence.size > 1:
+        refuse_what_cannot_be_cut(model.config, sequence.size, DROPOUTS)
     if packs:
         attention.install(model, backend.name, sequence.across)
     tuned = apply_tuning(model, recipe.tuning, recipe.run.seed, compute)

@@ -38,6 +38,7 @@ from sft_dist.errors import CheckpointError, ConfigError, DataError
 from sft_dist.models.adapters import frozen_digest, is_adapter
 from sft_dist.models.load import DTYPES, load_tokenizer
 from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers
+from sft_dist.models.rotary import refuse_shared_turns
 from sft_dist.network import Network, build_network
 from sft_dist.observe.header import batch_equation, certificate_line, count
 from sft_dist.observe.perf import Shape
@@ -127,6 +128,11 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
     choices = _choices(recipe, recorded, network.model, inputs.data.train, place)
     if recipe.run.deterministic == ELASTIC:
         check_micro_batches(place.world_size, choices.micro_batches_per_step)
+    refuse_shared_turns(
+        network.config,
+        longest_example(inputs),
+        is_alone=recipe.data.packing == "none" and choices.packs_per_micro_batch == sequence.size == 1,
+    )
     plan = train_plan(recipe, choices, inputs.data.train)
     frozen = broadcast_json(frozen_digest(network.model) if place.is_main else None)
     fingerprint = make_fingerprint(inputs, choices, plan, frozen)
@@ -151,6 +157,13 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
         kernels=network.kernels,
         shape=shape,
     )
+
+
+def longest_example(inputs: Inputs) -> int:
+    """Tokens of the longest example of any split; of a stream, what its longest may have."""
+    if inputs.recipe.data.streams:
+        return inputs.recipe.data.seq_len
+    return max(int(store.lengths.max()) for store in (inputs.data.train, inputs.data.eval) if store is not None)
 
 
 def spread(network: Network, recipe: Recipe, choices: Choices, place: Runtime) -> Engine:

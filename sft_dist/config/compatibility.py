@@ -28,7 +28,35 @@ class Row:
     upstream: str = ""  # the thread or page that tells of it; empty where it follows from the mathematics
 
 
-REFUSED: tuple[Row, ...] = ()
+ELASTIC_SUMS = "only FSDP2 lets the order of its sums be chosen"
+
+REFUSED: tuple[Row, ...] = (
+    Row(
+        {"run.deterministic": ("elastic",), "parallel.strategy": ("ddp", *ZERO)},
+        ELASTIC_SUMS,
+        "set parallel.strategy=fsdp2",
+    ),
+    Row(
+        {"run.deterministic": ("elastic",), "parallel.offload": ("optimizer", "params")},
+        ELASTIC_SUMS,
+        "set parallel.offload=none",
+    ),
+    Row(
+        {"run.deterministic": ("elastic",), "parallel.sequence": (GIVEN,)},
+        "a document's sums are cut where the processes cut it",
+        "set parallel.sequence=1",
+    ),
+    Row(
+        {"resilience.nonfinite": ("skip",), "parallel.strategy": ZERO},
+        "DeepSpeed keeps what it has summed of a step that is not taken",
+        "set parallel.strategy=fsdp2 or ddp",
+    ),
+    Row(
+        {"resilience.audit_every": (GIVEN, 1), "parallel.sequence": (GIVEN,)},
+        "processes that share a row compute different parts of it",
+        "set parallel.sequence=1, or leave the audit out",
+    ),
+)
 
 
 def refusal(recipe: Recipe, strategy: str | None = None) -> str | None:

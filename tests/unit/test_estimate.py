@@ -248,6 +248,21 @@ def test_what_would_fit_is_computed_and_really_fits() -> None:
     assert on(recipe_of(EIGHT_B, *words), "H100", 1).recommended == "ddp"
 
 
+def test_long_documents_fit_when_their_rows_are_cut() -> None:
+    long = ("memory.activation_checkpointing=full", "batch.tokens_per_micro_batch=1048576")
+    whole = on(recipe_of(EIGHT_B, *long, seq_len=1048576), "H100", 8)
+    assert whole.recommended is None
+    remedy = next(text for text, _ in whole.remedies if "parallel.sequence" in text)
+    words = [word for word in remedy.split() if "=" in word]
+    cut = on(recipe_of(EIGHT_B, *long, *words, seq_len=1048576), "H100", 8)
+    assert cut.recommended == "fsdp2"
+    shared_by = int(remedy.split("parallel.sequence=")[1].split()[0])
+    kept = [found.option("fsdp2").memory.device["loss"]["activations"] for found in (cut, whole)]
+    assert kept[0] * shared_by == pytest.approx(kept[1], rel=1e-6)
+    with pytest.raises(ConfigError, match="cannot form groups of 8"):
+        on(recipe_of(EIGHT_B, "parallel.sequence=8"), "H100", 4)
+
+
 def test_accumulating_shards_keeps_whole_gradients() -> None:
     architecture = derive(EIGHT_B, "x")
     counts = tuned(architecture, TuningSection())
