@@ -22,6 +22,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sft_dist.certify import Check, certify
+from sft_dist.checkpoint.export import rehearse_words
+from sft_dist.checkpoint.export_certificate import Words
 from sft_dist.config.auto import Choices, Facts, choose, compute_dtype
 from sft_dist.config.elastic import ELASTIC, check_micro_batches
 from sft_dist.config.identity import identity, refuse_changes
@@ -109,6 +111,12 @@ def _beat_while_preparing(done: int, total: int) -> None:
     heart().stay("prepare")
 
 
+def words_of(inputs: Inputs) -> Words:
+    """What an export says beside its weights."""
+    template, tokenizer = inputs.data.template, inputs.tokenizer
+    return Words(tokenizer, template.text, template.stop_token_ids(tokenizer))
+
+
 def build_parts(inputs: Inputs, place: Runtime, run_dir: Path, chosen: Choices | None = None) -> Parts:
     """Model, engine, plan and optimizer; refuses a run folder whose fingerprint differs. `chosen` takes the place of
     what would be chosen or was recorded.
@@ -121,6 +129,8 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path, chosen: Choices |
     compute = recorded["choices"]["compute"] if recorded else compute_dtype(recipe, place.device.type)
     network, choices = _network(inputs, recorded, DTYPES[compute], place, sequence)
     choices = chosen or choices
+    if not is_adapter(network.model):  # an adapter's folder has no config.json to mislead a reader
+        rehearse_words(network.config, words_of(inputs))
     if recipe.run.deterministic == ELASTIC:
         check_micro_batches(place.world_size, choices.micro_batches_per_step)
     refuse_shared_turns(
