@@ -28,7 +28,54 @@ class Row:
     upstream: str = ""  # the thread or page that tells of it; empty where it follows from the mathematics
 
 
+ELASTIC_SUMS = "only FSDP2 lets the order of its sums be chosen"
+
 REFUSED: tuple[Row, ...] = (
+    Row(
+        {"run.deterministic": ("elastic",), "parallel.strategy": ("ddp", *ZERO)},
+        ELASTIC_SUMS,
+        "set parallel.strategy=fsdp2",
+    ),
+    Row(
+        {"run.deterministic": ("elastic",), "parallel.offload": ("optimizer", "params")},
+        ELASTIC_SUMS,
+        "set parallel.offload=none",
+    ),
+    Row(
+        {"run.deterministic": ("elastic",), "parallel.sequence": (GIVEN,)},
+        "a document's sums are cut where the processes cut it",
+        "set parallel.sequence=1",
+    ),
+    Row(
+        {"resilience.nonfinite": ("skip",), "parallel.strategy": ZERO},
+        "DeepSpeed keeps what it has summed of a step that is not taken",
+        "set parallel.strategy=fsdp2 or ddp",
+    ),
+    Row(
+        {"resilience.audit_every": (GIVEN, 1), "parallel.sequence": (GIVEN,)},
+        "processes that share a row compute different parts of it",
+        "set parallel.sequence=1, or leave the audit out",
+    ),
+    Row(
+        {"run.deterministic": ("elastic",), "parallel.dp_replicate": (GIVEN,)},
+        "sums over shards and over replicas are made one after the other",
+        "set parallel.dp_replicate=1",
+    ),
+    Row(
+        {"parallel.sequence": (GIVEN,), "precision.compile": (True,)},
+        "a layer that exchanges tokens for heads is no single graph",
+        "set parallel.sequence=1, or precision.compile=false",
+    ),
+    Row(
+        {"parallel.sequence": (GIVEN,), "tuning.method": ("prefix", "prompt")},
+        "virtual tokens stand before every document, and a slice may begin inside one",
+        "set parallel.sequence=1, or use tuning.method=lora",
+    ),
+    Row(
+        {"parallel.sequence": (GIVEN,), "optim.neftune_alpha": (GIVEN, 1)},
+        "noise is drawn for whole rows, and no process holds one",
+        "set parallel.sequence=1, or leave the noise out",
+    ),
     Row(
         {"optim.name": ("muon",), "parallel.strategy": ZERO},
         "ZeRO moves flat pieces of all parameters, and Muon orthogonalises whole matrices",

@@ -158,11 +158,11 @@ def _number(text: str) -> float | None:
 
 # --- the table -----------------------------------------------------------------------------------------------------
 
-_ADAMW: dict[str, str | Translate] = dict.fromkeys(
-    ("adam", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "paged_adamw", "torch.optim.adamw"),
-    "adamw",
-)
-_ADAMW |= dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit", "paged_adamw_8bit"), "adamw8bit")
+_ADAMW: dict[str, str | Translate] = {
+    **dict.fromkeys(("adam", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"), "adamw"),
+    **dict.fromkeys(("paged_adamw", "torch.optim.adamw"), "adamw"),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit", "paged_adamw_8bit"), "adamw8bit"),
+}
 _SCHEDULES: dict[str, str | Translate] = {
     "constant_with_warmup": "constant",
     "cosine_with_min_lr": "cosine",
@@ -317,11 +317,14 @@ NAMES: dict[str, Translate] = {
     "enable_activation_checkpointing": _switch(
         _set(memory__activation_checkpointing="full"), _set(memory__activation_checkpointing="none")
     ),
+    "sequence_parallel_size": _to("parallel.sequence"),
+    "sequence_parallel_degree": _to("parallel.sequence"),
+    "context_parallel_size": _to("parallel.sequence"),
     "gradient_checkpointing_kwargs": _drop("memory.activation_checkpointing decides"),
     "use_liger_kernel": _switch(_set(kernels__head="auto"), _set(kernels__head="reference")),
     "fsdp": _set(parallel__strategy="fsdp2"),
     "fsdp_config": _set(parallel__strategy="fsdp2"),
-    "deepspeed": _later("DeepSpeed's own files: set parallel.strategy and parallel.offload"),
+    "deepspeed": _to("parallel.deepspeed_config"),
     "num_processes": _drop("it is an option of the command: --nproc N"),
     "nproc_per_node": _drop("it is an option of the command: --nproc N"),
     "ddp_find_unused_parameters": _drop("only trained parameters take part"),
@@ -344,9 +347,22 @@ NAMES: dict[str, Translate] = {
     "logging_steps": _to("log.every_steps"),
     "logging_dir": _drop("logs are in RUN_DIR/logs"),
     "report_to": _words(
-        "log.trackers", {"none": "[]", "[]": "[]", "tensorboard": "[tensorboard]", "all": "[tensorboard]"}
+        "log.trackers",
+        {
+            "none": "[]",
+            "[]": "[]",
+            "tensorboard": "[tensorboard]",
+            "wandb": "[wandb]",
+            "mlflow": "[mlflow]",
+            "all": "[tensorboard]",
+        },
     ),
-    "push_to_hub": _switch(_later("hub upload"), _drop("nothing is uploaded")),
+    "wandb_project": _to("log.project"),
+    "wandb_run_group": _to("log.group"),
+    "mlflow_experiment_name": _to("log.project"),
+    "push_to_hub": _switch(_drop("hub.push_to=owner/name uploads the export"), _drop("nothing is uploaded")),
+    "hub_model_id": _to("hub.push_to"),
+    "hub_private_repo": _to("hub.private"),
     "do_train": _drop("the verb says it: sft-dist train"),
     "do_eval": _EVALS_BY_STEPS,
     "stage": _drop("supervised fine-tuning is all there is"),

@@ -218,6 +218,7 @@ INTERFACE_NAMES = {
     "flex": "sft_segment_fx",
     "sdpa": "sft_segment_sd",
 }
+SLICED = "_sliced"  # is added to the name of a kernel that works on slices: both kinds can live in one process
 
 
 def unavailable_reason(name: str, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -259,13 +260,16 @@ def choose_backend(requested: str, config: PretrainedConfig, device: torch.devic
     raise AssertionError("sdpa is always available")
 
 
-def install(model: nn.Module, backend: str) -> None:
+def install(model: nn.Module, backend: str, across: Callable[[Kernel], Kernel] | None = None) -> None:
     """Make every attention layer of `model` call `backend` with the batch's explicit segments.
 
+    `across` turns the kernel for whole rows into one for a rank's slice of them (sequence parallel).
     Raises ConfigError for architectures that cannot change their attention (Falcon, OPT: code of their own).
     """
-    name = INTERFACE_NAMES[backend]
-    AttentionInterface.register(name, partial(segment_attention, BACKENDS[backend]))
+    name, kernel = INTERFACE_NAMES[backend], BACKENDS[backend]
+    if across is not None:
+        name, kernel = name + SLICED, across(kernel)
+    AttentionInterface.register(name, partial(segment_attention, kernel))
     try:
         model.set_attn_implementation(name)  # type: ignore[operator]
     except ValueError as error:

@@ -62,7 +62,7 @@ class PackedCausalLM(nn.Module):
             )
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """The decoder's last hidden states: [1, T, D] packed, [B, S, D] padded."""
+        """The decoder's last hidden states of the batch's tokens: [1, T, D] packed, [B, S, D] padded."""
         lm = causal_lm(self.model)
         with self._autocast(batch.input_ids.device.type):
             entry = enter(self.model, lm, batch, self._noise_alpha if self.training else 0.0)
@@ -74,6 +74,11 @@ class PackedCausalLM(nn.Module):
         """The Hugging Face `generate`, reached through the wrapper so that engines can gather sharded weights first."""
         speaker = self.model if kind_of(self.model) else causal_lm(self.model)  # PEFT puts virtual tokens in front
         return speaker.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """[B, S, V] of plain token ids [B, S], as a user's forward call gives them; reached as `generate` is."""
+        with self._autocast(input_ids.device.type):
+            return self.model(input_ids=input_ids, use_cache=False).logits
 
     def _autocast(self, device_type: str) -> torch.autocast:
         enabled = self._autocast_dtype is not None
@@ -90,7 +95,7 @@ def attention_arguments(batch: PackedBatch, implementation: str) -> dict[str, An
         "cu_seq_lens_k": batch.cu_seqlens,
         "max_length_q": batch.max_seqlen,
         "max_length_k": batch.max_seqlen,
-        "segments": Segments.of(batch.cu_seqlens) if implementation == INTERFACE_NAMES["sdpa"] else None,
+        "segments": Segments.of(batch.cu_seqlens) if implementation.startswith(INTERFACE_NAMES["sdpa"]) else None,
     }
 
 

@@ -44,18 +44,15 @@ def grow(model: PreTrainedModel, vocab_size: int, num_added: int) -> None:
                 _fill_with_mean(tensor, rows)
 
 
-def require_training(tuned: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: int, method: str) -> None:
-    """Raise ConfigError when the tokenizer has more ids than the base model has `rows`, and nobody trains theirs."""
-    missing = len(tokenizer) - rows
-    if missing <= 0:
-        return
+def require_training(tuned: nn.Module, num_new: int, method: str) -> None:
+    """Raise ConfigError unless the embeddings are trained: `num_new` of their rows mean nothing yet."""
     lm = causal_lm(tuned)
     edges = (lm.get_input_embeddings(), lm.get_output_embeddings())
     if all(any(parameter.requires_grad for parameter in module.parameters()) for module in edges):
         return
     names = [name.rpartition(".")[2] for name, module in lm.named_modules() if module in edges]
     raise ConfigError(
-        f"model.tokenizer has {missing} tokens that the model has no embedding for, and tuning.method={method} would "
+        f"model.tokenizer has {num_new} tokens that the model has no embedding for, and tuning.method={method} would "
         f"leave their new ones untrained; set tuning.modules_to_save=[{', '.join(names)}] beside a LoRA method"
     )
 

@@ -49,6 +49,7 @@ class Engine:
     trained: dict[str, nn.Parameter]  # by name in the Hugging Face (or PEFT) model
     state: Callable[[], dict[str, Tensor]]  # `model.NAME` fp32 or as trained, `optim.NAME.KEY`; global shapes
     adopt: Callable[[Mapping[str, Tensor]], None]  # what `state` gave and a checkpoint has filled becomes the run's
+    discard_gradients: Callable[[], None]  # of a step that is not taken
     whole: Callable[[Tensor], Tensor]  # an entry of the model's state dict, gathered; collective
 
     @property
@@ -66,13 +67,6 @@ class Engine:
         finally:
             self.packed.train()
             self.reshard()
-
-    def full_state(self) -> dict[str, Tensor]:
-        """Every tensor of the model, gathered, on the CPU. All ranks call; all ranks receive."""
-        return {name: self.whole(tensor).detach().cpu() for name, tensor in self._state_dict().items()}
-
-    def _state_dict(self) -> dict[str, Tensor]:
-        return self.model.state_dict(keep_vars=True)
 
 
 def live_engine(
@@ -115,6 +109,7 @@ def live_engine(
         trained=trained,
         state=state,
         adopt=_already_in_place,
+        discard_gradients=optimizer.zero_grad,
         whole=full_tensor,
     )
 

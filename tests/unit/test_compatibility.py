@@ -13,7 +13,13 @@ from sft_dist.config.compatibility import GIVEN, REFUSED, Row, refusal
 from sft_dist.config.schema import Recipe
 from sft_dist.errors import ConfigError
 
-EXAMPLES = {"optim.lora_plus_ratio": 16.0}  # a value for rows that ask for any
+EXAMPLES = {  # values for rows that ask for any
+    "optim.lora_plus_ratio": 16.0,
+    "optim.neftune_alpha": 5.0,
+    "parallel.dp_replicate": 2,
+    "parallel.sequence": 2,
+    "resilience.audit_every": 50,
+}
 NEEDED = {"precision.stochastic_rounding": {"precision.master": "bfloat16", "precision.compute": "bfloat16"}}
 
 
