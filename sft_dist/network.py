@@ -18,6 +18,7 @@ from sft_dist.models import attention
 from sft_dist.models.adapters import apply_tuning
 from sft_dist.models.load import DTYPES, load_config, load_model
 from sft_dist.models.packed import Head, causal_lm, pick_head
+from sft_dist.models.quantise import move_scales
 from sft_dist.models.vocabulary import require_training
 from sft_dist.models.weight_files import WeightFiles, empty_model, find_files
 from sft_dist.parallel.sequence import ALONE, SequenceGroup, refuse_what_cannot_be_cut, share_dropout
@@ -112,6 +113,7 @@ def tune(
     if packs:
         attention.install(model, backend.name, sequence.across)
     tuned = apply_tuning(model, recipe.tuning, recipe.run.seed, compute)
+    move_scales(tuned, device)
     share_dropout(tuned, sequence)
     for parameter in tuned.parameters():
         if parameter.requires_grad:

@@ -99,6 +99,13 @@ def scales(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"{name}.{key}", tensor) for key, tensor in sorted(state.as_dict(packed=True).items()))
 
 
+def move_scales(model: nn.Module, device: torch.device) -> None:
+    """The scales to where the codes will be: engines that shard move parameters, and these are none."""
+    for module in model.modules():
+        if getattr(module, "quant_state", None) is not None:
+            module.quant_state.to(device)
+
+
 def _replace(
     model: PreTrainedModel,
     kind: type[nn.Module],

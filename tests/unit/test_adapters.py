@@ -15,7 +15,7 @@ from sft_dist.config.schema import TuningSection
 from sft_dist.errors import ConfigError
 from sft_dist.models.adapters import apply_tuning, frozen_digest
 from sft_dist.models.load import build_random
-from sft_dist.models.quantise import check_codes, dequantise, quantise
+from sft_dist.models.quantise import check_codes, dequantise, move_scales, quantise
 
 
 def model(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -179,6 +179,17 @@ def test_matrices_that_bitsandbytes_misreads_are_left_alone() -> None:
     narrow.intermediate_size = 96
     with pytest.raises(ConfigError, match="nothing would be quantised"):
         quantise(build_random(narrow, dtype=torch.float32, seed=1), torch.float32)
+
+
+def test_scales_go_where_the_codes_will_be() -> None:
+    model = tuned(method="qlora")
+    move_scales(model, torch.device("meta"))
+    states = [module.quant_state for module in model.modules() if getattr(module, "quant_state", None) is not None]
+    kept = [t for s in states for t in (s.absmax, s.code, s.offset, s.state2.absmax, s.state2.code)]
+    assert len(states) == 12 and all(tensor.device.type == "meta" for tensor in kept)
+    assert all(
+        module.weight.quant_state is module.quant_state for module in model.modules() if hasattr(module, "quant_state")
+    )
 
 
 def test_without_bitsandbytes_there_is_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
