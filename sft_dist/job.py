@@ -15,7 +15,9 @@ from sft_dist.config.schema import Recipe
 from sft_dist.observe.console import Console
 from sft_dist.observe.metrics import MetricsLog
 from sft_dist.observe.run_files import write_json
+from sft_dist.observe.trackers import Trackers
 from sft_dist.resilience.heartbeat import heart
+from sft_dist.resilience.lease import LEASE_VARIABLE, check_ours
 from sft_dist.resilience.run_folder import attempt_dir
 from sft_dist.resilience.signals import StopFlag
 from sft_dist.types import StepMetrics
@@ -42,10 +44,15 @@ class Job:
             return
         (self.run_dir / "config.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         write_json(self.run_dir / "fingerprint.json", fingerprint)
-        write_json(self.run_dir / "prepare_report.json", report)
+        self.write_report(report)
         write_json(self.run_dir / "header.json", header)
         self.console.header("sft-dist train", header)
-        self.log = MetricsLog(self.run_dir, recipe.log.trackers)
+        self.log = MetricsLog(self.run_dir, Trackers(self.run_dir, recipe, self.console.say))
+
+    def write_report(self, report: dict[str, Any]) -> None:
+        """Write prepare_report.json; what was read of a stream by now is in it."""
+        if self.is_main:
+            write_json(self.run_dir / "prepare_report.json", report)
 
     def record(self, metrics: StepMetrics, num_steps: int, *, due: bool) -> None:
         """Write one step and move the display; `due` steps get a line where there is no bar."""
@@ -55,6 +62,16 @@ class Job:
         self._seconds = [*self._seconds[-19:], metrics.step_seconds]
         seconds_left = (num_steps - metrics.step) * sum(self._seconds) / len(self._seconds)
         self.console.step(metrics, num_steps, seconds_left, due=due)
+
+    def settle(self) -> None:
+        """Have every line of metrics.jsonl written; raises OSError. A checkpoint must not stand for unwritten steps."""
+        if self.log is not None:
+            self.log.settle()
+
+    def check_lease(self) -> None:
+        """Raise LockedError when another machine has taken the run folder over since this attempt claimed it."""
+        if token := os.environ.get(LEASE_VARIABLE):
+            check_ours(self.run_dir, token)
 
     def __enter__(self) -> Self:
         return self

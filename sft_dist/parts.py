@@ -16,39 +16,39 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from sft_dist.certify import DROPOUTS, Check, certify
+from sft_dist.certify import Check, certify
+from sft_dist.checkpoint.hub_push import check_hub
 from sft_dist.config.auto import Choices, Facts, choose, compute_dtype
+from sft_dist.config.elastic import ELASTIC, check_micro_batches
 from sft_dist.config.identity import identity, refuse_changes
 from sft_dist.config.loader import load_resolved
 from sft_dist.config.schema import Recipe
-from sft_dist.data.loader import Loader
+from sft_dist.data.loader import Loader, Plan, VerifiedDocuments
 from sft_dist.data.plan import PackPlan
 from sft_dist.data.planning import heldout_plan, train_plan
 from sft_dist.data.prepare import PreparedData, prepare
-from sft_dist.data.store import TokenStore
+from sft_dist.data.stream_plan import StreamPlan
+from sft_dist.data.stream_store import AnyStore
 from sft_dist.errors import CheckpointError, ConfigError, DataError
-from sft_dist.models import attention
-from sft_dist.models.adapters import apply_tuning, frozen_digest, is_adapter
-from sft_dist.models.load import DTYPES, load_model, load_tokenizer
-from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers, pick_head
+from sft_dist.models.adapters import frozen_digest, is_adapter
+from sft_dist.models.load import DTYPES, load_tokenizer
+from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers
 from sft_dist.models.rotary import refuse_shared_turns
+from sft_dist.network import Network, build_network
 from sft_dist.observe.header import batch_equation, certificate_line, count
 from sft_dist.observe.perf import Shape
+from sft_dist.observe.trackers import check_trackers
 from sft_dist.optim import build_optimizer
 from sft_dist.parallel.build import CASTS_ITSELF, build_engine
 from sft_dist.parallel.engine import Engine, global_numel
 from sft_dist.parallel.messages import broadcast_json
-from sft_dist.parallel.runtime import Runtime
-from sft_dist.parallel.sequence import (
-    SequenceGroup,
-    refuse_what_cannot_be_cut,
-    sequence_group,
-    share_dropout,
-)
+from sft_dist.parallel.runtime import Runtime, read_place
+from sft_dist.parallel.sequence import SequenceGroup, sequence_group
 from sft_dist.resilience.heartbeat import heart
 
 PAD_MULTIPLE_CPU = 8
@@ -68,7 +68,7 @@ class Inputs:
 class Split:
     """A planned data split with this rank's loader."""
 
-    plan: PackPlan
+    plan: PackPlan | StreamPlan
     loader: Loader
 
 
@@ -92,16 +92,21 @@ class Parts:
         """End the loaders' threads."""
         for split in (self.train, *self.heldout.values()):
             split.loader.close()
+        self.inputs.data.close()
 
 
 def read_inputs(recipe: Recipe, notice: Callable[[str], None]) -> Inputs:
     """Tokenizer and prepared data. Concurrent ranks share the preparation through the cache's lock."""
+    check_trackers(recipe)
+    check_hub(recipe.hub)
     tokenizer = load_tokenizer(recipe.model)
-    return Inputs(recipe, tokenizer, prepare(recipe, tokenizer, notice=notice, progress=_beat_while_preparing))
+    is_first_here = read_place()[2] == 0
+    data = prepare(recipe, tokenizer, notice=notice, progress=_beat_while_preparing, reads_streams=is_first_here)
+    return Inputs(recipe, tokenizer, data)
 
 
 def _beat_while_preparing(done: int, total: int) -> None:
-    heart().beat(0, "prepare")
+    heart().stay("prepare")
 
 
 def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
@@ -112,67 +117,28 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
     recipe = inputs.recipe
     sequence = sequence_group(recipe.parallel.sequence, place)
     recorded = broadcast_json(read_fingerprint(run_dir) if place.is_main else None)
-    compute_name = recorded["choices"]["compute"] if recorded else compute_dtype(recipe, place.device.type)
-    compute, master = DTYPES[compute_name], DTYPES[recipe.precision.master]
-    packed_rows = recipe.data.packing != "padded"
-    base_dtype = master if recipe.tuning.method == "full" else compute
-    model = load_model(recipe.model, dtype=base_dtype, seed=recipe.run.seed, vocab_size=len(inputs.tokenizer))
-    backend = attention.choose_backend(recipe.model.attention, model.config, place.device, compute)
-    if sequence.size > 1:
-        refuse_what_cannot_be_cut(model.config, sequence.size, DROPOUTS)
-    if packed_rows:
-        attention.install(model, backend.name, sequence.across)
-    tuned = apply_tuning(model, recipe.tuning, recipe.run.seed)
-    share_dropout(tuned, sequence)
-    for parameter in tuned.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(master)
-
-    shape = decoder_shape(tuned)
-    choices = _choices(recipe, recorded, tuned, inputs.data.train, place)
-    if choices.activation_checkpointing == "full":
-        causal_lm(tuned).gradient_checkpointing_enable({"use_reentrant": False})
+    compute = recorded["choices"]["compute"] if recorded else compute_dtype(recipe, place.device.type)
+    vocab_size = len(inputs.tokenizer)
+    network = build_network(recipe, DTYPES[compute], place.device, vocab_size=vocab_size, sequence=sequence)
+    choices = _choices(recipe, recorded, network.model, inputs.data.train, place)
+    if recipe.run.deterministic == ELASTIC:
+        check_micro_batches(place.world_size, choices.micro_batches_per_step)
     refuse_shared_turns(
-        model.config,
-        max(int(store.lengths.max()) for store in (inputs.data.train, inputs.data.eval) if store is not None),
+        network.config,
+        longest_document(inputs),
         is_alone=recipe.data.packing == "none" and choices.packs_per_micro_batch == sequence.size == 1,
     )
     plan = train_plan(recipe, choices, inputs.data.train)
-    frozen = broadcast_json(frozen_digest(tuned) if place.is_main else None)
+    frozen = broadcast_json(frozen_digest(network.model) if place.is_main else None)
     fingerprint = make_fingerprint(inputs, choices, plan, frozen)
     if recorded is not None:
         for part in ("recipe", "inputs"):
             refuse_changes(recorded[part], fingerprint[part], str(run_dir), explain_inputs(recipe))
-
-    head_name, head, head_reason = pick_head(recipe.kernels.head, place.device)
-    autocast = compute if choices.strategy not in CASTS_ITSELF and compute != torch.float32 else None
-    packed = PackedCausalLM(tuned, head, autocast_dtype=autocast)
-    engine = build_engine(
-        choices.strategy,
-        packed,
-        decoder_layers(causal_lm(tuned)),
-        place,
-        compute,
-        partial(build_optimizer, optim=recipe.optim, lr=choices.lr),
-        offload=recipe.parallel.offload,
-    )
-    with engine.evaluating():
-        checks = certify(
-            packed.hidden_states,
-            model.config,
-            head=head,
-            backend=backend.name if packed_rows else None,
-            packing=recipe.data.packing,
-            device=place.device,
-            dtype=compute,
-            seed=recipe.run.seed,
-            sequence=sequence,
-        )
+    shape = decoder_shape(network.model)
+    engine = spread(network, recipe, choices, place)
+    checks = prove_boundaries(network, engine, recipe, place, sequence)
     split = lambda store, plan: Split(plan, _loader(recipe, inputs, choices, place, sequence, store, plan))  # noqa: E731
     heldout = {} if inputs.data.eval is None else inputs.data.eval.by_source()
-    attention_used = (
-        (backend.name, backend.reason) if packed_rows else ("the architecture's own", "data.packing=padded")
-    )
     return Parts(
         recipe=recipe,
         place=place,
@@ -183,9 +149,57 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
         heldout={name: split(part, heldout_plan(recipe, choices, part)) for name, part in heldout.items()},
         fingerprint=fingerprint,
         checks=checks,
-        kernels=[("attention", f"{attention_used[0]} ({attention_used[1]})"), ("head", f"{head_name} ({head_reason})")],
+        kernels=network.kernels,
         shape=shape,
     )
+
+
+def spread(network: Network, recipe: Recipe, choices: Choices, place: Runtime) -> Engine:
+    """The engine that was chosen, around the network, with the recipe's optimizer."""
+    if choices.activation_checkpointing == "full":
+        causal_lm(network.model).gradient_checkpointing_enable({"use_reentrant": False})
+    autocast = network.compute if choices.strategy not in CASTS_ITSELF and network.compute != torch.float32 else None
+    return build_engine(
+        choices.strategy,
+        PackedCausalLM(network.model, network.head, autocast_dtype=autocast, neftune_alpha=recipe.optim.neftune_alpha),
+        decoder_layers(causal_lm(network.model)),
+        place,
+        network.compute,
+        partial(
+            build_optimizer,
+            optim=recipe.optim,
+            lr=choices.lr,
+            rounding_seed=recipe.run.seed if recipe.precision.stochastic_rounding else None,
+        ),
+        offload=recipe.parallel.offload,
+        exact=recipe.run.deterministic == ELASTIC,
+    )
+
+
+def prove_boundaries(
+    network: Network, engine: Engine, recipe: Recipe, place: Runtime, sequence: SequenceGroup
+) -> list[Check]:
+    """The certificate of this model under this engine. Raises CertificateError with the way out."""
+    with engine.evaluating():
+        return certify(
+            engine.packed.hidden_states,  # type: ignore[arg-type]  # a method of PackedCausalLM
+            network.config,
+            head=network.head,
+            backend=network.backend,
+            packing=recipe.data.packing,
+            device=place.device,
+            dtype=network.compute,
+            seed=recipe.run.seed,
+            sequence=sequence,
+        )
+
+
+def longest_document(inputs: Inputs) -> int:
+    """Tokens of the longest example that is trained or evaluated; the most that one may have where sources stream."""
+    stores = [store for store in (inputs.data.train, inputs.data.eval) if store is not None]
+    if inputs.recipe.data.streams:
+        return inputs.recipe.data.seq_len
+    return max(int(np.max(store.lengths)) for store in stores)
 
 
 def decoder_shape(model: nn.Module) -> Shape:
@@ -213,7 +227,7 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
     shared_by = recipe.parallel.sequence
     cut_among = "" if shared_by == 1 else f", each row cut among {shared_by} (sequence parallel)"
     store = parts.inputs.data.train
-    share = store.num_loss_tokens.sum() / store.lengths.sum()
+    so_far = " in the first window of a stream" if recipe.data.streams else ""
     return [
         ("run", f"{recipe.run.name} in {recipe.run.dir}, attempt {attempt}, seed {recipe.run.seed}"),
         (
@@ -224,7 +238,7 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
         ),
         (
             "data",
-            f"{len(store):,} examples, {int(store.lengths.sum()):,} tokens, {share:.1%} supervised, "
+            f"{len(store):,} examples, {store.num_tokens:,} tokens{so_far}, {store.supervised_share:.1%} supervised, "
             f"{len(parts.inputs.data.eval or ()):,} held out, template {parts.inputs.data.template.name}",
         ),
         (
@@ -256,7 +270,9 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
     ]
 
 
-def make_fingerprint(inputs: Inputs, choices: Choices, plan: PackPlan, frozen: str | None) -> dict[str, Any]:
+def make_fingerprint(
+    inputs: Inputs, choices: Choices, plan: PackPlan | StreamPlan, frozen: str | None
+) -> dict[str, Any]:
     """What must not change between attempts (`recipe`, `inputs`), what `auto` became, and versions for the record."""
     return {
         "recipe": identity(inputs.recipe),
@@ -266,7 +282,7 @@ def make_fingerprint(inputs: Inputs, choices: Choices, plan: PackPlan, frozen: s
     }
 
 
-def data_fingerprint(inputs: Inputs, plan: PackPlan) -> dict[str, Any]:
+def data_fingerprint(inputs: Inputs, plan: PackPlan | StreamPlan) -> dict[str, Any]:
     """Hashes of what the steps are made from."""
     data, template = inputs.data, inputs.data.template
     return {
@@ -278,7 +294,7 @@ def data_fingerprint(inputs: Inputs, plan: PackPlan) -> dict[str, Any]:
     }
 
 
-def reopen(run_dir: Path, notice: Callable[[str], None]) -> tuple[Inputs, Choices, PackPlan]:
+def reopen(run_dir: Path, notice: Callable[[str], None]) -> tuple[Inputs, Choices, PackPlan | StreamPlan]:
     """What the run in `run_dir` is made from, proven to be what it recorded; no model is loaded.
 
     Raises CheckpointError when it is no run folder or its record is damaged, DataError when its data changed.
@@ -321,7 +337,7 @@ def read_fingerprint(run_dir: Path) -> dict[str, Any] | None:
 
 
 def _choices(
-    recipe: Recipe, recorded: dict[str, Any] | None, model: nn.Module, store: TokenStore, place: Runtime
+    recipe: Recipe, recorded: dict[str, Any] | None, model: nn.Module, store: AnyStore, place: Runtime
 ) -> Choices:
     """New runs choose; resumed runs keep what was chosen, whatever the world size is now.
 
@@ -338,7 +354,7 @@ def _choices(
         num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
-        num_train_tokens=int(store.lengths.sum()),
+        num_train_tokens=store.num_tokens,
         num_train_examples=len(store),
         world_size=place.world_size,
         device=place.device.type,
@@ -360,8 +376,8 @@ def _loader(
     choices: Choices,
     place: Runtime,
     sequence: SequenceGroup,
-    store: TokenStore,
-    plan: PackPlan,
+    store: VerifiedDocuments,
+    plan: Plan,
 ) -> Loader:
     """Rows have one fixed size on GPUs (kernels and allocator like that); on CPUs padding would only cost time."""
     fixed = place.device.type == "cuda" and recipe.data.packing != "padded"

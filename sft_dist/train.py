@@ -20,8 +20,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,16 +30,21 @@ import torch
 import torch.distributed as dist
 
 from sft_dist import milestones
+from sft_dist.checkpoint.background import BackgroundSaver
+from sft_dist.checkpoint.disk import explain, is_storage_failure
+from sft_dist.checkpoint.hub_push import push
 from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.config.auto import FEW_STEPS, cadence, refuse_uneven
+from sft_dist.config.elastic import ELASTIC, check_world
 from sft_dist.config.environment import check_launcher
 from sft_dist.config.identity import check_recipe
-from sft_dist.config.loader import load_recipe, load_resolved
+from sft_dist.config.loader import adoptions, load_recipe, load_resolved
 from sft_dist.config.overrides import split_arguments
 from sft_dist.config.schema import Recipe
+from sft_dist.config.srun import adopt_srun
 from sft_dist.data.ledger import fold
 from sft_dist.data.loader import LoadedStep
-from sft_dist.data.store import TokenStore
+from sft_dist.data.stream_store import AnyStore
 from sft_dist.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, SftError
 from sft_dist.job import Job
 from sft_dist.milestones import Position
@@ -50,7 +55,9 @@ from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime, read_place, runtime, seed_for
 from sft_dist.parts import Inputs, Parts, build_parts, header_rows, read_fingerprint, read_inputs
+from sft_dist.resilience.ending import run_and_end
 from sft_dist.resilience.heartbeat import heart
+from sft_dist.resilience.lease import LEASE_VARIABLE
 from sft_dist.resilience.orphan import launcher_commands
 from sft_dist.resilience.run_folder import attempt_dir, claim, put_aside, write_exit_code
 from sft_dist.types import StepMetrics, StepPlan
@@ -77,7 +84,9 @@ def train_step(
 ) -> StepResult:
     """One optimizer step. The loss is the sum over the global batch divided once by its global weight."""
     divisor = loaded.step.loss_weight_sum
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    slots = len(loaded.batches) * dist.get_world_size()
+    verdict = torch.zeros(slots + 1, dtype=torch.float64, device=device)  # the loss of each micro-batch; stop
+    verdict[slots] = float(stop)
     for round_, (index, batch) in enumerate(zip(loaded.indices, loaded.batches, strict=True)):
         torch.manual_seed(
             seed_for(seed, loaded.step.step, index)
@@ -85,12 +94,12 @@ def train_step(
         with engine.accumulate(round_ == len(loaded.batches) - 1):
             micro_sum = engine.forward(batch.to(device))
             (micro_sum / divisor).backward()
-        loss_sum += micro_sum.detach()
+        verdict[index] = micro_sum.detach()
     grad_norm = engine.clip_grad_norm(max_norm)
 
-    verdict = torch.stack([loss_sum, torch.tensor(float(stop), dtype=torch.float64, device=device)])
-    dist.all_reduce(verdict)  # one verdict for all ranks: the loss, and whether anyone was asked to stop
-    result = StepResult(verdict[0].item() / divisor, grad_norm.item(), verdict[1].item() > 0)
+    dist.all_reduce(verdict)  # one for all ranks: the losses, and whether anyone was asked to stop
+    loss_sum = verdict[: len(loaded.step.micro_batches)].sum()  # in the plan's order, whoever computed them
+    result = StepResult(loss_sum.item() / divisor, grad_norm.item(), verdict[slots].item() > 0)
     if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
         set_lr(engine.optimizer, lr)
         engine.optimizer.step()
@@ -98,7 +107,7 @@ def train_step(
     return result
 
 
-def loop(parts: Parts, job: Job, manager: CheckpointManager, done: Position) -> bool:
+def loop(parts: Parts, job: Job, saver: BackgroundSaver, done: Position) -> bool:
     """The steps behind `done` to the end of the plan. False when asked to stop before it; the state is saved then."""
     recipe, num_steps = parts.recipe, parts.train.plan.num_steps
     patience = recipe.eval.early_stopping
@@ -133,6 +142,7 @@ def loop(parts: Parts, job: Job, manager: CheckpointManager, done: Position) -> 
         refuse_nonfinite(metrics, loaded)
         job.record(metrics, num_steps, due=step % log_every == 0 or step in (done.step + 1, num_steps))
         ledger = fold(ledger, loaded.step)
+        saver.commit_written()
 
         is_last, stopping = step == num_steps, result.stop or step == stop_after
         if is_last or step % evaluate_every == 0:
@@ -140,7 +150,9 @@ def loop(parts: Parts, job: Job, manager: CheckpointManager, done: Position) -> 
             losses += milestones.evaluate(parts, step, job.run_dir, job.log)
         if is_last or stopping or step % save_every == 0:
             job.beat(step, "save")
-            milestones.save(parts, manager, Position(step, ledger), job.run_dir)
+            leaves = is_last or stopping
+            wait = leaves or not recipe.checkpoint.background
+            milestones.save(parts, saver, Position(step, ledger), job.run_dir, wait=wait, may_fail=not leaves)
         if stopping and not is_last:
             return False
     return True
@@ -150,10 +162,11 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
     """Build, resume, step, finish. Returns the exit code; every rank takes the same path."""
     parts = build_parts(inputs, place, job.run_dir)
     try:
-        manager = CheckpointManager(job.run_dir, inputs.recipe.checkpoint.keep, notice=job.console.say)
+        keep = inputs.recipe.checkpoint.keep
+        manager = CheckpointManager(job.run_dir, keep, notice=job.console.say, ready=job.settle, fence=job.check_lease)
         done = resume(parts, job, manager)
         job.open_records(
-            inputs.recipe, parts.fingerprint, inputs.data.report.as_dict(), header_rows(parts, job.attempt)
+            inputs.recipe, parts.fingerprint, inputs.data.report_now().as_dict(), header_rows(parts, job.attempt)
         )
         dist.barrier()
         num_steps = parts.train.plan.num_steps
@@ -165,8 +178,12 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
             job.beat(0, "evaluate")
             milestones.check_answers(parts, "before", job.run_dir)
             milestones.evaluate(parts, 0, job.run_dir, job.log)
-        finished = loop(parts, job, manager, done)
+        saver = BackgroundSaver(manager)
+        finished = loop(parts, job, saver, done)
+        saver.commit_written(wait=True)
         job.console.stop()
+        if inputs.recipe.data.streams:
+            job.write_report(inputs.data.report_now().as_dict())
         job.beat(num_steps, "finish")
         if not finished:
             anew = inputs.recipe.checkpoint.resume == "never"
@@ -175,9 +192,15 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
             return EXIT_STOPPED
         exported = milestones.restore_best(parts, manager, job)
         milestones.check_answers(parts, "after", job.run_dir)
-        milestones.export(parts, job.run_dir)
+        certificate = milestones.export(parts, job.run_dir)
+        if certificate is not None:
+            job.console.say(f"export       {certificate.line()}")
         if place.is_main:
             job.console.say(milestones.describe(milestones.finish(job.run_dir, exported), job.run_dir))
+            if inputs.recipe.hub.push_to:
+                job.console.say(
+                    push(job.run_dir / "export", inputs.recipe.hub, f"{inputs.recipe.run.name}, {num_steps} steps")
+                )
         return EXIT_DONE
     finally:
         parts.close()
@@ -203,8 +226,8 @@ def measure(
     """One line of metrics.jsonl; counts are global."""
     step, place = loaded.step, parts.place
     peak = peak_flops(place.device)
-    lengths = parts.inputs.data.train.lengths
-    squares = sum(int(lengths[i]) ** 2 for pack in step.packs for i in pack.example_ids)
+    examples = np.array([example for pack in step.packs for example in pack.example_ids])
+    squares = int((parts.inputs.data.train.lengths[examples].astype(np.int64) ** 2).sum())
     flops = step_flops(parts.shape, step.num_tokens, squares, step.num_loss_tokens)
     return StepMetrics(
         step=step.step,
@@ -223,7 +246,7 @@ def measure(
     )
 
 
-def tokens_by_source(store: TokenStore, step: StepPlan) -> dict[str, int] | None:
+def tokens_by_source(store: AnyStore, step: StepPlan) -> dict[str, int] | None:
     """Source of the recipe -> tokens of it in this step; None where there is but one."""
     if len(store.sources) < 2:
         return None
@@ -248,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns 0 on an orderly end; the code itself (75 for "run again to continue") goes to logs/attempt_N/exit_code,
     because torchrun would turn any other into 1.
     """
+    adopt_srun(os.environ)
     is_main = read_place()[0] == 0
     try:
         code, folder = run_worker(sys.argv[1:] if argv is None else argv)
@@ -267,8 +291,11 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
     notice = print if is_main else lambda text: None
     recipe, adopted = check_launcher(read_recipe(argv), launchers=launcher_commands())
     refuse_uneven(recipe, read_place()[1])  # before the data are prepared
-    for line in adopted:
+    for line in [*told(argv), *adopted]:
         notice(line)
+    elastic = recipe.run.deterministic == ELASTIC
+    if elastic:
+        check_world(read_place()[1])
     run_dir, anew = Path(recipe.run.dir), recipe.checkpoint.resume == "never"
     if not anew:
         check_recipe(recipe)
@@ -279,18 +306,30 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
     inputs = read_inputs(recipe, notice)
     heart().beat(0, "build")
     with ExitStack() as stack:
-        place = stack.enter_context(runtime())
+        place = stack.enter_context(runtime(num_threads=1 if elastic else None))
         attempt = broadcast_json(take_attempt(run_dir, stack) if place.is_main else None)
         if anew and place.is_main and (aside := put_aside(run_dir, attempt)):
             notice(f"checkpoint.resume=never: what earlier attempts left is in {aside}")
         job = stack.enter_context(Job(run_dir, attempt, place.rank))
         folder = attempt_dir(run_dir, attempt) if place.is_main else None
         try:
-            return train(inputs, job, place), folder
+            with failing_storage(run_dir):
+                return train(inputs, job, place), folder
         except SftError as error:
             if folder is not None:
                 write_exit_code(folder, error.exit_code)
             raise
+
+
+@contextmanager
+def failing_storage(run_dir: Path) -> Iterator[None]:
+    """A disk that is full, fails or went away, wherever the run meets it, ends it with one line and 74."""
+    try:
+        yield
+    except OSError as error:
+        if not is_storage_failure(error):
+            raise
+        raise explain(Path(error.filename or run_dir), error) from error
 
 
 def read_recipe(argv: Sequence[str]) -> Recipe:
@@ -300,14 +339,21 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
     return load_recipe(*split_arguments(argv))
 
 
+def told(argv: Sequence[str]) -> list[str]:
+    """What the recipe took from other programs' files; our launcher has told it already."""
+    return [] if argv[:1] == ["--resolved"] else adoptions(*split_arguments(argv))
+
+
 def take_attempt(run_dir: Path, stack: ExitStack) -> int:
     """Number of this attempt. Our launcher has claimed the folder already; other launchers leave that to rank 0."""
     if "SFT_ATTEMPT" in os.environ:
         return int(os.environ["SFT_ATTEMPT"])
     claimed = claim(run_dir, sys.argv)
     stack.callback(claimed.lock.release)
+    stack.enter_context(claimed.lock.lease.kept())
+    os.environ[LEASE_VARIABLE] = claimed.lock.lease.token
     return claimed.attempt
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_end(main)

@@ -9,8 +9,10 @@ from typing import Any
 
 from sft_dist.cli.arguments import add_recipe_arguments
 from sft_dist.cli.inputs import check_inputs
-from sft_dist.config.loader import load_recipe
+from sft_dist.config.loader import adoptions, load_recipe
 from sft_dist.config.overrides import split_arguments
+from sft_dist.config.srun import is_srun_task
+from sft_dist.resilience.ending import run_and_end
 
 
 def add_parser(subparsers: Any) -> None:
@@ -28,8 +30,10 @@ def run(args: argparse.Namespace) -> int:
     if inside_launcher(os.environ) and not args.dry_run:
         from sft_dist import train
 
-        return train.main([*files, *overrides])
+        run_and_end(lambda: train.main([*files, *overrides]))
     check_inputs(load_recipe(files, overrides))
+    for line in adoptions(files, overrides):
+        print(line)
     from sft_dist.launch import local
 
     return local.run(files, overrides, args.nproc, args.dry_run)
@@ -37,4 +41,4 @@ def run(args: argparse.Namespace) -> int:
 
 def inside_launcher(environ: Mapping[str, str]) -> bool:
     """Whether torchrun, accelerate, deepspeed or srun started this process as one of its workers."""
-    return "RANK" in environ or ("SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1)
+    return "RANK" in environ or is_srun_task(environ)

@@ -5,8 +5,10 @@ Decided once, when a run is new; a resumed run reads its own record, so another 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
+from sft_dist.config.compatibility import refusal
+from sft_dist.config.elastic import ELASTIC, NOMINAL_RANKS
 from sft_dist.config.schema import Recipe
 from sft_dist.errors import ConfigError
 
@@ -49,7 +51,12 @@ class Choices:
 
 
 def choose(recipe: Recipe, facts: Facts) -> Choices:
-    """Every `auto` that defines the numbers of a run."""
+    """Every `auto` that defines the numbers of a run. Raises ConfigError when the recipe rules out what was chosen."""
+    if recipe.run.deterministic == ELASTIC:
+        facts = replace(facts, world_size=NOMINAL_RANKS)
+    strategy = _strategy(recipe, facts)
+    if found := refusal(recipe, strategy):
+        raise ConfigError(found)
     checkpointing = _activation_checkpointing(recipe, facts)
     micro_tokens = _micro_batch_tokens(recipe, facts, checkpointing)
     step_tokens = _step_tokens(recipe, facts, micro_tokens)
@@ -57,7 +64,7 @@ def choose(recipe: Recipe, facts: Facts) -> Choices:
         packs_per_micro_batch=micro_tokens // recipe.data.seq_len,
         micro_batches_per_step=None if recipe.batch.examples_per_step else step_tokens // micro_tokens,
         lr=_learning_rate(recipe, facts),
-        strategy=_strategy(recipe, facts),
+        strategy=strategy,
         activation_checkpointing=checkpointing,
         compute=compute_dtype(recipe, facts.device),
     )
@@ -89,6 +96,8 @@ def _learning_rate(recipe: Recipe, facts: Facts) -> float:
     field's full fine-tunes sit. Adapters take ten times that, at most 5e-3 (Hu et al., 2021 use 2e-4 at 7 B)."""
     if recipe.optim.lr != "auto":
         return recipe.optim.lr
+    if recipe.optim.name == "adafactor":
+        return 1e-2  # bounds a step relative to the weights; Shazeer and Stern, 2018
     full = min(2e-3, max(1e-5, 2e-3 * (2.6e5 / facts.num_parameters) ** 0.5))
     lr = full if recipe.tuning.method == "full" else min(5e-3, 10 * full)
     return float(f"{lr:.2g}")
@@ -99,6 +108,8 @@ def _strategy(recipe: Recipe, facts: Facts) -> str:
     something is to be offloaded."""
     if recipe.parallel.strategy != "auto":
         return recipe.parallel.strategy
+    if recipe.run.deterministic == ELASTIC:
+        return "fsdp2"
     if recipe.parallel.offload != "none":
         return {"optimizer": "zero2", "params": "zero3"}[recipe.parallel.offload]
     state = 4 * facts.num_parameters + (BYTES_PER_TRAINED - 4) * facts.num_trained

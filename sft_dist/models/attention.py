@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 
 from sft_dist.errors import ConfigError
+from sft_dist.models.virtual_tokens import Prefix
 
 Kernel = Callable[..., Tensor]
 
@@ -294,6 +295,7 @@ def segment_attention(
     cu_seq_lens_q: Any = None,
     max_length_q: int | None = None,
     segments: Segments | None = None,
+    prefix: Prefix | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer. Refuses to run without explicit segments: a silent plain-causal
@@ -305,6 +307,8 @@ def segment_attention(
     if not getattr(module, "is_causal", True):
         raise RuntimeError(f"{type(module).__name__}: only causal attention can be packed")
     query, key = query.to(value.dtype), key.to(value.dtype)  # norms on q and k leave float32 behind under autocast
+    if prefix is not None:
+        query, key, value = prefix.widen(module.layer_idx, query, key, value)  # type: ignore[arg-type]
     out = kernel(
         query,
         key,
@@ -318,7 +322,7 @@ def segment_attention(
         sinks=s_aux,
         dropout=dropout if module.training else 0.0,
     )
-    return out.contiguous(), None
+    return (out if prefix is None else prefix.narrow(out)).contiguous(), None
 
 
 @cache

@@ -25,6 +25,16 @@ transformers_logging.disable_progress_bar()  # every rank would draw its own
 warnings.filterwarnings("ignore", message=r".*gradient_checkpointing\w*` is deprecated", category=FutureWarning)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Names under which architectures keep dropout rates.
+DROPOUTS = (
+    "dropout",
+    "attention_dropout",
+    "hidden_dropout",
+    "embedding_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+)
 
 
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:

@@ -14,11 +14,12 @@ from architectures import tiny_config
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from sft_dist.certify import DROPOUTS, Documents, merge
+from sft_dist.certify import Documents, merge
 from sft_dist.config.auto import Facts, choose, refuse_uneven
 from sft_dist.config.schema import Recipe
 from sft_dist.data.collate import collate
 from sft_dist.errors import ConfigError
+from sft_dist.models.load import DROPOUTS
 from sft_dist.observe.header import batch_equation
 from sft_dist.parallel.sequence import RowDropout, SequenceGroup, refuse_what_cannot_be_cut, share_dropout
 from sft_dist.types import IGNORE_INDEX, PackedBatch, TokenizedExample
@@ -127,9 +128,24 @@ def recipe(**sections: Any) -> Recipe:
     )
 
 
-def test_padded_rows_are_refused() -> None:
-    with pytest.raises(ValidationError, match=r"parallel\.sequence=2 cuts packed rows.*data\.packing=best_fit"):
-        recipe(data={"packing": "padded"}, parallel={"sequence": 2})
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("data", {"packing": "padded"}),
+        ("tuning", {"method": "prefix"}),
+        ("tuning", {"method": "prompt"}),
+        ("optim", {"neftune_alpha": 5.0}),
+        ("run", {"deterministic": "elastic"}),
+    ],
+    ids=str,
+)
+def test_what_needs_whole_rows_is_refused_with_the_way_out(section: str, values: dict[str, Any]) -> None:
+    ((name, value),) = values.items()
+    recipe(**{section: values})
+    with pytest.raises(
+        ValidationError, match=rf"parallel\.sequence=2 with {section}\.{name}={value}.*parallel\.sequence=1"
+    ):
+        recipe(**{section: values}, parallel={"sequence": 2})
 
 
 def test_processes_that_form_no_groups_are_refused() -> None:
