@@ -22,6 +22,7 @@ python=${SFT_PYTHON:-$here/../.venv/bin/python}
 [[ -x $python ]] || python=$(command -v "$python" || command -v python3)
 nodes=${SFT_NNODES:-1}
 node=${SFT_NODE_RANK:-0}
+export SFT_NNODES=$nodes # also tells sft-dist that it is where the run is to be
 launcher=${SFT_LAUNCHER:-local}
 
 fail() {

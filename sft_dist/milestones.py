@@ -47,6 +47,7 @@ class Position:
 
     step: int = 0  # the last finished one
     ledger: str = START  # over every example trained so far
+    skipped: tuple[int, ...] = ()  # steps that applied no update: their loss or gradient norm was no number
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,17 +134,17 @@ def answer(parts: Parts, prompts: Sequence[Prompt]) -> list[Answer]:
     ]
 
 
-def save(
-    parts: Parts, saver: BackgroundSaver, position: Position, run_dir: Path, *, wait: bool, may_fail: bool
-) -> None:
-    """Save the state at `position`, committed now (`wait`) or at a later `commit_written`; with early stopping the best
-    checkpoint so far stays too.
+def save(parts: Parts, saver: BackgroundSaver, position: Position, run_dir: Path, *, may_fail: bool) -> None:
+    """Commit the state at `position`; with early stopping the best checkpoint so far stays too.
 
     A save that `may_fail` is left out when the disk refuses it, with a notice; the third in a row raises StorageError.
+    It goes on in the background, unless checkpoint.async=false.
     """
     best = best_step(read_metrics(run_dir)) if parts.recipe.eval.early_stopping else None
     meta = {**asdict(position), "plan": parts.train.plan.digest_up_to(position.step)}
-    saver.save(position.step, parts.engine.state(), meta, also_keep=best, wait=wait, may_fail=may_fail)
+    tolerant = saver.begin if parts.recipe.checkpoint.background else saver.try_save
+    write = tolerant if may_fail else saver.save
+    write(position.step, parts.engine.state(), meta, also_keep=best)
 
 
 def load(parts: Parts, manager: CheckpointManager, folder: Path) -> Position:
@@ -157,8 +158,9 @@ def load(parts: Parts, manager: CheckpointManager, folder: Path) -> Position:
             f"today {now[:16]}): restore them, or choose another run.dir"
         )
     parts.engine.adopt(tensors)
-    set_step(parts.engine.optimizer, meta["step"])
-    return Position(meta["step"], meta["ledger"])
+    done = Position(meta["step"], meta["ledger"], tuple(meta.get("skipped", ())))
+    set_step(parts.engine.optimizer, done.step - len(done.skipped))
+    return done
 
 
 def restore_best(parts: Parts, manager: CheckpointManager, job: Job) -> int | None:

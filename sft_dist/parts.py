@@ -22,7 +22,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sft_dist.certify import Check, certify
-from sft_dist.checkpoint.hub_push import check_hub
 from sft_dist.config.auto import Choices, Facts, choose, compute_dtype
 from sft_dist.config.elastic import ELASTIC, check_micro_batches
 from sft_dist.config.identity import identity, refuse_changes
@@ -42,7 +41,6 @@ from sft_dist.models.rotary import refuse_shared_turns
 from sft_dist.network import Network, build_network
 from sft_dist.observe.header import batch_equation, certificate_line, count
 from sft_dist.observe.perf import Shape
-from sft_dist.observe.trackers import check_trackers
 from sft_dist.optim import build_optimizer
 from sft_dist.parallel.build import CASTS_ITSELF, build_engine
 from sft_dist.parallel.engine import Engine, global_numel
@@ -97,8 +95,6 @@ class Parts:
 
 def read_inputs(recipe: Recipe, notice: Callable[[str], None]) -> Inputs:
     """Tokenizer and prepared data. Concurrent ranks share the preparation through the cache's lock."""
-    check_trackers(recipe)
-    check_hub(recipe.hub)
     tokenizer = load_tokenizer(recipe.model)
     is_first_here = read_place()[2] == 0
     data = prepare(recipe, tokenizer, notice=notice, progress=_beat_while_preparing, reads_streams=is_first_here)

@@ -38,9 +38,9 @@ from sft_dist.launch.nodes import Nodes, read_nodes
 
 REPORT, BAD_NODES = "report.json", "bad_nodes"
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "deepspeed")
-FACTS_SECONDS = 15.0  # for every node to have told its facts, once this one has
+FACTS_SECONDS = 60.0  # for every node to have told its facts: torch is imported before, from a cold disk
 REACH_SECONDS = 8.0
-REDUCE_SECONDS = 15.0  # for one all-reduce, the meeting of the ranks included
+REDUCE_SECONDS = 20.0  # for one all-reduce, the meeting of the ranks included
 LARGEST_SKEW_SECONDS = 2.0  # events of several nodes are read side by side; leases and certificates break later
 SLOW_FRACTION = 0.5  # of the median clock of the nodes' GPUs
 REDUCE_FLOATS = 1 << 21  # 8 MiB
@@ -262,6 +262,8 @@ def check_nodes(recipe: Recipe, nodes: Nodes, names: Sequence[str], say: Callabl
     facts = gather(nodes.index, names[nodes.index], recipe, meeting)
     fault, rate = None, None
     if nodes.are_several:
+        import torch.distributed  # noqa: F401  # so that nobody waits at the reduction for another's slow disk
+
         _tell(meeting, facts, "facts")
         if None not in collect(meeting, nodes.count, "facts", FACTS_SECONDS):
             fault = reach(nodes)

@@ -36,14 +36,15 @@ name_meeting_point() {
 # wait. Leaves the exit code in `status`. Words of the user (srun flags, a container) come from a file, one a line.
 # No --unbuffered: it gives the tasks a terminal, and they would draw progress bars.
 run_nodes() {
-  local words step_pid
+  local words step_pid code
   mapfile -t words <"$run/slurm/srun.args"
   srun --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 --label --cpu-bind=none "${words[@]}" \
     bash "$SFT_HOME/slurm/task.sh" "$run" &
-  step_pid=$!
+  step_pid=$! status=0
   while true; do
-    again='' status=0
-    wait "$step_pid" || status=$?
+    again='' code=0
+    wait "$step_pid" || code=$?
+    [[ $code -eq 127 ]] || status=$code # 127: the wait before has had its code already
     [[ -n $again ]] || break
   done
   [[ ! -s $SFT_RESULT_FILE || $(<"$SFT_RESULT_FILE") -eq 0 ]] || status=$(<"$SFT_RESULT_FILE")

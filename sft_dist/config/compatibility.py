@@ -28,27 +28,48 @@ class Row:
     upstream: str = ""  # the thread or page that tells of it; empty where it follows from the mathematics
 
 
-_ALONE = "set parallel.sequence=1"
+ELASTIC_SUMS = "only FSDP2 lets the order of its sums be chosen"
+
 REFUSED: tuple[Row, ...] = (
+    Row(
+        {"run.deterministic": ("elastic",), "parallel.strategy": ("ddp", *ZERO)},
+        ELASTIC_SUMS,
+        "set parallel.strategy=fsdp2",
+    ),
+    Row(
+        {"run.deterministic": ("elastic",), "parallel.offload": ("optimizer", "params")},
+        ELASTIC_SUMS,
+        "set parallel.offload=none",
+    ),
+    Row(
+        {"run.deterministic": ("elastic",), "parallel.sequence": (GIVEN,)},
+        "a document's sums are cut where the processes cut it",
+        "set parallel.sequence=1",
+    ),
+    Row(
+        {"resilience.nonfinite": ("skip",), "parallel.strategy": ZERO},
+        "DeepSpeed keeps what it has summed of a step that is not taken",
+        "set parallel.strategy=fsdp2 or ddp",
+    ),
+    Row(
+        {"resilience.audit_every": (GIVEN, 1), "parallel.sequence": (GIVEN,)},
+        "processes that share a row compute different parts of it",
+        "set parallel.sequence=1, or leave the audit out",
+    ),
     Row(
         {"parallel.sequence": (GIVEN,), "data.packing": ("padded",)},
         "packed rows are cut among processes, and padding makes none",
-        f"set data.packing=best_fit, or {_ALONE.removeprefix('set ')}",
+        "set data.packing=best_fit, or parallel.sequence=1",
     ),
     Row(
         {"parallel.sequence": (GIVEN,), "tuning.method": ("prefix", "prompt")},
         "virtual tokens stand before each document of a whole row, and a process holds a slice of it",
-        f"{_ALONE}, or take tuning.method=lora",
+        "set parallel.sequence=1, or tuning.method=lora",
     ),
     Row(
         {"parallel.sequence": (GIVEN,), "optim.neftune_alpha": (GIVEN,)},
         "the noise is drawn for whole rows, and would differ with the number of slices",
-        f"{_ALONE}, or leave optim.neftune_alpha out",
-    ),
-    Row(
-        {"parallel.sequence": (GIVEN,), "run.deterministic": ("elastic",)},
-        "slices add up the gradient of a weight in another order than whole rows",
-        f"{_ALONE}, or run.deterministic=true",
+        "set parallel.sequence=1, or leave optim.neftune_alpha out",
     ),
 )
 

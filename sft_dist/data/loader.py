@@ -118,6 +118,10 @@ class Loader:
         batches = tuple(self._batch(step, index) for index in indices)
         return LoadedStep(step=step, batches=batches, indices=indices, digest=batch_digest(step, self._store))
 
+    def micro_batch(self, n: int, index: int) -> PackedBatch:
+        """Micro-batch `index` of step `n`, whichever rank trains it."""
+        return self._batch(self._plan.step(n), index)
+
     def _batch(self, step: StepPlan, index: int) -> PackedBatch:
         micro_batch = step.micro_batches[index] if index < len(step.micro_batches) else ()
         whole = collate(

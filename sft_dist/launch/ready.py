@@ -24,7 +24,7 @@ from sft_dist.config.schema import ParallelSection
 from sft_dist.config.shipped import CHECKOUT
 
 _NOTE = "# Made by `python -m sft_dist.launch.ready` from the schema; say --num_processes on the command line.\n"
-_ACCELERATE = {  # strategy -> accelerate's words for it, beside those of every file
+_ACCELERATE: dict[str, dict[str, object]] = {  # strategy -> accelerate's words for it, beside those of every file
     "ddp": {"distributed_type": "MULTI_GPU"},
     "fsdp2": {
         "distributed_type": "FSDP",

@@ -98,7 +98,7 @@ def files_of(recipe: Recipe, submission: str, home: Path | None = None) -> dict[
     """Name in RUN_DIR/slurm -> text, for one run. `submission` tells this one from earlier ones of the same folder."""
     cluster = recipe.cluster
     variables = {
-        "HF_HUB_OFFLINE": "1",  # what is needed was fetched on the login node
+        "HF_HUB_OFFLINE": str(int(not needs_hub(recipe))),
         **cluster.environment,
         "SFT_FABRIC": cluster.fabric,
         "SFT_HOME": str(home or home_of_scripts()),
@@ -116,6 +116,11 @@ def files_of(recipe: Recipe, submission: str, home: Path | None = None) -> dict[
         SETUP: "".join(f"{line}\n" for line in cluster.setup),
         SRUN_ARGS: "".join(f"{word}\n" for word in srun_words(cluster, Path(recipe.run.dir).absolute(), Path.cwd())),
     }
+
+
+def needs_hub(recipe: Recipe) -> bool:
+    """Whether nodes must reach a hub while they train; else all they need was fetched on the login node."""
+    return recipe.hub.push_to is not None or any(source.streaming for source in recipe.data.sources)
 
 
 def processes_per_node(cluster: ClusterSection) -> int | None:

@@ -94,6 +94,19 @@ def launch(cluster: Cluster, hosts: tuple[Path, str], tmp_path: Path) -> Iterato
             one.kill()
 
 
+def test_a_recipe_that_says_ssh_goes_there_by_itself(
+    cluster: Cluster, hosts: tuple[Path, str], tmp_path: Path, uninterrupted: Submitted
+) -> None:
+    where = {"target": "ssh", "hosts": cluster.nodes[:2], "processes_per_node": 1, "preflight": False}
+    recipe = write_recipe(tmp_path, "over", **TINY, cluster=where)
+    env = {"SFT_SSH": hosts[1], "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "HF_HUB_OFFLINE": "1"}
+    command = (sys.executable, "-m", "sft_dist", "train", recipe)
+    done = cluster.run(*command, cwd=tmp_path, timeout=240, check=False, CUDA_VISIBLE_DEVICES="", **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [(line["step"], line["loss"], line["grad_norm"]) for line in lines(tmp_path / "over", "step")]
+    assert (steps, weights(tmp_path / "over")) == uninterrupted.result
+
+
 def workers(cluster: Cluster, node: str) -> list[str]:
     """Processes of a node that train."""
     found = []

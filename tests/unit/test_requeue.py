@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sft_dist.config.cluster import ClusterSection
-from sft_dist.config.loader import dump_recipe, load_recipe
+from sft_dist.config.loader import dump_recipe, load_recipe, load_resolved
 from sft_dist.launch import requeue
 from sft_dist.launch.requeue import Ending, excluded, judge
 
@@ -105,3 +106,17 @@ def test_without_requeue_nothing_is_asked_of_slurm(run_dir: Path) -> None:
     recipe = run_dir / "slurm" / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("requeue: true", "requeue: false"))
     assert requeue.end(run_dir, 75, True, False, ENVIRON) == (75, "")
+
+
+def test_starting_anew_is_obeyed_once_for_each_submission(run_dir: Path) -> None:
+    recipe = run_dir / "slurm" / "recipe.yaml"
+    mark = run_dir / "logs" / "attempt_0001" / "begun_anew"
+    mark.parent.mkdir(parents=True)
+    mark.touch()  # of an earlier submission
+    os.utime(mark, (1, 1))
+    recipe.write_text(recipe.read_text().replace("resume: auto", "resume: never"))
+    assert requeue.begin(run_dir, ENVIRON) == "go"
+    assert load_resolved(recipe).checkpoint.resume == "never"  # ended before it could put anything aside
+    mark.touch()
+    assert requeue.begin(run_dir, ENVIRON) == "go"
+    assert load_resolved(recipe).checkpoint.resume == "auto"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sft_dist.cli import main as cli
 from sft_dist.config.loader import load_recipe, load_resolved
 from sft_dist.config.schema import Recipe
 from sft_dist.errors import ConfigError
+from sft_dist.launch import ssh
 from sft_dist.launch.submission import check_cluster, files_of, members, sbatch_command, srun_words, write_files
 
 BASE = ["model.path=gpt2", "data.sources=[{path: x.json}]", "cluster.target=slurm", "run.name=job", "run.dir=runs/job"]
@@ -123,6 +126,7 @@ def test_values_travel_as_lines_of_files_unchanged() -> None:
     given = recipe("cluster.setup=[module load cuda, 'export A=\"$B\"']")
     section = given.cluster.model_copy(update={"environment": {"HOSTILE": hostile}})
     files = files_of(given.model_copy(update={"cluster": section}), "one")
+    assert "HF_HUB_OFFLINE=0\n" in files_of(recipe("hub.push_to=me/model"), "one")["job.env"]
     assert f"HOSTILE={hostile}\n" in files["job.env"] and "HF_HUB_OFFLINE=1\n" in files["job.env"]
     assert files["setup.sh"] == 'module load cuda\nexport A="$B"\n'
 
@@ -138,3 +142,31 @@ def test_containers_become_flags_or_a_command_in_front(tmp_path: Path) -> None:
     words = srun_words(recipe(box, "cluster.container.runtime=apptainer").cluster, Path("/runs/a"), Path("/work"))
     assert words[:3] == ["apptainer", "exec", "--nv"] and words[-3:] == ["--pwd", "/work", "my image.sqsh"]
     assert files_of(recipe(box), "one")["job.env"].count("SFT_PYTHON=python3\n") == 1
+
+
+def test_train_sends_a_recipe_to_where_its_cluster_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Slurm has a verb of its own; ssh becomes launch/ssh.sh with the host file and the user's own words."""
+    monkeypatch.chdir(tmp_path)
+    Path("x.json").write_text("[]")
+    became: list[tuple[list[str], dict[str, str]]] = []
+
+    def become(program: str, words: list[str], environ: dict[str, str]) -> None:
+        became.append((words, environ))
+        sys.exit(0)  # the real one does not return either
+
+    monkeypatch.setattr(ssh.os, "execvpe", become)
+    Path("r.yaml").write_text("model: {path: gpt2}\ndata: {sources: [{path: x.json}]}\n")
+    assert cli.main(["train", "r.yaml", "cluster.target=slurm"]) == 2
+    assert "hand it over with sft-dist submit" in capsys.readouterr().err
+    there = ["cluster={target: ssh, hosts: [n1, me@n2], processes_per_node: 4, environment: {A: x y}}"]
+    assert cli.main(["train", "r.yaml", *there, "--nproc", "2"]) == 2
+    assert cli.main(["train", "r.yaml", *there, "cluster.setup=[module load x]"]) == 2
+    assert not became
+    with pytest.raises(SystemExit):
+        cli.main(["train", "r.yaml", *there])
+    ((words, environ),) = became
+    assert words[1].endswith("launch/ssh.sh") and words[3:] == ["r.yaml", *there]
+    assert Path(words[2]).read_text() == "n1\nme@n2\n"
+    assert (environ["SFT_NPROC"], environ["SFT_PASS"], environ["A"], environ["SFT_PREFLIGHT"]) == ("4", "A", "x y", "1")
