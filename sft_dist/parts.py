@@ -31,6 +31,7 @@ from sft_dist.data.loader import Loader, Plan, VerifiedDocuments
 from sft_dist.data.plan import PackPlan
 from sft_dist.data.planning import heldout_plan, train_plan
 from sft_dist.data.prepare import PreparedData, prepare
+from sft_dist.data.store import TokenStore
 from sft_dist.data.stream_plan import StreamPlan
 from sft_dist.data.stream_store import AnyStore
 from sft_dist.errors import CheckpointError, ConfigError, DataError
@@ -121,7 +122,7 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
         check_micro_batches(place.world_size, choices.micro_batches_per_step)
     refuse_shared_turns(
         network.config,
-        longest_document(inputs),
+        longest_example(inputs),
         is_alone=recipe.data.packing == "none" and choices.packs_per_micro_batch == sequence.size == 1,
     )
     plan = train_plan(recipe, choices, inputs.data.train)
@@ -148,6 +149,14 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
         kernels=network.kernels,
         shape=shape,
     )
+
+
+def longest_example(inputs: Inputs) -> int:
+    """Tokens of the longest example of any split; of a stream, what its longest may have."""
+    if inputs.recipe.data.streams:
+        return inputs.recipe.data.seq_len
+    splits = (inputs.data.train, inputs.data.eval)
+    return max(int(np.max(store.lengths)) for store in splits if isinstance(store, TokenStore))
 
 
 def spread(network: Network, recipe: Recipe, choices: Choices, place: Runtime) -> Engine:
@@ -188,14 +197,6 @@ def prove_boundaries(
             seed=recipe.run.seed,
             sequence=sequence,
         )
-
-
-def longest_document(inputs: Inputs) -> int:
-    """Tokens of the longest example that is trained or evaluated; the most that one may have where sources stream."""
-    stores = [store for store in (inputs.data.train, inputs.data.eval) if store is not None]
-    if inputs.recipe.data.streams:
-        return inputs.recipe.data.seq_len
-    return max(int(np.max(store.lengths)) for store in stores)
 
 
 def decoder_shape(model: nn.Module) -> Shape:

@@ -312,6 +312,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _cuts_packed_rows_only(self) -> Recipe:
+        if self.parallel.sequence > 1 and self.data.packing == "padded":
+            raise ValueError(
+                f"parallel.sequence={self.parallel.sequence} cuts packed rows, and data.packing=padded has none: "
+                "set data.packing=best_fit or none, or parallel.sequence=1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _asks_of_streams_what_they_can(self) -> Recipe:
         check_streams(self)
         return self
