@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from sft_dist.data.collate import collate
 from sft_dist.errors import CertificateError
 from sft_dist.models import attention
-from sft_dist.models.load import DROPOUTS
 from sft_dist.models.packed import Head, PackedCausalLM
 from sft_dist.parallel.sequence import ALONE, SequenceGroup
 from sft_dist.types import IGNORE_INDEX, Pack, PackedBatch, TokenizedExample
@@ -37,6 +36,16 @@ TOLERANCE_HIDDEN = {torch.float32: 1e-5, torch.bfloat16: 5e-2}  # of the hidden 
 TOLERANCE_LOSS = {torch.float32: 1e-6, torch.bfloat16: 1e-2}  # relative
 TOLERANCE_GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 5e-2}  # norm of difference over norm
 COPY_VOCABULARY = 512
+# Names under which architectures keep dropout rates.
+DROPOUTS = (
+    "dropout",
+    "attention_dropout",
+    "hidden_dropout",
+    "embedding_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+)
 
 WAY_OUT = {
     "best_fit": "set data.packing=padded",

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from sft_dist.config.schema import Recipe
 from sft_dist.models import attention
 from sft_dist.models.adapters import apply_tuning
-from sft_dist.models.load import DROPOUTS, DTYPES, load_model
+from sft_dist.models.load import DTYPES, load_model
 from sft_dist.models.packed import Head, causal_lm, pick_head
 from sft_dist.parallel.sequence import ALONE, SequenceGroup, refuse_what_cannot_be_cut, share_dropout
 
@@ -54,7 +54,7 @@ def build_network(
     backend = attention.choose_backend(recipe.model.attention, model.config, device, compute)
     packs = recipe.data.packing != "padded"
     if sequence.size > 1:
-        refuse_what_cannot_be_cut(model.config, sequence.size, DROPOUTS)
+        refuse_what_cannot_be_cut(model.config, sequence.size)
     if packs:
         attention.install(model, backend.name, sequence.across)
     tuned = apply_tuning(model, recipe.tuning, recipe.run.seed, compute)

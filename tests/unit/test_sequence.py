@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from architectures import tiny_config
 from pydantic import ValidationError
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from sft_dist.certify import Documents, merge
 from sft_dist.config.auto import Facts, choose, refuse_uneven
 from sft_dist.config.schema import Recipe
 from sft_dist.data.collate import collate
 from sft_dist.errors import ConfigError
-from sft_dist.models.load import DROPOUTS
 from sft_dist.observe.header import batch_equation
 from sft_dist.parallel.sequence import RowDropout, SequenceGroup, refuse_what_cannot_be_cut, share_dropout
 from sft_dist.types import IGNORE_INDEX, PackedBatch, TokenizedExample
@@ -112,14 +112,31 @@ def test_dropout_modules_are_exchanged_where_rows_are_cut() -> None:
 @pytest.mark.parametrize(("size", "words"), [(3, "does not divide the 4 attention heads of llama"), (8, "divisor")])
 def test_heads_that_cannot_be_dealt_are_refused(size: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        refuse_what_cannot_be_cut(tiny_config("llama"), size, DROPOUTS)
+        refuse_what_cannot_be_cut(tiny_config("llama"), size)
 
 
-def test_dropout_of_the_architecture_is_refused_where_rows_are_cut() -> None:
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("llama", "attention_dropout"),
+        ("phi3", "embd_pdrop"),
+        ("gpt_neox", "hidden_dropout"),
+        ("mixtral", "router_jitter_noise"),
+    ],
+)
+def test_random_numbers_of_the_architecture_are_refused(model_type: str, name: str) -> None:
+    config = AutoConfig.for_model(model_type, num_attention_heads=4, hidden_size=32, pad_token_id=0)
+    setattr(config, name, 0.0)
+    refuse_what_cannot_be_cut(config, 2)
+    setattr(config, name, 0.1)
+    with pytest.raises(ConfigError, match=rf"parallel\.sequence=2: {model_type} has {name}=0\.1"):
+        refuse_what_cannot_be_cut(config, 2)
+
+
+def test_dropout_of_a_head_that_is_not_there_is_no_matter() -> None:
     config = tiny_config("llama")
-    config.attention_dropout = 0.1
-    with pytest.raises(ConfigError, match=r"parallel\.sequence=2: llama has attention_dropout=0\.1"):
-        refuse_what_cannot_be_cut(config, 2, DROPOUTS)
+    config.classifier_dropout, config.summary_first_dropout = 0.1, 0.1
+    refuse_what_cannot_be_cut(config, 2)
 
 
 def recipe(**sections: Any) -> Recipe:
