@@ -16,6 +16,7 @@ from sft_dist.errors import ConfigError
 EXAMPLES = {  # values for rows that ask for any
     "optim.lora_plus_ratio": 16.0,
     "optim.neftune_alpha": 5.0,
+    "parallel.dp_replicate": 2,
     "parallel.sequence": 2,
     "resilience.audit_every": 50,
 }
