@@ -107,7 +107,8 @@ class SequenceGroup:
         """
         rows, widths, dims = [], [], []
         for tensor in tensors:
-            heads = tensor[0].repeat_interleave(math.lcm(tensor.shape[1], self.size) // tensor.shape[1], dim=0)
+            copies = math.lcm(tensor.shape[1], self.size) // tensor.shape[1]
+            heads = tensor[0] if copies == 1 else tensor[0].repeat_interleave(copies, dim=0)
             by_rank = heads.unflatten(0, (self.size, -1)).transpose(1, 2).flatten(2)  # [k, T/k, H/k * D]
             rows.append(by_rank)
             widths.append(by_rank.shape[-1])
@@ -183,12 +184,17 @@ def refuse_what_cannot_be_cut(config: PretrainedConfig, size: int) -> None:
             f"parallel.sequence={size} does not divide the {heads} attention heads of {text.model_type}; "
             f"use a divisor of them"
         )
-    for name, rate in text.to_dict().items():
-        if isinstance(rate, float) and rate and RANDOM.search(name):
-            raise ConfigError(
-                f"parallel.sequence={size}: {text.model_type} has {name}={rate}, whose mask cannot be shared between "
-                f"ranks; set it to 0 in the model's config, or parallel.sequence=1"
-            )
+    for name, rate in random_rates(text).items():
+        raise ConfigError(
+            f"parallel.sequence={size}: {text.model_type} has {name}={rate}, whose mask cannot be shared between "
+            f"ranks; set it to 0 in the model's config, or parallel.sequence=1"
+        )
+
+
+def random_rates(text: PretrainedConfig) -> dict[str, float]:
+    """How much an architecture drops or jitters while training, by the names it gives the rates; those above 0."""
+    values = text.to_dict().items()
+    return {name: rate for name, rate in values if isinstance(rate, float) and rate and RANDOM.search(name)}
 
 
 def share_dropout(model: nn.Module, sequence: SequenceGroup) -> None:
