@@ -42,6 +42,7 @@ from sft_dist.models.load import DTYPES, load_tokenizer
 from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers
 from sft_dist.models.recompute import compile_layers, keep_activations
 from sft_dist.models.rotary import refuse_shared_turns
+from sft_dist.models.vocabulary import num_added
 from sft_dist.models.weight_files import give_memory
 from sft_dist.network import Network, build_empty_network, build_network
 from sft_dist.observe.header import batch_equation, certificate_line, count
@@ -183,12 +184,13 @@ def _network(
     """The network and what is chosen for it. Its weights stay in their files where the engine will read its shards."""
     recipe, store = inputs.recipe, inputs.data.train
     needs, vocab_size = (recipe, compute, place.device), len(inputs.tokenizer)
+    added = num_added(inputs.tokenizer)
     may_shard = recipe.parallel.strategy == "fsdp2" or (recipe.parallel.strategy == "auto" and place.world_size > 1)
     if may_shard and (network := build_empty_network(*needs, vocab_size=vocab_size, sequence=sequence)):
         choices = _choices(recipe, recorded, network.model, store, place)
         if choices.strategy == "fsdp2":
             return network, choices
-    network = build_network(*needs, vocab_size=vocab_size, sequence=sequence)
+    network = build_network(*needs, vocab_size=vocab_size, num_added=added, sequence=sequence)
     return network, _choices(recipe, recorded, network.model, store, place)
 
 

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from sft_dist.checkpoint.catalog import find
@@ -48,6 +48,7 @@ from sft_dist.models.adapters import apply_tuning, apply_tuning_plain, is_adapte
 from sft_dist.models.load import DTYPES, load_model
 from sft_dist.models.packed import causal_lm
 from sft_dist.models.quantise import quantise
+from sft_dist.models.vocabulary import num_added
 
 WEIGHTS_PREFIX = "model."
 ADAPTER = "default"
@@ -142,7 +143,7 @@ def export_from_checkpoint(
     if merge:
         _refuse_to_merge(recipe.tuning, run_dir)
     compute = _compute_dtype(Path(run_dir), recipe)
-    rebuild = partial(_rebuild, recipe, len(words.tokenizer), compute=compute, merging=merge)
+    rebuild = partial(_rebuild, recipe, words.tokenizer, compute=compute, merging=merge)
     model = rebuild().eval()
     _fill(model, folder)
     lm = causal_lm(model)
@@ -157,9 +158,7 @@ def export_from_checkpoint(
     else:
         base = None
         if is_adapter(model):
-            base = Base(
-                lm.num_parameters() * compute.itemsize, partial(base_model, recipe, len(words.tokenizer), compute)
-            )
+            base = Base(lm.num_parameters() * compute.itemsize, partial(base_model, recipe, words.tokenizer, compute))
         package, weights = package_of(model, words, base, code), plain_weights(model.state_dict())
     certificate = export_model(package, weights, out, probe, file_bytes=file_bytes)
     assert certificate is not None
@@ -329,12 +328,13 @@ def _compute_dtype(run_dir: Path, recipe: Recipe) -> torch.dtype:
     return DTYPES.get(chosen, torch.float32)
 
 
-def _rebuild(recipe: Recipe, vocab_size: int, *, compute: torch.dtype, merging: bool) -> nn.Module:
+def _rebuild(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, compute: torch.dtype, merging: bool) -> nn.Module:
     """The run's model as it was before its first step; for merging, a 4-bit base as plain matrices of the values that
     its codes stand for: those the adapter was trained on."""
     master, tuning = DTYPES[recipe.precision.master], recipe.tuning
     dtype = master if tuning.method == "full" else compute
-    model = load_model(recipe.model, dtype=dtype, seed=recipe.run.seed, vocab_size=vocab_size)
+    sizes = {"vocab_size": len(tokenizer), "num_added": num_added(tokenizer)}
+    model = load_model(recipe.model, dtype=dtype, seed=recipe.run.seed, **sizes)
     tuned = (apply_tuning_plain if merging else apply_tuning)(model, tuning, recipe.run.seed, compute)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
@@ -342,9 +342,10 @@ def _rebuild(recipe: Recipe, vocab_size: int, *, compute: torch.dtype, merging: 
     return tuned
 
 
-def base_model(recipe: Recipe, vocab_size: int, compute: torch.dtype) -> nn.Module:
+def base_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, compute: torch.dtype) -> nn.Module:
     """What an adapter of this run was trained on, loaded anew."""
-    model = load_model(recipe.model, dtype=compute, seed=recipe.run.seed, vocab_size=vocab_size)
+    sizes = {"vocab_size": len(tokenizer), "num_added": num_added(tokenizer)}
+    model = load_model(recipe.model, dtype=compute, seed=recipe.run.seed, **sizes)
     return quantise(model, compute) if recipe.tuning.method == "qlora" else model
 
 
