@@ -35,6 +35,7 @@ from sft_dist.checkpoint.export import (
     adapter_tensors,
     export_from_checkpoint,
     export_model,
+    merged_weights,
     model_tensors,
     package_of,
     rehearse_words,
@@ -464,3 +465,15 @@ def test_a_tokenizer_that_stock_transformers_would_misread_is_refused_before_tra
     rehearse_words(AutoConfig.for_model("llama", vocab_size=len(WORDS)), words)
     with pytest.raises(ConfigError, match="beside a config of qwen2, stock transformers reads it wrongly"):
         rehearse_words(AutoConfig.for_model("qwen2", vocab_size=len(WORDS)), words)
+
+
+def test_merging_leaves_the_model_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Each matrix is merged when it is read, so reading twice must not add the adapter twice."""
+    model = adapted().to(torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = merged_weights(model, torch.bfloat16)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(weights[name].read(), weights[name].read())
+    after = model.state_dict()
+    assert all(torch.equal(after[key], tensor) and after[key].dtype == tensor.dtype for key, tensor in before.items())
+    assert not torch.equal(weights[name].read().bfloat16(), tiny().bfloat16().state_dict()[name])
