@@ -130,9 +130,11 @@ def export_from_checkpoint(
     *,
     step: int | None = None,
     merge: bool = False,
+    dtype: torch.dtype | None = None,
     file_bytes: int = FILE_BYTES,
 ) -> Certificate:
     """Export the checkpoint of `step` (None: the newest good one) of a run; `merge` folds an adapter into its base.
+    `dtype` stores a whole model in another than the run's own.
 
     `recipe` is the run's own. One copy of the model is held, in the dtypes of the training. Merging is done in fp32,
     matrix by matrix, and stored in the run's compute dtype. Raises CheckpointError when the checkpoint is bad or
@@ -149,18 +151,21 @@ def export_from_checkpoint(
     ids = probe_ids(lm.config.get_text_config().vocab_size)
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits.float()
-    probe = Probe(ids, logits, None, probe_limit(compute, "cpu", merged=merge))
+    rounded = compute if dtype is None else dtype
+    probe = Probe(ids, logits, None, probe_limit(rounded, "cpu", merged=merge))
     code = recipe.model.trust_remote_code
     if merge:
         package = Package(lm.config, lm.generation_config, words, remote_code=code)
-        weights = merged_weights(model, compute)
+        weights = merged_weights(model, rounded)
+    elif is_adapter(model) and dtype is not None:
+        raise ConfigError("--dtype is for a whole model: an adapter is small, and stays as it was trained; add --merge")
     else:
         base = None
         if is_adapter(model):
             base = Base(
                 lm.num_parameters() * compute.itemsize, partial(base_model, recipe, len(words.tokenizer), compute)
             )
-        package, weights = package_of(model, words, base, code), plain_weights(model.state_dict())
+        package, weights = package_of(model, words, base, code), plain_weights(model.state_dict(), dtype)
     certificate = export_model(package, weights, out, probe, file_bytes=file_bytes)
     assert certificate is not None
     return certificate

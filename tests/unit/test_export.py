@@ -477,3 +477,20 @@ def test_merging_leaves_the_model_as_it_is(tokenizer: PreTrainedTokenizerFast) -
     after = model.state_dict()
     assert all(torch.equal(after[key], tensor) and after[key].dtype == tensor.dtype for key, tensor in before.items())
     assert not torch.equal(weights[name].read().bfloat16(), tiny().bfloat16().state_dict()[name])
+
+
+def test_a_full_model_is_stored_narrower_when_asked(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    run = recipe(tmp_path)
+    model = trained(run)
+    state = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    CheckpointManager(tmp_path / "run").save(4, state, {"step": 4})
+    words, out = Words(tokenizer, TEMPLATE), tmp_path / "out"
+    certificate = export_from_checkpoint(tmp_path / "run", run, words, out, dtype=torch.bfloat16)
+    assert certificate.dtype == "bfloat16" and 0 < certificate.difference < LIMITS[torch.bfloat16] / 5
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert all(torch.equal(p, model.state_dict()[name].bfloat16()) for name, p in loaded.state_dict().items())
+    adapter = recipe(tmp_path, tuning={"method": "lora", "rank": 2})
+    lora = {f"model.{name}": p.detach() for name, p in trained(adapter).named_parameters() if p.requires_grad}
+    CheckpointManager(tmp_path / "lora").save(4, lora, {"step": 4})
+    with pytest.raises(ConfigError, match="an adapter is small, and stays as it was trained; add --merge"):
+        export_from_checkpoint(tmp_path / "lora", adapter, words, out, dtype=torch.bfloat16)
