@@ -46,8 +46,11 @@ from sft_dist.data.loader import LoadedStep
 from sft_dist.data.stream_store import AnyStore
 from sft_dist.errors import EXIT_DONE, EXIT_STOPPED, SftError
 from sft_dist.job import Job
+from sft_dist.layout_certificate import certify_layout
 from sft_dist.milestones import Position
+from sft_dist.models.packed import causal_lm
 from sft_dist.nonfinite import skip_or_stop
+from sft_dist.observe.header import certificate_line
 from sft_dist.observe.metrics import read_metrics, rises, roll_back
 from sft_dist.observe.perf import peak_flops, peak_memory_gib, step_flops
 from sft_dist.observe.trackers import check_trackers
@@ -56,6 +59,7 @@ from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime, read_place, runtime, seed_for
 from sft_dist.parts import Inputs, Parts, build_parts, header_rows, read_fingerprint, read_inputs
+from sft_dist.rehearsal import fit
 from sft_dist.resilience.corruption import audit, baseline
 from sft_dist.resilience.ending import run_and_end
 from sft_dist.resilience.heartbeat import heart
@@ -165,14 +169,15 @@ def loop(parts: Parts, job: Job, saver: BackgroundSaver, done: Position) -> bool
 
 def train(inputs: Inputs, job: Job, place: Runtime) -> int:
     """Build, resume, step, finish. Returns the exit code; every rank takes the same path."""
-    parts = build_parts(inputs, place, job.run_dir)
+    resumed = broadcast_json(read_fingerprint(job.run_dir) is not None)
+    fitted = fit(partial(build_parts, inputs, place, job.run_dir), resumed=resumed, say=job.console.say)
+    parts = fitted.parts
     try:
         keep = inputs.recipe.checkpoint.keep
         manager = CheckpointManager(job.run_dir, keep, notice=job.console.say, ready=job.settle, fence=job.check_lease)
+        rows = [*header_rows(parts, job.attempt), ("layout", prove_layout(parts)), ("rehearsal", fitted.told)]
         done = resume(parts, job, manager)
-        job.open_records(
-            inputs.recipe, parts.fingerprint, inputs.data.report_now().as_dict(), header_rows(parts, job.attempt)
-        )
+        job.open_records(inputs.recipe, parts.fingerprint, inputs.data.report_now().as_dict(), rows)
         dist.barrier()
         num_steps = parts.train.plan.num_steps
         if num_steps < FEW_STEPS:
@@ -209,6 +214,13 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
         return EXIT_DONE
     finally:
         parts.close()
+
+
+def prove_layout(parts: Parts) -> str:
+    """The layout certificate of this run, for the header. Raises CertificateError."""
+    config = causal_lm(parts.engine.model).config
+    checks = certify_layout(parts.recipe, parts.choices, config, parts.place, train_step, sequence=parts.sequence)
+    return certificate_line([(c.name, c.figure, c.limit) for c in checks])
 
 
 def resume(parts: Parts, job: Job, manager: CheckpointManager) -> Position:

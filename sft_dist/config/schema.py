@@ -46,6 +46,7 @@ class PrecisionSection(Section):
     compute: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs, float32 on CPUs
     master: Literal["float32", "bfloat16"] = "float32"
     stochastic_rounding: bool = False  # of bfloat16 masters and moments, so that small updates are not lost
+    compile: bool = False  # torch.compile, layer by layer
 
     @model_validator(mode="after")
     def _masters_are_not_narrower(self) -> PrecisionSection:
@@ -198,7 +199,20 @@ class ParallelSection(Section):
     strategy: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
     offload: Literal["none", "optimizer", "params"] = "none"  # to CPU memory; `params` offloads the optimizer too
     sequence: Positive = 1  # processes that share each micro-batch, every one holding that part of its tokens
+    dp_replicate: Positive = 1  # HSDP: replicas of the sharded model; the shards of one are neighbouring processes
     deepspeed_config: str | None = None  # a DeepSpeed JSON file whose settings are adopted, or refused
+
+    @model_validator(mode="after")
+    def _replicates_what_is_sharded(self) -> ParallelSection:
+        if self.dp_replicate > 1 and (self.strategy not in ("auto", "fsdp2") or self.offload != "none"):
+            with_ = (
+                f"parallel.offload={self.offload}" if self.offload != "none" else f"parallel.strategy={self.strategy}"
+            )
+            raise ValueError(
+                f"parallel.dp_replicate={self.dp_replicate} is a mesh of fsdp2, not for {with_}: set "
+                "parallel.strategy=fsdp2 and parallel.offload=none, or dp_replicate=1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _offloads_what_is_partitioned(self) -> ParallelSection:
@@ -212,7 +226,17 @@ class ParallelSection(Section):
 
 
 class MemorySection(Section):
-    activation_checkpointing: Literal["auto", "none", "full"] = "auto"
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    activation_offload: bool = False  # what full checkpointing keeps waits in host memory
+
+    @model_validator(mode="after")
+    def _offloads_what_checkpointing_keeps(self) -> MemorySection:
+        if self.activation_offload and self.activation_checkpointing not in ("auto", "full"):
+            raise ValueError(
+                "memory.activation_offload moves the layers' inputs that full checkpointing keeps, not all that "
+                f"{self.activation_checkpointing} keeps: set memory.activation_checkpointing=full (or auto)"
+            )
+        return self
 
 
 class KernelsSection(Section):
@@ -321,6 +345,22 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _compiles_what_stays_whole(self) -> Recipe:
+        if not self.precision.compile:
+            return self
+        if self.memory.activation_checkpointing == "selective":
+            raise ValueError(
+                "precision.compile decides itself what a layer keeps, memory.activation_checkpointing=selective does "
+                "so by operation: set it to none or full, or precision.compile=false"
+            )
+        if self.parallel.strategy == "zero3" or self.parallel.offload == "params":
+            raise ValueError(
+                "precision.compile makes one graph of a layer, and zero3 gathers its matrices one by one inside it: "
+                "set parallel.strategy=fsdp2, or precision.compile=false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _asks_of_streams_what_they_can(self) -> Recipe:
         check_streams(self)
         return self
@@ -374,9 +414,4 @@ def check_streams(recipe: Recipe) -> None:
 
 
 # Public keys, and values as `key=word`, that later versions implement; asking for one is refused with this text.
-NOT_YET: dict[str, str] = {
-    "precision.compile": "torch.compile",
-    "parallel.dp_replicate": "HSDP meshes",
-    "memory.activation_offload": "activation offloading",
-    "memory.activation_checkpointing=selective": "selective checkpointing",
-}
+NOT_YET: dict[str, str] = {}

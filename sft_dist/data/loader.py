@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 
 from sft_dist.data.collate import Documents, batch_digest, collate
-from sft_dist.types import PackedBatch, StepPlan
+from sft_dist.types import Pack, PackedBatch, StepPlan
 
 _CLOSE_SECONDS = 5.0  # a read that hangs must not keep the process from ending
 
@@ -123,7 +123,10 @@ class Loader:
         return self._batch(self._plan.step(n), index)
 
     def _batch(self, step: StepPlan, index: int) -> PackedBatch:
-        micro_batch = step.micro_batches[index] if index < len(step.micro_batches) else ()
+        return self.batch_of(step.micro_batches[index] if index < len(step.micro_batches) else ())
+
+    def batch_of(self, micro_batch: tuple[Pack, ...]) -> PackedBatch:
+        """These packs as one micro-batch of this rank."""
         whole = collate(
             micro_batch,
             self._store,

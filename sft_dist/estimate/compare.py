@@ -106,6 +106,7 @@ def _choices(
         world_size=num_devices,
         device=device.kind,
         memory_bytes=device.memory,
+        intermediate_size=architecture.intermediate_size,
     )
     return choose(recipe, facts)
 
@@ -116,6 +117,8 @@ def _candidates(recipe: Recipe, num_devices: int) -> tuple[str, ...]:
         return ("zero3",)
     if recipe.parallel.offload == "optimizer":
         return ("zero1", "zero2", "zero3")
+    if recipe.parallel.dp_replicate > 1:
+        return ("fsdp2",)
     asked = () if recipe.parallel.strategy in ("auto", "ddp") else (recipe.parallel.strategy,)
     return STRATEGIES if num_devices > 1 else ("ddp", *asked)
 
@@ -137,6 +140,7 @@ def _layout(
         rounds=-(-micro_batches * shared_by // num_devices),
         checkpointing=choices.activation_checkpointing == "full",
         offload=recipe.parallel.offload,
+        dp_replicate=recipe.parallel.dp_replicate if strategy == "fsdp2" else 1,
     )
 
 

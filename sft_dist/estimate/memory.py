@@ -45,6 +45,12 @@ class Layout:
     rounds: int  # micro-batches of a step on one rank
     checkpointing: bool
     offload: str = "none"
+    dp_replicate: int = 1  # replicas of the sharded model (fsdp2)
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share one replica's state."""
+        return self.world_size // self.dp_replicate
 
     @property
     def autocasts(self) -> bool:
@@ -136,14 +142,14 @@ def head_bytes(architecture: Architecture, tuned: Tuned, layout: Layout) -> Part
 
 def _states(tuned: Tuned, layout: Layout) -> Parts:
     """Weights, gradients and optimizer as the engine holds them between steps; gradients when they are complete."""
-    weights, world = weight_bytes(tuned, layout), layout.world_size
+    weights, world, shards = weight_bytes(tuned, layout), layout.world_size, layout.shards
     gradients, moments = tuned.trained * layout.master, 2 * tuned.trained * layout.master
     masters = tuned.trained * FP32
     match layout.strategy:
         case "ddp":
             return {"weights": weights, "gradients": gradients, "optimizer": moments}
         case "fsdp2":
-            return {"weights": weights // world, "gradients": gradients // world, "optimizer": moments // world}
+            return {"weights": weights // shards, "gradients": gradients // shards, "optimizer": moments // shards}
         case "zero1":
             states = {"weights": weights, "gradients": gradients}
         case "zero2":
@@ -181,15 +187,14 @@ def _ddp(architecture: Architecture, tuned: Tuned, layout: Layout, states: Parts
 
 def _fsdp2(architecture: Architecture, tuned: Tuned, layout: Layout, states: Parts) -> dict[str, Parts]:
     """Shards. The root group (embedding, last norm, head) stays gathered from forward to backward; a layer is gathered
-    for its turn while the next one arrives. Micro-batches that are not reduced leave whole gradients in fp32."""
-    world, c = layout.world_size, layout.compute
+    for its turn while the next one arrives. Sums of earlier micro-batches are sharded too."""
+    world, c = layout.shards, layout.compute
     root = c * (tuned.root.base + tuned.root.added)
     layer = int(tuned.layer.base * (NF4_BYTES if tuned.quantised else c)) + c * tuned.layer.added
     moved_root, moved_layer = tuned.root.trained, tuned.layer.trained
-    whole = layout.rounds > 1
     held = {"weights": states["weights"], "optimizer": states["optimizer"]}
-    before = tuned.trained * FP32 if whole else 0
-    of_layers = before if whole else (tuned.trained - moved_root) * layout.master // world
+    before = tuned.trained * FP32 // world if layout.rounds > 1 else 0
+    of_layers = before or (tuned.trained - moved_root) * layout.master // world
     copies = 2 if layout.device == "cpu" and world > 1 else 1 if world > 1 else 0  # gloo adds one
     first = held | {"gradients": before, "gathered layers": (1 + copies) * root + layer}
     head = head_bytes(architecture, tuned, layout)
@@ -199,7 +204,7 @@ def _fsdp2(architecture: Architecture, tuned: Tuned, layout: Layout, states: Par
         "activations": activation_bytes(architecture, tuned, layout),
         **head,
     }
-    under_way = 0 if whole else 2 * moved_layer * layout.master // world  # of the last two layers: not reduced yet
+    under_way = 0 if before else 2 * moved_layer * layout.master // world  # of the last two layers: not reduced yet
     backward = held | {
         "gradients": max(0, of_layers - under_way),
         "gathered layers": root + 2 * layer,

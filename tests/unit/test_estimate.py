@@ -263,14 +263,22 @@ def test_long_documents_fit_when_their_rows_are_cut() -> None:
         on(recipe_of(EIGHT_B, "parallel.sequence=8"), "H100", 4)
 
 
-def test_accumulating_shards_keeps_whole_gradients() -> None:
+def test_accumulating_shards_keeps_sharded_sums() -> None:
     architecture = derive(EIGHT_B, "x")
     counts = tuned(architecture, TuningSection())
     once, often = (
         memory(architecture, counts, Layout("fsdp2", 8, "cuda", 2, 4, 2048, 2048, rounds, True)) for rounds in (1, 2)
     )
-    assert often.device["loss"]["gradients"] == 4 * counts.trained
+    assert often.device["loss"]["gradients"] == 4 * counts.trained // 8
     assert once.device["backward"]["gradients"] < counts.trained
+
+
+def test_replicas_of_shards_hold_what_one_replica_alone_would() -> None:
+    architecture = derive(EIGHT_B, "x")
+    counts = tuned(architecture, TuningSection())
+    numbers = ("cuda", 2, 4, 2048, 2048, 2, True)
+    alone, twice = Layout("fsdp2", 8, *numbers), Layout("fsdp2", 16, *numbers, dp_replicate=2)
+    assert memory(architecture, counts, twice).peak == memory(architecture, counts, alone).peak
 
 
 def test_prepared_data_give_the_steps_of_the_plan(tmp_path: Path) -> None:
