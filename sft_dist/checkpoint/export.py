@@ -241,7 +241,7 @@ def rehearse_words(config: PretrainedConfig, words: Words) -> None:
     """Raise ConfigError when stock Transformers would read other words than the training's from an export: asked before
     the first step, since no training could mend it.
 
-    Transformers 5.23 takes the tokenizer class of some architectures (qwen2, phi3 ...) from their name, whatever
+    Transformers 5.23 takes the tokenizer class of some architectures (qwen2 and others) from their name, whatever
     tokenizer_config.json says, and rebuilds the tokenizer by that class's rules.
     """
     with TemporaryDirectory() as name:
