@@ -9,12 +9,15 @@ of the step, so resuming is: load tensors, continue at step + 1.
 
 from __future__ import annotations
 
+import signal
+
 from sft_dist.resilience.orphan import die_with_ancestors
 from sft_dist.resilience.stacks import answer_with_stacks
 
 if __name__ == "__main__":
     die_with_ancestors()  # before the slow imports: a launcher killed meanwhile must not leave this process behind
     answer_with_stacks()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop listens: Ctrl-C ends it without a traceback
 
 import math
 import os
@@ -34,7 +37,7 @@ from sft_dist.checkpoint.disk import explain, is_storage_failure
 from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.config.auto import FEW_STEPS, cadence
 from sft_dist.config.environment import check_launcher
-from sft_dist.config.identity import check_recipe
+from sft_dist.config.identity import check_recipe, read_fingerprint
 from sft_dist.config.loader import load_recipe, load_resolved
 from sft_dist.config.overrides import split_arguments
 from sft_dist.config.schema import Recipe
@@ -50,11 +53,12 @@ from sft_dist.optim import lr_at, set_lr
 from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime, read_place, runtime, seed_for
-from sft_dist.parts import Inputs, Parts, build_parts, header_rows, read_fingerprint, read_inputs
+from sft_dist.parts import Inputs, Parts, build_parts, header_rows, read_inputs
 from sft_dist.resilience.heartbeat import heart
 from sft_dist.resilience.lease import LEASE_VARIABLE
 from sft_dist.resilience.orphan import launcher_commands
 from sft_dist.resilience.run_folder import attempt_dir, claim, put_aside, write_exit_code
+from sft_dist.resilience.time_limit import end_time
 from sft_dist.types import StepMetrics, StepPlan
 
 
@@ -153,8 +157,15 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
     """Build, resume, step, finish. Returns the exit code; every rank takes the same path."""
     parts = build_parts(inputs, place, job.run_dir)
     try:
-        keep = inputs.recipe.checkpoint.keep
-        manager = CheckpointManager(job.run_dir, keep, notice=job.console.say, ready=job.settle, fence=job.check_lease)
+        wished = inputs.recipe.checkpoint
+        manager = CheckpointManager(
+            job.run_dir,
+            wished.keep,
+            notice=job.console.say,
+            ready=job.settle,
+            fence=job.check_lease,
+            trusts_all=wished.trust_world_writable,
+        )
         done = resume(parts, job, manager)
         job.open_records(
             inputs.recipe, parts.fingerprint, inputs.data.report.as_dict(), header_rows(parts, job.attempt)
@@ -175,7 +186,8 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
         if not finished:
             anew = inputs.recipe.checkpoint.resume == "never"
             how = "with checkpoint.resume=auto" if anew else "the same command"
-            job.console.say(f"stopped with a checkpoint; run {how} to continue")
+            why = f" ({job.stop.reason})" if job.stop.reason else ""
+            job.console.say(f"stopped with a checkpoint{why}; run {how} to continue")
             return EXIT_STOPPED
         exported = milestones.restore_best(parts, manager, job)
         milestones.check_answers(parts, "after", job.run_dir)
@@ -287,6 +299,7 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
         if anew and place.is_main and (aside := put_aside(run_dir, attempt)):
             notice(f"checkpoint.resume=never: what earlier attempts left is in {aside}")
         job = stack.enter_context(Job(run_dir, attempt, place.rank))
+        job.mind_the_end(end_time(recipe.resilience.end_time, os.environ), recipe.resilience.end_margin_seconds)
         folder = attempt_dir(run_dir, attempt) if place.is_main else None
         try:
             with failing_storage(run_dir):

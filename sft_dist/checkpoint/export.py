@@ -11,6 +11,7 @@ import copy
 import json
 import secrets
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def export_model(
                 _write_weights(partial, tensors)
                 _loadable_config(hf_config, tensors).save_pretrained(partial)
             _write_words(partial, tokenizer, template_text, generation_config, stop_token_ids)
+            _give_users_modes(partial)
             _replace(partial, out)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -194,6 +196,16 @@ def _loadable_config(hf_config: PretrainedConfig, tensors: Mapping[str, Tensor])
 
 def _model_class(config: PretrainedConfig) -> type:
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), nn.Module)
+
+
+def _give_users_modes(folder: Path) -> None:
+    """safetensors writes files that only their owner can read; a shared folder's umask says otherwise.
+
+    The folder itself was made under that umask, and reading it from there, not by setting it, disturbs no thread.
+    """
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for path in folder.iterdir():
+        path.chmod(mode)
 
 
 def _replace(partial: Path, out: Path) -> None:

@@ -15,6 +15,7 @@ from sft_dist.resilience.lease import LEASE_VARIABLE
 from sft_dist.resilience.run_folder import attempt_dir
 
 RESOLVED_NAME = "config.yaml"
+LOOPBACK = "lo"
 _FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -48,6 +49,8 @@ class Job:
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(self.num_processes),
             "LOCAL_WORLD_SIZE": str(self.num_processes),
+            "GLOO_SOCKET_IFNAME": base.get("GLOO_SOCKET_IFNAME", LOOPBACK),  # one machine: nobody outside may connect
+            "NCCL_SOCKET_IFNAME": base.get("NCCL_SOCKET_IFNAME", LOOPBACK),
             "SFT_RENDEZVOUS": f"file://{(self.attempt_dir / 'rendezvous').absolute()}",
             "SFT_ATTEMPT": str(self.attempt),
             "SFT_EXIT_CODE_FILE": str((self.attempt_dir / "exit_code").absolute()),
