@@ -21,7 +21,8 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -111,17 +112,22 @@ class CheckpointManager:
 
         Raises StorageError when that was the third time in a row.
         """
-        try:
+        path = None
+        with self.tolerating(step):
             path = self.save(step, tensors, meta, also_keep=also_keep)
+        return path
+
+    @contextmanager
+    def tolerating(self, step: int) -> Iterator[None]:
+        """A StorageError of the save of `step` becomes a notice, unless it is the third in a row."""
+        try:
+            yield
         except StorageError as error:
             self._failures += 1
             if self._failures == FAILURES_LIMIT:
                 raise StorageError(f"{error} ({FAILURES_LIMIT} saves in a row have failed)") from error
             left = FAILURES_LIMIT - self._failures
             self._notice(f"warning: step {step} was not saved: {error}; training goes on, {left} more may fail")
-            return None
-        self._failures = 0
-        return path
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, also_keep: int | None = None
@@ -133,56 +139,87 @@ class CheckpointManager:
         A good checkpoint of that step is left as it is. Raises, on all ranks alike, StorageError when it cannot be
         written and NonFiniteError when a tensor holds a NaN or infinity; older checkpoints are untouched then.
         """
+        partial = self.open(step, tensors)
+        if partial is not None:
+            with self.discarding(partial):
+                files = self.write(partial, tensors, self.ranks)
+                self.commit(step, partial, tensors, files, meta)
+            self.retire(also_keep)
+        return self.folder / step_name(step)
+
+    def open(self, step: int, tensors: Mapping[str, Tensor]) -> Path | None:
+        """A fresh folder with room for `tensors`; None when a good checkpoint of `step` is there already."""
         target = self.folder / step_name(step)
         if self.ranks.from_main(target.exists()) and self._is_good(target):
-            return target
+            return None
         partial = self.folder / f"{PARTIAL_PREFIX}{self.ranks.from_main(secrets.token_hex(8))}"
-        try:
-            self._write(partial, tensors)
-            manifest = Manifest(
-                step=step,
-                files=self._hash_written(partial, num_bytes(tensors)),
-                tensors=describe_tensors(tensors),
-                meta=dict(meta),
-                versions=_versions(),
-                world_size=self.ranks.world_size,
-                written=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            )
-            self._on_main(lambda: self._commit(partial, target, manifest), num_bytes(tensors))
-        except BaseException:
-            if self.ranks.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
+        self._on_main(lambda: self._make_room(partial, num_bytes(tensors)), num_bytes(tensors))
+        return partial
+
+    def write(self, partial: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, FileEntry]:
+        """Every rank's part of finite `tensors`, durable, and its digest. `ranks`: of the thread that calls."""
+        with ranks.together():
+            check_finite(tensors)
+        self._fail_point("before write")
+        with ranks.together():
+            write_shards(partial, tensors, ranks)
+        self._fail_point("after write")
+        return self._hash_written(partial, num_bytes(tensors), ranks)
+
+    def commit(
+        self,
+        step: int,
+        partial: Path,
+        tensors: Mapping[str, Tensor],
+        files: Mapping[str, FileEntry],
+        meta: Mapping[str, Any],
+    ) -> None:
+        """Make what `write` gave the checkpoint of `step`."""
+        target = self.folder / step_name(step)
+        manifest = Manifest(
+            step=step,
+            files=dict(files),
+            tensors=describe_tensors(tensors),
+            meta=dict(meta),
+            versions=_versions(),
+            world_size=self.ranks.world_size,
+            written=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        )
+        self._on_main(lambda: self._commit(partial, target, manifest), num_bytes(tensors))
         self._proven.add(target)
+        self._failures = 0
+
+    def retire(self, also_keep: int | None) -> None:
+        """Delete what is neither among the newest nor the checkpoint of step `also_keep`."""
         try:
             self._on_main(lambda: self._retire(also_keep))
         except StorageError as error:  # what was saved stays saved
             self._notice(f"warning: old checkpoints were not deleted: {error}")
-        return target
 
-    def _write(self, partial: Path, tensors: Mapping[str, Tensor]) -> None:
-        with self.ranks.together():
-            check_finite(tensors)
-        self._on_main(lambda: self._make_room(partial, num_bytes(tensors)), num_bytes(tensors))
-        self._fail_point("before write")
-        with self.ranks.together():
-            write_shards(partial, tensors, self.ranks)
-        self._fail_point("after write")
+    @contextmanager
+    def discarding(self, partial: Path) -> Iterator[None]:
+        """Whatever fails inside, `partial` does not stay."""
+        try:
+            yield
+        except BaseException:
+            if self.ranks.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
 
     def _make_room(self, partial: Path, size: int) -> None:
         self._ready()
         check_space(self.folder, size)
         partial.mkdir()
 
-    def _hash_written(self, partial: Path, size: int) -> dict[str, FileEntry]:
+    def _hash_written(self, partial: Path, size: int, ranks: Ranks) -> dict[str, FileEntry]:
         """Sizes and digests of the files of all ranks; each rank makes its own durable and hashes them."""
         mine: dict[str, list[int | str]] = {}
-        with self.ranks.together(), storage_errors(partial, size):
-            for path in sorted(partial.glob(shard_pattern(self.ranks.rank))):
+        with ranks.together(), storage_errors(partial, size):
+            for path in sorted(partial.glob(shard_pattern(ranks.rank))):
                 fsync_path(path)
                 entry = hash_file(path)
                 mine[path.name] = [entry.size, entry.sha256]
-        return {name: FileEntry(*entry) for part in self.ranks.gather(mine) for name, entry in part.items()}
+        return {name: FileEntry(*entry) for part in ranks.gather(mine) for name, entry in part.items()}
 
     def _commit(self, partial: Path, target: Path, manifest: Manifest) -> None:
         present = {entry.name for entry in os.scandir(partial)}

@@ -61,9 +61,13 @@ class TimeLimit:
         now = self._clock()
         is_first_step = self._what == "step" and self._num_steps == 0  # kernels are compiled in it
         if self._what in self._slowest and not is_first_step:
-            self._slowest[self._what] = max(self._slowest[self._what], now - self._began)
+            self.learn(self._what, now - self._began)
         self._num_steps += self._what == "step"
         self._began, self._what = now, what
+
+    def learn(self, what: str, seconds: float) -> None:
+        """A `step`, `save` or `evaluate` has taken so long."""
+        self._slowest[what] = max(self._slowest[what], seconds)
 
     @property
     def is_near(self) -> bool:

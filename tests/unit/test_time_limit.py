@@ -61,6 +61,15 @@ def test_the_first_step_in_which_kernels_are_compiled_does_not_count() -> None:
     assert limit.is_near
 
 
+def test_a_save_that_the_loop_does_not_wait_for_counts_whole() -> None:
+    clock = Clock()
+    limit = TimeLimit(NOW + 1000, 0.0, wall=lambda: NOW, clock=clock)
+    walk(limit, clock, [*STEP, *STEP, ("save", 1.0), ("data", 0.0)])
+    limit.learn("save", 400.0)
+    clock.seconds += 1000 - 21 - 2 * 400 - 2 * 10 + 0.5
+    assert limit.is_near
+
+
 def test_a_clock_that_jumps_later_changes_nothing() -> None:
     clock, wall = Clock(), iter([NOW, NOW + 1e6])
     limit = TimeLimit(NOW + 1000, 0.0, wall=lambda: next(wall), clock=clock)
