@@ -72,6 +72,8 @@ from sft_dist.resilience.run_folder import attempt_dir, claim, put_aside, write_
 from sft_dist.resilience.time_limit import end_time
 from sft_dist.types import StepMetrics, StepPlan, StepResult
 
+LONGEST_UNSAVED_SECONDS = 1800.0  # with checkpoint.every_steps=auto, however many steps a run has
+
 
 def train_step(
     engine: Engine,
@@ -128,6 +130,7 @@ def loop(parts: Parts, job: Job, saver: BackgroundSaver, done: Position) -> bool
     losses = broadcast_json([x["eval_loss"] for x in read_metrics(job.run_dir) if x["kind"] == "eval"])
     first, audit_every = done.step + 1, recipe.resilience.audit_every
     at_start = baseline(parts.engine) if audit_every else None
+    saved, unsaved = done.step, num_steps  # the step of the newest save, and how many may follow it without one
     job.console.start(done.step, num_steps)
     for step in range(first, num_steps + 1):
         if patience and rises(losses, patience):
@@ -163,8 +166,12 @@ def loop(parts: Parts, job: Job, saver: BackgroundSaver, done: Position) -> bool
         if is_last or step % evaluate_every == 0:
             job.beat(step, "evaluate")
             losses += milestones.evaluate(parts, step, job.run_dir, job.log)
-        if is_last or stopping or step % save_every == 0:
+        if recipe.checkpoint.every_steps == "auto" and first < step in (first + 1, saved + 1):
+            # Rank 0's clock decides for all; the first step, in which kernels are compiled, tells nothing.
+            unsaved = broadcast_json(max(1, int(LONGEST_UNSAVED_SECONDS / metrics.step_seconds)))
+        if is_last or stopping or step % save_every == 0 or step - saved >= unsaved:
             job.beat(step, "save")
+            saved = step
             leaves = is_last or stopping
             milestones.save(parts, saver, done, job.run_dir, may_fail=not leaves)
         if stopping and not is_last:

@@ -22,6 +22,9 @@ from pathlib import Path
 import forked
 from tiny_run import trajectory, weights, write_recipe
 
+from sft_dist import train
+from sft_dist.checkpoint.catalog import folders
+from sft_dist.checkpoint.manifest import folder_step
 from sft_dist.resilience.heartbeat import Heart
 from sft_dist.resilience.lock import RunLock
 
@@ -104,6 +107,31 @@ def run_cell(
     return f"{number.name} x {times} to {target} in {phase}: {code} after {seconds:.1f} s, the same bits"
 
 
+def time_limit(folder: Path) -> str:
+    """The job's end is near from the start: one step, a checkpoint, 75; without a limit the same command goes on."""
+    path, log = recipe(folder, "limit"), folder / "limit.txt"
+    settings = [f"resilience.end_time={time.time() + 60}", "resilience.end_margin_seconds=60"]
+    assert forked.Forked(path, 2, log, settings=settings).run(SECONDS) == 75, log.read_text()
+    assert "(the time limit is near)" in log.read_text() and len(trajectory(folder / "limit")) == 1, log.read_text()
+    assert forked.Forked(path, 2, log).run() == 0, log.read_text()
+    assert trajectory(folder / "limit") == trajectory(folder / "straight")
+    return "a time limit that nobody signals: 75, the same bits"
+
+
+def unsaved(folder: Path) -> str:
+    """Automatic saves leave no more than half an hour of work unsaved: here, where that is no time at all, no step."""
+
+    def at_once(rank: int, attempt: int) -> None:
+        train.LONGEST_UNSAVED_SECONDS = 0.0
+
+    path, log = recipe(folder, "unsaved"), folder / "unsaved.txt"
+    settings = ["checkpoint.every_steps=auto", "checkpoint.keep=99"]
+    assert forked.Forked(path, 2, log, at_once, settings).run(SECONDS) == 0, log.read_text()
+    assert [folder_step(path) for path in folders(folder / "unsaved")] == [2, *range(3, 13)]
+    assert trajectory(folder / "unsaved") == trajectory(folder / "straight")
+    return "a save whenever too long has passed: the same bits"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -117,6 +145,8 @@ def main() -> int:
         cells = latin(random.Random(given.seed))[: given.cells]
     for cell in cells:
         print(run_cell(given.folder, given.folder / "straight", *cell, expected(*cell)), flush=True)
+    for limit in (time_limit, unsaved):
+        print(limit(given.folder), flush=True)
     twice = (signal.SIGINT, "launcher", "train")
     print(run_cell(given.folder, given.folder / "straight", *twice, {1}, times=2), flush=True)
     return 0

@@ -64,13 +64,13 @@ def test_a_folder_has_one_writer_however_two_of_them_race(tmp_path: Path) -> Non
 
 def test_signals_to_any_process_in_any_phase_stop_in_order(tmp_path: Path) -> None:
     printed = run_program("stops.py", str(tmp_path), "--cells", "16", seconds=600)
-    assert printed.count("the same bits") == 17, printed
+    assert printed.count("the same bits") == 19, printed
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(3600)
 def test_every_signal_to_every_process_in_every_phase_stops_in_order(tmp_path: Path) -> None:
-    assert run_program("stops.py", str(tmp_path), seconds=3600).count("the same bits") == 65
+    assert run_program("stops.py", str(tmp_path), seconds=3600).count("the same bits") == 67
 
 
 def test_a_rank_that_no_longer_moves_is_found_and_named(tmp_path: Path) -> None:
