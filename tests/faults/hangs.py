@@ -1,4 +1,4 @@
-"""A rank that no longer moves, in every way it can: `python hangs.py FOLDER`.
+"""A rank that no longer moves, in every way it can: `python hangs.py FOLDER [CASE ...]`.
 
 Two ranks of a real run; rank 1 meets its fate in step 5, T is 3 seconds. A hang must be found within T + 5 s, the odd
 rank named, every rank that can show its stack do so, and all be dead within 10 s more with 71. A crash in native code
@@ -59,6 +59,7 @@ HANGS: dict[str, Callable[[], None]] = {
     "holds the interpreter": hold_the_interpreter,
     "in another collective": join_another_collective,
 }
+READER = "stuck reader"
 CRASHES: dict[str, Callable[[], None]] = {"segmentation fault": crash, "abort": os.abort}
 
 
@@ -113,17 +114,19 @@ def run_case(folder: Path, name: str, before: Callable[[int, int], None], is_han
     return f"{name}: {code} after {took:.1f} s, the same bits afterwards"
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, names: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     assert forked.Forked(recipe(folder, "straight"), 2, folder / "straight.txt").run() == 0
     when = folder / "when"
     for fates, is_hang in ((HANGS, True), (CRASHES, False)):
         for name, fate in fates.items():
-            print(run_case(folder, name, partial(meet, fate, when), is_hang), flush=True)
-    os.mkfifo(folder / "fifo")
-    print(run_case(folder, "stuck reader", partial(stick_the_reader, folder / "fifo", when), True), flush=True)
+            if not names or name in names:
+                print(run_case(folder, name, partial(meet, fate, when), is_hang), flush=True)
+    if not names or READER in names:
+        os.mkfifo(folder / "fifo")
+        print(run_case(folder, READER, partial(stick_the_reader, folder / "fifo", when), True), flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
