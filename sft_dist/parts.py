@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from sft_dist.checkpoint.export import rehearse_words
 from sft_dist.checkpoint.export_certificate import Words
 from sft_dist.config.auto import Choices, Facts, choose, compute_dtype
 from sft_dist.config.elastic import ELASTIC, check_micro_batches
-from sft_dist.config.identity import identity, refuse_changes
+from sft_dist.config.identity import identity, read_fingerprint, refuse_changes
 from sft_dist.config.loader import load_resolved
 from sft_dist.config.schema import Recipe
 from sft_dist.data.loader import Loader, Plan, VerifiedDocuments
@@ -380,12 +379,6 @@ def explain_inputs(recipe: Recipe) -> dict[str, str]:
         "tokenizer": f"the files of {model.tokenizer or model.path}",
         "frozen weights": f"the weights of {model.path} that are not trained",
     }
-
-
-def read_fingerprint(run_dir: Path) -> dict[str, Any] | None:
-    """The record of the run in `run_dir`, None when it is new."""
-    path = run_dir / "fingerprint.json"
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _choices(

@@ -11,6 +11,7 @@ import copy
 import json
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,6 +121,7 @@ def export_model(
             if ranks.is_main:
                 _describe(partial_folder, package, written)
                 certificate = _proven(partial_folder, out, package, written, probe)
+                _give_users_modes(partial_folder)
                 _replace(partial_folder, out)
     return certificate
 
@@ -312,6 +314,16 @@ def _loadable_config(hf_config: PretrainedConfig, written: Mapping[str, Written]
 
 def _model_class(config: PretrainedConfig) -> type:
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), nn.Module)
+
+
+def _give_users_modes(folder: Path) -> None:
+    """safetensors writes files that only their owner can read; a shared folder's umask says otherwise.
+
+    The folder itself was made under that umask, and reading it from there, not by setting it, disturbs no thread.
+    """
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for path in folder.iterdir():
+        path.chmod(mode)
 
 
 def _replace(partial: Path, out: Path) -> None:
