@@ -9,6 +9,7 @@
 # SFT_FABRIC    network between nodes: auto (default) | none | ethernet | infiniband | efa; see launch/env/
 # SFT_NNODES, SFT_NODE_RANK, MASTER_ADDR, MASTER_PORT, SFT_MEETING  for runs over several nodes (the last one: a word that
 #               all nodes of this launch share and no other launch uses)
+# SFT_PREFLIGHT 1: look at every node before ranks start; only: nothing else; SFT_NODE_NAMES: their names, for complaints
 # SFT_STOP_FILE, SFT_EXIT_CODE_FILE  files to use for a stop request and for the exit code (default: temporary ones)
 # SFT_GUARD=stdin  a line on standard input asks for a stop; its end means that who started us is gone: all is killed
 #
@@ -21,6 +22,7 @@ python=${SFT_PYTHON:-$here/../.venv/bin/python}
 [[ -x $python ]] || python=$(command -v "$python" || command -v python3)
 nodes=${SFT_NNODES:-1}
 node=${SFT_NODE_RANK:-0}
+export SFT_NNODES=$nodes # also tells sft-dist that it is where the run is to be
 launcher=${SFT_LAUNCHER:-local}
 
 fail() {
@@ -61,6 +63,12 @@ if [[ $nodes -gt 1 ]]; then
   fabric=${SFT_FABRIC:-auto}
   [[ $fabric != auto ]] || fabric=$(find_fabric)
   [[ $fabric == none ]] || adopt_fabric "$fabric"
+fi
+
+# Before any rank starts: can these nodes do it together? 77 and the names of bad nodes when not.
+if [[ ${SFT_PREFLIGHT:-0} != 0 ]]; then
+  "$python" -m sft_dist.preflight "$@" || exit $?
+  [[ $SFT_PREFLIGHT != only ]] || exit 0
 fi
 
 case $launcher in

@@ -24,7 +24,8 @@ from sft_dist.checkpoint.manifest import read_manifest
 from sft_dist.data.collate import batch_digest
 from sft_dist.data.ledger import START, fold
 from sft_dist.data.plan import PackPlan
-from sft_dist.data.store import TokenStore
+from sft_dist.data.stream_plan import StreamPlan
+from sft_dist.data.stream_store import AnyStore
 from sft_dist.errors import CheckpointError
 from sft_dist.observe.metrics import read_metrics
 from sft_dist.parts import reopen
@@ -74,8 +75,8 @@ def audit(run_dir: Path, notice: Callable[[str], None], progress: Callable[[int,
 
 
 def prove(
-    plan: PackPlan,
-    store: TokenStore,
+    plan: PackPlan | StreamPlan,
+    store: AnyStore,
     lines: list[dict[str, Any]],
     ledgers: Mapping[int, str | None],
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -92,11 +93,10 @@ def prove(
         ledger, tokens = fold(ledger, last), tokens + last.num_tokens
         faults += _differences(line, last, store)
         examples = [example for pack in last.packs for example in pack.example_ids]
-        count = counts.setdefault(last.epoch, np.zeros(plan.num_examples, np.int32))
         if line.get("kind") == "skipped":
             faults.append(f"step {last.step}: was skipped, its {len(examples)} examples were not trained")
-        else:
-            np.add.at(count, examples, 1)
+            examples = []
+        counts[last.epoch] = _counted(counts.get(last.epoch), plan.num_examples, examples)
         if ledgers.get(last.step, ledger) != ledger:
             faults.append(f"checkpoint of step {last.step}: its ledger differs from the one of the plan")
         progress(number, len(lines))
@@ -106,6 +106,15 @@ def prove(
     faults += [fault for epoch in epochs for fault in _cover_faults(epoch, store)]
     compared = tuple(sorted(step for step in ledgers if step <= len(lines)))
     return Audit(len(lines), plan.num_steps, tokens, epochs, compared, ledger, tuple(faults))
+
+
+def _counted(count: np.ndarray | None, num_examples: int, examples: list[int]) -> np.ndarray:
+    """How often each example was trained, `examples` once more: int32[num_examples]; streams grow as they are read."""
+    known = np.zeros(0, np.int32) if count is None else count
+    if len(known) < num_examples:
+        known = np.concatenate([known, np.zeros(num_examples - len(known), np.int32)])
+    np.add.at(known, examples, 1)
+    return known
 
 
 def _is_sound(line: Any) -> bool:
@@ -125,7 +134,7 @@ def _gaps(lines: list[dict[str, Any]]) -> Iterator[str]:
             return
 
 
-def _differences(line: Mapping[str, Any], step: StepPlan, store: TokenStore) -> Iterator[str]:
+def _differences(line: Mapping[str, Any], step: StepPlan, store: AnyStore) -> Iterator[str]:
     """What a step recorded beside what the plan and the data give."""
     planned = {
         "num_tokens": step.num_tokens,
@@ -137,7 +146,7 @@ def _differences(line: Mapping[str, Any], step: StepPlan, store: TokenStore) -> 
             yield f"step {step.step}: {key} was {line[key]}, the plan gives {value}"
 
 
-def _epoch(number: int, count: np.ndarray, plan: PackPlan, last: StepPlan | None) -> Epoch:
+def _epoch(number: int, count: np.ndarray, plan: PackPlan | StreamPlan, last: StepPlan | None) -> Epoch:
     finished = last is not None and (last.epoch > number or plan.ends_epoch(last.step))
     return Epoch(
         number=number,
@@ -149,7 +158,7 @@ def _epoch(number: int, count: np.ndarray, plan: PackPlan, last: StepPlan | None
     )
 
 
-def _cover_faults(epoch: Epoch, store: TokenStore) -> Iterator[str]:
+def _cover_faults(epoch: Epoch, store: AnyStore) -> Iterator[str]:
     for what, examples in (("never", epoch.missed), ("more than once", epoch.repeated)):
         for example in examples[:MAX_LISTED]:
             yield f"epoch {epoch.number + 1}: {store.example(example).id} was trained {what}"

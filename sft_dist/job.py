@@ -16,6 +16,7 @@ from sft_dist.observe.console import Console
 from sft_dist.observe.metrics import MetricsLog, read_metrics
 from sft_dist.observe.run_files import write_json
 from sft_dist.observe.spikes import Spikes
+from sft_dist.observe.trackers import Trackers
 from sft_dist.resilience.heartbeat import heart
 from sft_dist.resilience.lease import LEASE_VARIABLE, check_ours
 from sft_dist.resilience.run_folder import attempt_dir
@@ -47,11 +48,16 @@ class Job:
             return
         (self.run_dir / "config.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         write_json(self.run_dir / "fingerprint.json", fingerprint)
-        write_json(self.run_dir / "prepare_report.json", report)
+        self.write_report(report)
         write_json(self.run_dir / "header.json", header)
         self.console.header("sft-dist train", header)
         self._spikes = Spikes(line["loss"] for line in read_metrics(self.run_dir) if line["kind"] == "step")
-        self.log = MetricsLog(self.run_dir, recipe.log.trackers)
+        self.log = MetricsLog(self.run_dir, Trackers(self.run_dir, recipe, self.console.say))
+
+    def write_report(self, report: dict[str, Any]) -> None:
+        """Write prepare_report.json; what was read of a stream by now is in it."""
+        if self.is_main:
+            write_json(self.run_dir / "prepare_report.json", report)
 
     def record(self, metrics: StepMetrics, step: StepPlan, num_steps: int, *, due: bool) -> None:
         """Write one step and move the display; `due` steps get a line where there is no bar, and a loss far above the

@@ -17,11 +17,12 @@ import torch
 from sft_dist.checkpoint.background import BackgroundSaver
 from sft_dist.checkpoint.catalog import folders
 from sft_dist.checkpoint.export import base_model, export_model, package_of, probe_limit
-from sft_dist.checkpoint.export_certificate import Base, Certificate, Probe, Words, probe_ids
+from sft_dist.checkpoint.export_certificate import Base, Certificate, Probe, probe_ids
 from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.checkpoint.manifest import folder_step, step_name
 from sft_dist.checkpoint.weights import live_weights
 from sft_dist.data.ledger import START
+from sft_dist.errors import CheckpointError
 from sft_dist.evaluate.generation import Prompt, generate, prompts_from_store, stock_attention
 from sft_dist.evaluate.heldout import Measured, heldout_loss
 from sft_dist.evaluate.metrics import exact_match
@@ -35,7 +36,7 @@ from sft_dist.observe.run_files import append_lines, read_lines, write_json
 from sft_dist.optim import set_step
 from sft_dist.parallel.engine import Engine, global_numel
 from sft_dist.parallel.messages import broadcast_json, gather_json
-from sft_dist.parts import Parts
+from sft_dist.parts import Parts, words_of
 
 GENERATION_BATCH = 32
 
@@ -140,7 +141,7 @@ def save(parts: Parts, saver: BackgroundSaver, position: Position, run_dir: Path
     It goes on in the background, unless checkpoint.async=false.
     """
     best = best_step(read_metrics(run_dir)) if parts.recipe.eval.early_stopping else None
-    meta = {**asdict(position), "plan": parts.train.plan.digest}
+    meta = {**asdict(position), "plan": parts.train.plan.digest_up_to(position.step)}
     tolerant = saver.begin if parts.recipe.checkpoint.background else saver.try_save
     write = tolerant if may_fail else saver.save
     write(position.step, parts.engine.state(), meta, also_keep=best)
@@ -150,6 +151,12 @@ def load(parts: Parts, manager: CheckpointManager, folder: Path) -> Position:
     """Make the state in a checkpoint folder the run's; returns where it was taken."""
     tensors = parts.engine.state()
     meta = manager.load(folder, tensors)
+    now = parts.train.plan.digest_up_to(meta["step"])
+    if meta["plan"] != now:
+        raise CheckpointError(
+            f"{folder}: the data up to step {meta['step']} are not those it was trained on (plan {meta['plan'][:16]}, "
+            f"today {now[:16]}): restore them, or choose another run.dir"
+        )
     parts.engine.adopt(tensors)
     done = Position(meta["step"], meta["ledger"], tuple(meta.get("skipped", ())))
     set_step(parts.engine.optimizer, done.step - len(done.skipped))
@@ -173,15 +180,14 @@ def restore_best(parts: Parts, manager: CheckpointManager, job: Job) -> int | No
 
 def export(parts: Parts, run_dir: Path) -> Certificate | None:
     """Write RUN_DIR/export: a Hugging Face folder, or a PEFT adapter folder. All ranks; rank 0 gets the certificate."""
-    recipe, template, tokenizer = parts.recipe, parts.inputs.data.template, parts.inputs.tokenizer
+    recipe, tokenizer = parts.recipe, parts.inputs.tokenizer
     compute = DTYPES[parts.choices.compute]
     base = None
     if is_adapter(parts.engine.model):
         num_bytes = sum(map(global_numel, parts.engine.model.parameters())) * compute.itemsize
         base = Base(num_bytes, partial(base_model, recipe, len(tokenizer), compute))
-    words = Words(tokenizer, template.text, template.stop_token_ids(tokenizer))
     return export_model(
-        package_of(parts.engine.model, words, base, recipe.model.trust_remote_code),
+        package_of(parts.engine.model, words_of(parts.inputs), base, recipe.model.trust_remote_code),
         live_weights(parts.engine, DTYPES[recipe.precision.master]),
         run_dir / "export",
         trained_probe(parts.engine, parts.place.device, probe_limit(compute, parts.place.device.type)),

@@ -1,13 +1,14 @@
 """Can these nodes run this together? Asked on every node before ranks start; a bad node is named.
 
-    python -m sft_dist.preflight RUN_DIR      one process on each node, under the variables that launch/worker.sh reads
+    python -m sft_dist.preflight RECIPE.yaml [key=value ...]    one process on each node, as launch/worker.sh starts it
 
-    each node    facts -> RUN_DIR/slurm/preflight/WORD/node_00000.json     versions, files, disk, GPUs, clock
+    each node    facts -> RUN_DIR/logs/preflight-WORD/node_00000.json     versions, files, disk, GPUs, clock
                  reach the first node by name and port; all-reduce: right sums, and how fast
-    first node   compare(all of them) -> complaints, each with a node; RUN_DIR/slurm/preflight.json, bad_nodes.WORD
+    first node   compare(all of them) -> complaints, each with a node -> report.json, bad_nodes, in the same folder
+    each node    exits 0, or 77 when there are complaints
 
 A node that differs from most is the odd one; of two that differ, the one that is not first. What cannot be blamed on a
-node (none reaches the first one) is blamed on the first. Exits 77 on the first node when there are complaints, else 0.
+node (none reaches the first one) is blamed on the first.
 """
 
 from __future__ import annotations
@@ -24,26 +25,36 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sft_dist.config.loader import load_resolved
+from sft_dist.config.loader import load_recipe
+from sft_dist.config.overrides import split_arguments
 from sft_dist.config.schema import Recipe
 from sft_dist.doctor import BLOCKED, folder
 from sft_dist.errors import EXIT_DONE, EXIT_HARDWARE
 from sft_dist.launch.nodes import Nodes, read_nodes
-from sft_dist.launch.submission import BAD_NODES, RECIPE, slurm_dir
 
+REPORT, BAD_NODES = "report.json", "bad_nodes"
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "deepspeed")
-FACTS_SECONDS = 15.0  # for every node to have told its facts, once this one has
+FACTS_SECONDS = 60.0  # for every node to have told its facts: torch is imported before, from a cold disk
 REACH_SECONDS = 8.0
-REDUCE_SECONDS = 15.0  # for one all-reduce, the meeting of the ranks included
+REDUCE_SECONDS = 20.0  # for one all-reduce, the meeting of the ranks included
 LARGEST_SKEW_SECONDS = 2.0  # events of several nodes are read side by side; leases and certificates break later
-SLOW_FRACTION = 0.5  # of the median clock of the nodes' GPUs
+SLOW_FRACTION = 0.7  # of the median matrix product of all GPUs
 REDUCE_FLOATS = 1 << 21  # 8 MiB
 _POLL_SECONDS = 0.05
-_GPU_QUERY = "index,name,memory.total,clocks.sm,clocks.max.sm,temperature.gpu,ecc.errors.uncorrected.volatile.total"
+_GPU_FIELDS = {  # ours -> nvidia-smi's
+    "index": "index",
+    "name": "name",
+    "memory": "memory.total",
+    "max_clock": "clocks.max.sm",
+    "ecc": "ecc.errors.uncorrected.volatile.total",
+    "hw_slowdown": "clocks_throttle_reasons.hw_slowdown",
+    "too_hot": "clocks_throttle_reasons.sw_thermal_slowdown",
+}
+MATRIX, PRODUCTS = 4096, 20  # of bfloat16, for the speed of a GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +66,7 @@ class Facts:
     same: dict[str, str]
     faults: list[str] = field(default_factory=list)
     clock_seconds: float = 0.0  # ahead of the file server's
-    gpu_clocks: list[float] = field(default_factory=list)  # share of the highest, under no load
+    gpu_teraflops: list[float] = field(default_factory=list)  # of each GPU, in a matrix product
     gigabytes_per_second: float | None = None  # of the all-reduce; None: it did not come about
 
 
@@ -95,12 +106,12 @@ def _odd_clocks(present: Sequence[Facts]) -> list[Complaint]:
 
 
 def _slow_gpus(present: Sequence[Facts]) -> list[Complaint]:
-    middle = _median([clock for facts in present for clock in facts.gpu_clocks])
+    middle = _median([rate for facts in present for rate in facts.gpu_teraflops])
     return [
-        Complaint(facts.name, f"GPU {index} runs at {clock:.0%} of its clock, the others at {middle:.0%}")
+        Complaint(facts.name, f"GPU {index} does {rate:.0f} teraflops, the others {middle:.0f}: its clock is held down")
         for facts in present
-        for index, clock in enumerate(facts.gpu_clocks)
-        if clock < SLOW_FRACTION * middle
+        for index, rate in enumerate(facts.gpu_teraflops)
+        if rate < SLOW_FRACTION * middle
     ]
 
 
@@ -108,23 +119,23 @@ def _median(values: Sequence[float]) -> float:
     return sorted(values)[(len(values) - 1) // 2] if values else 0.0
 
 
-def gather(node: int, recipe: Recipe, meeting: Path) -> Facts:
-    """This node's facts, but for the network."""
+def gather(node: int, name: str, recipe: Recipe, meeting: Path) -> Facts:
+    """This node's facts, but for the network; `name` is what the scheduler or the host file calls it."""
     cards = gpus()
-    same = {"python": platform.python_version(), "sft_dist": code_digest(), "GPUs": str(len(cards))}
+    kinds = Counter(f"{card['name']} {card['memory']} MiB {card['max_clock']} MHz" for card in cards)
+    listed = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items())) or "none"
+    same = {"python": platform.python_version(), "sft_dist": code_digest(), "GPUs": listed}
     same |= {name: _version(name) for name in LIBRARIES}
     same |= {f"view of {path}": look_of(Path(path)) for path in _inputs(recipe)}
     findings = [folder(f"run.dir on {socket.gethostname()}", meeting)]
     faults = [f"{finding.found}: {finding.remedy}" for finding in findings if finding.state == BLOCKED]
-    faults += [f"GPU {card['index']} ({card['name']}): {card['ecc']} uncorrected memory errors: reset or replace it"
-               for card in cards if card["ecc"].isdecimal() and int(card["ecc"])]  # fmt: skip
+    faults += [fault for card in cards for fault in gpu_faults(card)]
     return Facts(
         node,
-        os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        name,
         same,
         faults,
         clock_ahead(meeting / f"clock_{node:05d}"),
-        [float(card["clock"]) / float(card["max_clock"]) for card in cards if card["max_clock"].isdecimal()],
     )
 
 
@@ -170,14 +181,42 @@ def gpus() -> list[dict[str, str]]:
         return []
     try:
         told = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader,nounits"],
+            ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS.values())}", "--format=csv,noheader,nounits"],
             capture_output=True, text=True, timeout=10,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return []
-    names = ("index", "name", "memory", "clock", "max_clock", "temperature", "ecc")
     rows = [[cell.strip() for cell in line.split(",")] for line in told.stdout.splitlines()]
-    return [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
+    return [dict(zip(_GPU_FIELDS, row, strict=True)) for row in rows if len(row) == len(_GPU_FIELDS)]
+
+
+def gpu_faults(card: Mapping[str, str]) -> list[str]:
+    """What the driver itself says is wrong with a GPU."""
+    name, found = f"GPU {card['index']} ({card['name']})", []
+    if card["ecc"].isdecimal() and int(card["ecc"]):
+        found.append(f"{name}: {card['ecc']} uncorrected memory errors: reset or replace it")
+    if card["hw_slowdown"] == "Active":
+        found.append(f"{name}: slowed down by its hardware: look at power and cooling")
+    if card["too_hot"] == "Active":
+        found.append(f"{name}: slowed down because it is hot: look at cooling")
+    return found
+
+
+def gpu_rates() -> list[float]:
+    """Teraflops of each GPU in a bfloat16 matrix product, after one to warm up; empty without one."""
+    import torch
+
+    rates = []
+    for index in range(torch.cuda.device_count()):
+        left = torch.ones((MATRIX, MATRIX), dtype=torch.bfloat16, device=f"cuda:{index}")
+        product = left @ left
+        torch.cuda.synchronize(index)
+        started = time.perf_counter()
+        for _ in range(PRODUCTS):
+            torch.mm(left, left, out=product)
+        torch.cuda.synchronize(index)
+        rates.append(2 * MATRIX**3 * PRODUCTS / (time.perf_counter() - started) / 1e12)
+    return rates
 
 
 def reach(nodes: Nodes) -> str | None:
@@ -222,7 +261,7 @@ def _listen(nodes: Nodes, deadline: float) -> str | None:
 
 
 def reduce_rate(nodes: Nodes) -> tuple[float | None, str | None]:
-    """GB/s of an all-reduce over all nodes, or what went wrong; GPU 0 of each node where there is one."""
+    """(GB/s of an all-reduce over all nodes, None) or (None, what went wrong). On GPU 0 where there are any."""
     from datetime import timedelta
 
     import torch
@@ -252,37 +291,46 @@ def reduce_rate(nodes: Nodes) -> tuple[float | None, str | None]:
         return None, f"all-reduce: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}"
 
 
-def check_nodes(run_dir: Path, recipe: Recipe, nodes: Nodes, names: Sequence[str], say: Callable[[str], None]) -> int:
-    """This node's part; on the first one also the verdict."""
+def check_nodes(recipe: Recipe, nodes: Nodes, names: Sequence[str], say: Callable[[str], None]) -> int:
+    """This node's part, and on the first one the verdict, which all leave with."""
     started = time.monotonic()
-    meeting = slurm_dir(run_dir) / "preflight" / (nodes.meeting or "alone")
+    meeting = folder_of(Path(recipe.run.dir), nodes.meeting)
     meeting.mkdir(parents=True, exist_ok=True)
-    facts = gather(nodes.index, recipe, meeting)
+    facts = gather(nodes.index, names[nodes.index], recipe, meeting)
     fault, rate = None, None
     if nodes.are_several:
+        import torch.distributed  # noqa: F401  # so that nobody waits at the reduction for another's slow disk
+
         _tell(meeting, facts, "facts")
-        others = collect(meeting, nodes.count, "facts", FACTS_SECONDS)
-        fault = reach(nodes) if None not in others else None
-        if fault is None and None not in others:
-            rate, fault = reduce_rate(nodes)
-    facts = Facts(**{**asdict(facts), "faults": facts.faults + [fault] * bool(fault), "gigabytes_per_second": rate})
+        if None not in collect(meeting, nodes.count, "facts", FACTS_SECONDS):
+            fault = reach(nodes)
+            rate, fault = reduce_rate(nodes) if fault is None else (None, fault)
+    facts = replace(
+        facts, gpu_teraflops=gpu_rates(), faults=[*facts.faults, *([fault] if fault else [])], gigabytes_per_second=rate
+    )
     _tell(meeting, facts, "node")
     if nodes.index > 0:
-        return EXIT_DONE
+        return _await_verdict(meeting)
     told = collect(meeting, nodes.count, "node", REDUCE_SECONDS)
     complaints = settle(compare(told, names), names)
-    report = {"nodes": [asdict(one) if one else None for one in told], "complaints": [asdict(c) for c in complaints]}
-    (slurm_dir(run_dir) / "preflight.json").write_text(json.dumps(report, indent=2))
-    for complaint in complaints:
-        say(f"sft-dist: preflight: node {complaint.name}: {complaint.what}")
     speed = "" if rate is None else f", all-reduce {rate:.2f} GB/s"
     seconds = time.monotonic() - started
+    for complaint in complaints:
+        say(f"sft-dist: preflight: node {complaint.name}: {complaint.what}")
     say(f"sft-dist: preflight: {nodes.count} nodes, {len(complaints)} complaints{speed}, {seconds:.1f} s")
-    if not complaints:
-        return EXIT_DONE
-    bad = dict.fromkeys(complaint.name for complaint in complaints)
-    (slurm_dir(run_dir) / f"{BAD_NODES}.{nodes.meeting}").write_text("\n".join(bad) + "\n")
-    return EXIT_HARDWARE
+    report = {"nodes": [asdict(one) if one else None for one in told], "complaints": [asdict(c) for c in complaints]}
+    (meeting / BAD_NODES).write_text("".join(f"{name}\n" for name in dict.fromkeys(c.name for c in complaints)))
+    _put(meeting / REPORT, json.dumps(report, indent=2))
+    return EXIT_HARDWARE if complaints else EXIT_DONE
+
+
+def _await_verdict(meeting: Path) -> int:
+    """What the first node has found; 77 when it says nothing."""
+    deadline = time.monotonic() + 2 * REDUCE_SECONDS
+    while not (meeting / REPORT).exists() and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+    is_fine = (meeting / REPORT).exists() and not (meeting / BAD_NODES).read_text()
+    return EXIT_DONE if is_fine else EXIT_HARDWARE
 
 
 def settle(complaints: list[Complaint], names: Sequence[str]) -> list[Complaint]:
@@ -300,10 +348,18 @@ def settle(complaints: list[Complaint], names: Sequence[str]) -> list[Complaint]
     return failed[-1:]
 
 
+def folder_of(run_dir: Path, meeting: str) -> Path:
+    """Where the nodes of one launch tell each other."""
+    return run_dir / "logs" / f"preflight-{meeting or 'alone'}"
+
+
 def _tell(meeting: Path, facts: Facts, kind: str) -> None:
-    path = meeting / f"{kind}_{facts.node:05d}.json"
+    _put(meeting / f"{kind}_{facts.node:05d}.json", json.dumps(asdict(facts)))
+
+
+def _put(path: Path, text: str) -> None:
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(facts)))
+    partial.write_text(text)
     partial.replace(path)
 
 
@@ -323,12 +379,11 @@ def names_of(nodes: Nodes, environ: Mapping[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`RUN_DIR`; the recipe is RUN_DIR/slurm/recipe.yaml."""
-    run_dir = Path((sys.argv[1:] if argv is None else argv)[0])
+    """The recipe, as `sft-dist train` reads it."""
+    recipe = load_recipe(*split_arguments(sys.argv[1:] if argv is None else argv))
     nodes = read_nodes(os.environ)
-    recipe = load_resolved(slurm_dir(run_dir) / RECIPE)
     names = names_of(nodes, os.environ) if nodes.are_several else [socket.gethostname()]
-    return check_nodes(run_dir, recipe, nodes, names, lambda line: print(line, file=sys.stderr, flush=True))
+    return check_nodes(recipe, nodes, names, lambda line: print(line, file=sys.stderr, flush=True))
 
 
 if __name__ == "__main__":

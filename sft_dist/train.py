@@ -31,6 +31,7 @@ import torch.distributed as dist
 from sft_dist import milestones
 from sft_dist.checkpoint.background import BackgroundSaver
 from sft_dist.checkpoint.disk import explain, is_storage_failure
+from sft_dist.checkpoint.hub_push import check_hub, push
 from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.config.auto import FEW_STEPS, cadence, refuse_uneven
 from sft_dist.config.elastic import ELASTIC, check_world
@@ -42,18 +43,23 @@ from sft_dist.config.schema import Recipe
 from sft_dist.config.srun import adopt_srun
 from sft_dist.data.ledger import fold
 from sft_dist.data.loader import LoadedStep
-from sft_dist.data.store import TokenStore
+from sft_dist.data.stream_store import AnyStore
 from sft_dist.errors import EXIT_DONE, EXIT_STOPPED, SftError
 from sft_dist.job import Job
+from sft_dist.layout_certificate import certify_layout
 from sft_dist.milestones import Position
+from sft_dist.models.packed import causal_lm
 from sft_dist.nonfinite import skip_or_stop
+from sft_dist.observe.header import certificate_line
 from sft_dist.observe.metrics import read_metrics, rises, roll_back
 from sft_dist.observe.perf import peak_flops, peak_memory_gib, step_flops
+from sft_dist.observe.trackers import check_trackers
 from sft_dist.optim import lr_at, set_lr
 from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime, read_place, runtime, seed_for
 from sft_dist.parts import Inputs, Parts, build_parts, header_rows, read_fingerprint, read_inputs
+from sft_dist.rehearsal import fit
 from sft_dist.resilience.corruption import audit, baseline
 from sft_dist.resilience.ending import run_and_end
 from sft_dist.resilience.heartbeat import heart
@@ -167,14 +173,15 @@ def loop(parts: Parts, job: Job, saver: BackgroundSaver, done: Position) -> bool
 
 def train(inputs: Inputs, job: Job, place: Runtime) -> int:
     """Build, resume, step, finish. Returns the exit code; every rank takes the same path."""
-    parts = build_parts(inputs, place, job.run_dir)
+    resumed = broadcast_json(read_fingerprint(job.run_dir) is not None)
+    fitted = fit(partial(build_parts, inputs, place, job.run_dir), resumed=resumed, say=job.console.say)
+    parts = fitted.parts
     try:
         keep = inputs.recipe.checkpoint.keep
         manager = CheckpointManager(job.run_dir, keep, notice=job.console.say, ready=job.settle, fence=job.check_lease)
+        rows = [*header_rows(parts, job.attempt), ("layout", prove_layout(parts)), ("rehearsal", fitted.told)]
         done = resume(parts, job, manager)
-        job.open_records(
-            inputs.recipe, parts.fingerprint, inputs.data.report.as_dict(), header_rows(parts, job.attempt)
-        )
+        job.open_records(inputs.recipe, parts.fingerprint, inputs.data.report_now().as_dict(), rows)
         dist.barrier()
         num_steps = parts.train.plan.num_steps
         if num_steps < FEW_STEPS:
@@ -189,6 +196,8 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
         finished = loop(parts, job, saver, done)
         saver.commit()
         job.console.stop()
+        if inputs.recipe.data.streams:
+            job.write_report(inputs.data.report_now().as_dict())
         job.beat(num_steps, "finish")
         if not finished:
             anew = inputs.recipe.checkpoint.resume == "never"
@@ -202,9 +211,20 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
             job.console.say(f"export       {certificate.line()}")
         if place.is_main:
             job.console.say(milestones.describe(milestones.finish(job.run_dir, exported), job.run_dir))
+            if inputs.recipe.hub.push_to:
+                job.console.say(
+                    push(job.run_dir / "export", inputs.recipe.hub, f"{inputs.recipe.run.name}, {num_steps} steps")
+                )
         return EXIT_DONE
     finally:
         parts.close()
+
+
+def prove_layout(parts: Parts) -> str:
+    """The layout certificate of this run, for the header. Raises CertificateError."""
+    config = causal_lm(parts.engine.model).config
+    checks = certify_layout(parts.recipe, parts.choices, config, parts.place, train_step, sequence=parts.sequence)
+    return certificate_line([(c.name, c.figure, c.limit) for c in checks])
 
 
 def resume(parts: Parts, job: Job, manager: CheckpointManager) -> Position:
@@ -227,8 +247,8 @@ def measure(
     """One line of metrics.jsonl; counts are global."""
     step, place = loaded.step, parts.place
     peak = peak_flops(place.device)
-    lengths = parts.inputs.data.train.lengths
-    squares = sum(int(lengths[i]) ** 2 for pack in step.packs for i in pack.example_ids)
+    examples = np.array([example for pack in step.packs for example in pack.example_ids])
+    squares = int((parts.inputs.data.train.lengths[examples].astype(np.int64) ** 2).sum())
     flops = step_flops(parts.shape, step.num_tokens, squares, step.num_loss_tokens)
     return StepMetrics(
         step=step.step,
@@ -247,7 +267,7 @@ def measure(
     )
 
 
-def tokens_by_source(store: TokenStore, step: StepPlan) -> dict[str, int] | None:
+def tokens_by_source(store: AnyStore, step: StepPlan) -> dict[str, int] | None:
     """Source of the recipe -> tokens of it in this step; None where there is but one."""
     if len(store.sources) < 2:
         return None
@@ -293,6 +313,8 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
     if not anew and (run_dir / "summary.json").exists():
         notice(f"the run in {run_dir} is finished: {run_dir / 'export'}; choose another run.dir to train anew")
         return EXIT_DONE, None
+    check_trackers(recipe)
+    check_hub(recipe.hub)
     heart().beat(0, "prepare")
     inputs = read_inputs(recipe, notice)
     heart().beat(0, "build")

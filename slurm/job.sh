@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2154
+# shellcheck shell=bash disable=SC2154,SC2034  # variables that the sourcing script sets or reads
 # What the scripts of a Slurm job share. Sourced with `run` (the run folder) set; everything that a user chose is read
 # from files below RUN_DIR/slurm/, so no value is ever part of a script's text.
 
@@ -22,4 +22,31 @@ run_setup() {
     exit 2
   }
   set -u
+}
+
+# Where the nodes of this start meet, and the files through which they and the batch script speak.
+name_meeting_point() {
+  SFT_NODE_NAMES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd ' ')
+  export SFT_NODE_NAMES MASTER_ADDR=${SFT_NODE_NAMES%% *} MASTER_PORT=$((20000 + 7 * SLURM_JOB_ID % 10000))
+  export SFT_MEETING=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+  export SFT_STOP_FILE=$run/slurm/stop.$SFT_MEETING SFT_RESULT_FILE=$run/slurm/code.$SFT_MEETING
+}
+
+# task.sh on every node, in the background, because bash runs traps only while it waits: a trap that sets `again` ends a
+# wait. Leaves the exit code in `status`. Words of the user (srun flags, a container) come from a file, one a line.
+# No --unbuffered: it gives the tasks a terminal, and they would draw progress bars.
+run_nodes() {
+  local words step_pid code
+  mapfile -t words <"$run/slurm/srun.args"
+  srun --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 --label --cpu-bind=none "${words[@]}" \
+    bash "$SFT_HOME/slurm/task.sh" "$run" &
+  step_pid=$! status=0
+  while true; do
+    again='' code=0
+    wait "$step_pid" || code=$?
+    [[ $code -eq 127 ]] || status=$code # 127: the wait before has had its code already
+    [[ -n $again ]] || break
+  done
+  [[ ! -s $SFT_RESULT_FILE || $(<"$SFT_RESULT_FILE") -eq 0 ]] || status=$(<"$SFT_RESULT_FILE")
+  rm -f "$SFT_STOP_FILE" "$SFT_RESULT_FILE"
 }

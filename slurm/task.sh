@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# One node's task of a Slurm job: task.sh RUN_DIR preflight|train|prepare
+# One node's task of a Slurm job: task.sh RUN_DIR
 #
-# Slurm signals only this process where proctrack/cgroup is used, and all of its children elsewhere. Either way stopping is
-# asked for by the file SFT_STOP_FILE, which the batch script makes; so the signals themselves are ignored here.
+# Slurm signals only this process where proctrack/cgroup is used, and all of its children elsewhere. Either way stopping
+# is asked for by the file SFT_STOP_FILE, which the batch script makes; so the signals themselves are ignored here.
 set -euo pipefail
 
 run=$1
@@ -14,10 +14,10 @@ run_setup
 export SFT_NNODES=$SLURM_STEP_NUM_NODES SFT_NODE_RANK=$SLURM_NODEID
 trap '' TERM USR1
 
-case $2 in
-  preflight) exec "$SFT_PYTHON" -m sft_dist.preflight "$run" ;;
-  prepare) exec "$SFT_PYTHON" -m sft_dist.cli.main data prepare "$run/slurm/recipe.yaml" ;;
-esac
+if [[ ${SFT_STEP:-train} == prepare ]]; then
+  "$SFT_PYTHON" -m sft_dist.cli.main data prepare "$run/slurm/recipe.yaml"
+  exec "$SFT_PYTHON" -m sft_dist.cli.main data plan "$run/slurm/recipe.yaml"
+fi
 
 code=0
 bash "$here/../launch/worker.sh" "$run/slurm/recipe.yaml" || code=$?

@@ -43,7 +43,9 @@ def fetch(recipe: Recipe, say: Callable[[str], None]) -> None:
     for key, repo, patterns in wanted_models(recipe.model):
         say(f"{key}={repo}: in {_snapshot(key, repo, recipe.model.revision, patterns)}")
     for key, source in _sources(recipe):
-        if is_url(source.path):
+        if source.streaming:
+            say(f"warning: {key}={source.path}: is streamed: nodes must reach it while they train")
+        elif is_url(source.path):
             say(f"warning: {key}={source.path}: nodes must reach it, or prepare the data here: sft-dist data prepare")
         elif not _is_here(source.path):
             from sft_dist.data import hub

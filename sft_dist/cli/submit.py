@@ -15,13 +15,15 @@ from sft_dist.cli.inputs import check_inputs
 from sft_dist.config.schema import Recipe
 from sft_dist.errors import EXIT_DONE
 from sft_dist.launch import scheduler
-from sft_dist.launch.submission import JOBS, check_cluster, sbatch_command, slurm_dir, write_files
+from sft_dist.launch.submission import JOBS, JobKind, check_cluster, sbatch_command, slurm_dir, write_files
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the verb `submit`."""
     parser = subparsers.add_parser("submit", help="fine-tune on a Slurm cluster", description=__doc__)
     add_recipe_arguments(parser)
+    kinds = ("train", "prepare", "preflight")
+    parser.add_argument("--job", choices=kinds, default="train", help="prepare: tokenise on a CPU node")
     parser.add_argument("--dry-run", action="store_true", help="print the exact sbatch line; write and start nothing")
     parser.add_argument("--no-fetch", action="store_true", help="models and data are in the cache or on disk already")
     parser.set_defaults(func=run)
@@ -33,18 +35,25 @@ def run(args: argparse.Namespace) -> int:
     check_cluster(recipe)
     check_inputs(recipe)
     if args.dry_run:
-        print(shlex.join(sbatch_command(recipe)))
+        print(shlex.join(sbatch_command(recipe, job=args.job)))
         return EXIT_DONE
     if not args.no_fetch:
         from sft_dist.cli.fetch import fetch
 
         fetch(recipe, lambda line: print(line, file=sys.stderr, flush=True))
-    submission = time.strftime("%Y%m%dT%H%M%S") + f".{time.time_ns() % 10**9:09d}"
-    write_files(recipe, submission)
-    for job in submit_chain(recipe):
-        note_job(recipe, job, submission)
+    for job in submit(recipe, args.job):
         print(job)
     return EXIT_DONE
+
+
+def submit(recipe: Recipe, kind: JobKind) -> list[str]:
+    """Write what the job reads and hand it over; the ids, also kept in the run folder."""
+    submission = time.strftime("%Y%m%dT%H%M%S") + f".{time.time_ns() % 10**9:09d}"
+    write_files(recipe, submission)
+    jobs = submit_chain(recipe) if kind == "train" else [scheduler.submit(sbatch_command(recipe, job=kind))]
+    for job in jobs:
+        note_job(recipe, job, submission)
+    return jobs
 
 
 def submit_chain(recipe: Recipe) -> list[str]:

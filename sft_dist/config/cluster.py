@@ -29,7 +29,7 @@ class ClusterSection(Section):
     nodes: Positive = 1
     gpus_per_node: Annotated[int, Field(ge=0)] | Auto = "auto"  # auto: ask for none by number, use what is there
     processes_per_node: Positive | Auto = "auto"  # auto: one per GPU, else one
-    hosts: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.@:-]+$")]] = []  # ssh: the first one listens
+    hosts: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.@:-]*$")]] = []  # ssh: the first one listens
     launcher: Literal["local", "torchrun", "accelerate", "deepspeed"] = "local"  # local: sft-dist's own
     fabric: Literal["auto", "none", "ethernet", "infiniband", "efa"] = "auto"  # settings of launch/env/
     environment: dict[str, str] = {}  # variables of the workers; no secrets: they stand in the run folder

@@ -45,12 +45,18 @@ class ModelSection(Section):
 class PrecisionSection(Section):
     compute: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs, float32 on CPUs
     master: Literal["float32", "bfloat16"] = "float32"
+    stochastic_rounding: bool = False  # of bfloat16 masters and moments, so that small updates are not lost
+    compile: bool = False  # torch.compile, layer by layer
 
     @model_validator(mode="after")
     def _masters_are_not_narrower(self) -> PrecisionSection:
         if self.compute == "float32" and self.master == "bfloat16":
             raise ValueError(
                 "precision.master=bfloat16 needs precision.compute=bfloat16: masters are never narrower than compute"
+            )
+        if self.stochastic_rounding and self.master != "bfloat16":
+            raise ValueError(
+                "precision.stochastic_rounding needs precision.master=bfloat16: float32 masters lose no small update"
             )
         return self
 
@@ -110,6 +116,7 @@ class SourceSection(Section):
     split: str | None = None  # of a data set of the hub; train by default
     subset: str | None = None
     revision: str | None = None  # commit or tag of a data set of the hub
+    streaming: bool = False  # too big to index: read while training goes on; needs optim.max_steps
     weight: Annotated[float, Field(gt=0)] = 1.0  # copies per epoch; 0.5 takes half the rows, 2.0 each row twice
     repeat: Positive | None = None  # copies per epoch whatever data.mixture_temperature says; instead of weight
 
@@ -160,6 +167,11 @@ class DataSection(Section):
     cache_dir: str | None = None
     workers: Annotated[int, Field(ge=0)] | Auto = "auto"  # processes that tokenise; 0: none besides this one
 
+    @property
+    def streams(self) -> list[SourceSection]:
+        """The training sources that are streamed: all of them, or none."""
+        return [source for source in self.sources if source.streaming]
+
 
 class BatchSection(Section):
     tokens_per_micro_batch: Positive | Auto = "auto"
@@ -168,7 +180,7 @@ class BatchSection(Section):
 
 
 class OptimSection(Section):
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "adafactor", "muon"] = "adamw"
     lr: Annotated[float, Field(gt=0)] | Auto = "auto"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -187,7 +199,20 @@ class ParallelSection(Section):
     strategy: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
     offload: Literal["none", "optimizer", "params"] = "none"  # to CPU memory; `params` offloads the optimizer too
     sequence: Positive = 1  # processes that share each micro-batch, every one holding that part of its tokens
+    dp_replicate: Positive = 1  # HSDP: replicas of the sharded model; the shards of one are neighbouring processes
     deepspeed_config: str | None = None  # a DeepSpeed JSON file whose settings are adopted, or refused
+
+    @model_validator(mode="after")
+    def _replicates_what_is_sharded(self) -> ParallelSection:
+        if self.dp_replicate > 1 and (self.strategy not in ("auto", "fsdp2") or self.offload != "none"):
+            with_ = (
+                f"parallel.offload={self.offload}" if self.offload != "none" else f"parallel.strategy={self.strategy}"
+            )
+            raise ValueError(
+                f"parallel.dp_replicate={self.dp_replicate} is a mesh of fsdp2, not for {with_}: set "
+                "parallel.strategy=fsdp2 and parallel.offload=none, or dp_replicate=1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _offloads_what_is_partitioned(self) -> ParallelSection:
@@ -201,7 +226,17 @@ class ParallelSection(Section):
 
 
 class MemorySection(Section):
-    activation_checkpointing: Literal["auto", "none", "full"] = "auto"
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    activation_offload: bool = False  # what full checkpointing keeps waits in host memory
+
+    @model_validator(mode="after")
+    def _offloads_what_checkpointing_keeps(self) -> MemorySection:
+        if self.activation_offload and self.activation_checkpointing not in ("auto", "full"):
+            raise ValueError(
+                "memory.activation_offload moves the layers' inputs that full checkpointing keeps, not all that "
+                f"{self.activation_checkpointing} keeps: set memory.activation_checkpointing=full (or auto)"
+            )
+        return self
 
 
 class KernelsSection(Section):
@@ -225,7 +260,14 @@ class EvalSection(Section):
 
 class LogSection(Section):
     every_steps: Positive | Auto = "auto"
-    trackers: list[Literal["tensorboard"]] = []
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+    project: str | None = None  # of W&B; of MLflow the experiment
+    group: str | None = None
+
+
+class HubSection(Section):
+    push_to: str | None = Field(None, pattern=r"^[\w][\w.-]*/[\w][\w.-]*$")  # owner/name: the export goes there
+    private: bool = True  # whether a repository that is made for it is private
 
 
 class ResilienceSection(Section):
@@ -252,6 +294,7 @@ class Recipe(Section):
     eval: EvalSection = EvalSection()
     log: LogSection = LogSection()
     resilience: ResilienceSection = ResilienceSection()
+    hub: HubSection = HubSection()
     cluster: ClusterSection = ClusterSection()
 
     @field_validator("kernels", mode="before")
@@ -302,6 +345,27 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _compiles_what_stays_whole(self) -> Recipe:
+        if not self.precision.compile:
+            return self
+        if self.memory.activation_checkpointing == "selective":
+            raise ValueError(
+                "precision.compile decides itself what a layer keeps, memory.activation_checkpointing=selective does "
+                "so by operation: set it to none or full, or precision.compile=false"
+            )
+        if self.parallel.strategy == "zero3" or self.parallel.offload == "params":
+            raise ValueError(
+                "precision.compile makes one graph of a layer, and zero3 gathers its matrices one by one inside it: "
+                "set parallel.strategy=fsdp2, or precision.compile=false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _asks_of_streams_what_they_can(self) -> Recipe:
+        check_streams(self)
+        return self
+
+    @model_validator(mode="after")
     def _budgets_are_multiples(self) -> Recipe:
         micro, step, seq_len = self.batch.tokens_per_micro_batch, self.batch.tokens_per_step, self.data.seq_len
         if micro != "auto" and micro % seq_len:
@@ -314,16 +378,40 @@ class Recipe(Section):
         return self
 
 
+def check_streams(recipe: Recipe) -> None:
+    """Raise ValueError, with the remedy, where a recipe asks for what needs a streamed source to be counted first."""
+    data = recipe.data
+    for role in ("eval_sources", "test_sources"):
+        for number, source in enumerate(getattr(data, role)):
+            if source.streaming:
+                raise ValueError(f"data.{role}.{number}.streaming=true: only data.sources are streamed; leave it out")
+    if not data.streams:
+        return
+    whole = [n for n, source in enumerate(data.sources) if not source.streaming]
+    if whole:
+        raise ValueError(f"data.sources.{whole[0]} is not streamed but others are: set streaming=true for all, or none")
+    repeated = [f"data.sources.{n}.repeat" for n, source in enumerate(data.sources) if source.repeat]
+    asked = {
+        "data.eval_fraction": (data.eval_fraction, "set it to 0 and name data.eval_sources"),
+        "data.test_fraction": (data.test_fraction, "set it to 0 and name data.test_sources"),
+        "data.mixture_temperature": (data.mixture_temperature != 1.0, "give the sources a weight"),
+        "data.near_duplicates": (data.near_duplicates != "ignore", "set it to ignore"),
+        "data.filters.min_answer_tokens": (data.filters.min_answer_tokens, "leave it out"),
+        "data.filters.max_repetition": (data.filters.max_repetition != 1.0, "leave it out"),
+        "data.filters.drop_refusals": (data.filters.drop_refusals, "leave it out"),
+        **dict.fromkeys(repeated, (True, "give the sources a weight")),
+    }
+    for key, (is_set, remedy) in asked.items():
+        if is_set:
+            raise ValueError(f"{key} needs all rows at once, and data.sources are streamed: {remedy}")
+    if recipe.optim.max_steps is None:
+        raise ValueError("optim.max_steps is missing: nobody knows how long streamed data.sources are")
+    if recipe.batch.tokens_per_step == "auto" and recipe.batch.examples_per_step is None:
+        raise ValueError(
+            "batch.tokens_per_step=auto depends on the size of the data, and data.sources are streamed: set it, or "
+            "batch.examples_per_step"
+        )
+
+
 # Public keys, and values as `key=word`, that later versions implement; asking for one is refused with this text.
-NOT_YET: dict[str, str] = {
-    "precision.stochastic_rounding": "bf16 masters with stochastic rounding",
-    "precision.compile": "torch.compile",
-    "parallel.dp_replicate": "HSDP meshes",
-    "memory.activation_offload": "activation offloading",
-    "log.project": "hosted trackers",
-    "log.group": "hosted trackers",
-    "hub": "hub upload",
-    "data.sources.*.streaming": "data sets of the hub that are never downloaded whole",
-    "memory.activation_checkpointing=selective": "selective checkpointing",
-    **dict.fromkeys([f"log.trackers={name}" for name in ("wandb", "mlflow")], "hosted trackers"),
-}
+NOT_YET: dict[str, str] = {}

@@ -16,13 +16,12 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from sft_dist.data.collate import batch_digest, collate
-from sft_dist.data.plan import PackPlan
-from sft_dist.data.store import TokenStore
-from sft_dist.types import PackedBatch, StepPlan
+from sft_dist.data.collate import Documents, batch_digest, collate
+from sft_dist.types import Pack, PackedBatch, StepPlan
 
 _CLOSE_SECONDS = 5.0  # a read that hangs must not keep the process from ending
 
@@ -37,13 +36,29 @@ class LoadedStep:
     digest: str  # of the global batch
 
 
+class VerifiedDocuments(Documents, Protocol):
+    """What a loader reads of a store."""
+
+    def verify(self, index: int) -> None: ...  # raises DataError when the example is not what was written
+
+
+class Plan(Protocol):
+    """What a loader asks a plan: a `PackPlan` or a `StreamPlan`."""
+
+    num_steps: int
+
+    def step(self, n: int) -> StepPlan: ...
+
+    def reach(self, n: int) -> object: ...  # waits until the examples of step `n` are there
+
+
 class Loader:
     """Turns a plan and a store into one rank's batches on the CPU, pinned when `device` is a CUDA device."""
 
     def __init__(
         self,
-        store: TokenStore,
-        plan: PackPlan,
+        store: VerifiedDocuments,
+        plan: Plan,
         *,
         rank: int,
         world_size: int,
@@ -71,6 +86,7 @@ class Loader:
         """
         if self._closed:
             raise RuntimeError("this loader is closed")
+        self._plan.reach(n)  # here and not in the thread: only this one's waiting is a sign of life
         loaded = self._take(n)
         if n < self._plan.num_steps:
             self._ask(n + 1)
@@ -107,7 +123,10 @@ class Loader:
         return self._batch(self._plan.step(n), index)
 
     def _batch(self, step: StepPlan, index: int) -> PackedBatch:
-        micro_batch = step.micro_batches[index] if index < len(step.micro_batches) else ()
+        return self.batch_of(step.micro_batches[index] if index < len(step.micro_batches) else ())
+
+    def batch_of(self, micro_batch: tuple[Pack, ...]) -> PackedBatch:
+        """These packs as one micro-batch of this rank."""
         whole = collate(
             micro_batch,
             self._store,

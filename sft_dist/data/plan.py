@@ -156,6 +156,13 @@ class PackPlan:
         packs = self._packs_of_step(epoch, n - 1 - self._epoch_starts[epoch])
         return lay_out_step(self.spec, packs, self._numbers.at(packs.members), n, epoch)
 
+    def reach(self, n: int) -> None:
+        """Wait for the examples of step `n`: they are all there."""
+
+    def digest_up_to(self, n: int) -> str:
+        """What steps 1..n train on: the digest, which covers all steps."""
+        return self.digest
+
     @property
     def num_examples(self) -> int:
         return len(self._numbers.lengths)

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sft_dist.config.cluster import ClusterSection
-from sft_dist.config.loader import load_resolved
+from sft_dist.config.loader import dump_recipe, load_resolved
 from sft_dist.errors import (
     EXIT_DATA,
     EXIT_DONE,
@@ -38,7 +38,8 @@ from sft_dist.errors import (
     EXIT_USAGE,
 )
 from sft_dist.launch.restarts import FRUITLESS_LIMIT, newest_step
-from sft_dist.launch.submission import BAD_NODES, ENDINGS, RECIPE, slurm_dir
+from sft_dist.launch.submission import ENDINGS, RECIPE, slurm_dir
+from sft_dist.resilience.run_folder import BEGUN_ANEW_NAME
 
 MAY_PASS = frozenset({EXIT_HANG, EXIT_STORAGE})
 OUR_CODES = frozenset({EXIT_DONE, EXIT_USAGE, *range(EXIT_DATA, EXIT_HARDWARE + 1)})
@@ -112,6 +113,7 @@ def excluded(cluster: ClusterSection, endings: Sequence[Ending]) -> str:
 
 def begin(run_dir: Path, environ: Mapping[str, str]) -> str:
     """`go` when this start is worth it; else the code to leave with, as for later jobs of a chain that is done."""
+    go_on(run_dir)
     endings = read_endings(run_dir, environ["SFT_SUBMISSION"])
     if not endings or endings[-1].again or endings[-1].ended:
         return "go"
@@ -120,12 +122,25 @@ def begin(run_dir: Path, environ: Mapping[str, str]) -> str:
     return str(last.code)
 
 
+def go_on(run_dir: Path) -> None:
+    """`checkpoint.resume: never` is obeyed once for each submission: a start that has put earlier results aside must
+    not be put aside by the next one."""
+    path = slurm_dir(run_dir) / RECIPE
+    recipe, submitted = load_resolved(path), path.stat().st_mtime_ns
+    begun = (run_dir / "logs").glob(f"attempt_*/{BEGUN_ANEW_NAME}")
+    if recipe.checkpoint.resume == "never" and any(mark.stat().st_mtime_ns >= submitted for mark in begun):
+        checkpoint = recipe.checkpoint.model_copy(update={"resume": "auto"})
+        partial = path.with_suffix(".partial")
+        partial.write_text(dump_recipe(recipe.model_copy(update={"checkpoint": checkpoint})))
+        partial.replace(path)
+
+
 def end(run_dir: Path, code: int, near_end: bool, ended: bool, environ: Mapping[str, str]) -> tuple[int, str]:
     """Record how this start ended; returns the code to leave with and what train.sbatch is to do."""
     recipe = load_resolved(slurm_dir(run_dir) / RECIPE)
     submission = environ["SFT_SUBMISSION"]
     allowed = recipe.cluster.exclude_bad_nodes
-    bad = slurm_dir(run_dir) / f"{BAD_NODES}.{environ['SFT_MEETING']}"
+    bad = run_dir / "logs" / f"preflight-{environ['SFT_MEETING']}" / "bad_nodes"  # as sft_dist.preflight writes it
     ending = Ending(
         submission=submission,
         job=environ["SLURM_JOB_ID"],

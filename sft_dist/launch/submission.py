@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 from sft_dist.config.cluster import ClusterSection
 from sft_dist.config.loader import dump_recipe
@@ -22,8 +23,9 @@ from sft_dist.config.schema import Recipe
 from sft_dist.config.shipped import CHECKOUT, INSTALLED
 from sft_dist.errors import ConfigError, StorageError
 
+JobKind = Literal["train", "prepare", "preflight"]
 RECIPE, JOB_ENV, SETUP, SRUN_ARGS, ARRAY = "recipe.yaml", "job.env", "setup.sh", "srun.args", "array"
-ENDINGS, JOBS, BAD_NODES = "endings.jsonl", "jobs.jsonl", "bad_nodes"
+ENDINGS, JOBS = "endings.jsonl", "jobs.jsonl"
 OWN_FLAGS = {  # flags the product builds itself -> the key that sets them, where there is one
     "account": "cluster.account",
     "array": "cluster.array",
@@ -96,7 +98,7 @@ def files_of(recipe: Recipe, submission: str, home: Path | None = None) -> dict[
     """Name in RUN_DIR/slurm -> text, for one run. `submission` tells this one from earlier ones of the same folder."""
     cluster = recipe.cluster
     variables = {
-        "HF_HUB_OFFLINE": "1",  # what is needed was fetched on the login node
+        "HF_HUB_OFFLINE": str(int(not needs_hub(recipe))),
         **cluster.environment,
         "SFT_FABRIC": cluster.fabric,
         "SFT_HOME": str(home or home_of_scripts()),
@@ -114,6 +116,11 @@ def files_of(recipe: Recipe, submission: str, home: Path | None = None) -> dict[
         SETUP: "".join(f"{line}\n" for line in cluster.setup),
         SRUN_ARGS: "".join(f"{word}\n" for word in srun_words(cluster, Path(recipe.run.dir).absolute(), Path.cwd())),
     }
+
+
+def needs_hub(recipe: Recipe) -> bool:
+    """Whether nodes must reach a hub while they train; else all they need was fetched on the login node."""
+    return recipe.hub.push_to is not None or any(source.streaming for source in recipe.data.sources)
 
 
 def processes_per_node(cluster: ClusterSection) -> int | None:
@@ -136,9 +143,12 @@ def srun_words(cluster: ClusterSection, run_dir: Path, cwd: Path) -> list[str]:
     return [*cluster.srun, "apptainer", "exec", "--nv", *binds, "--pwd", str(cwd), box.image]
 
 
-def sbatch_command(recipe: Recipe, *, after: str | None = None, script: Path | None = None) -> list[str]:
-    """The words that submit the recipe's run; `after` is the job of the chain that must have ended before."""
-    cluster, run_dir = recipe.cluster, Path(recipe.run.dir).absolute()
+def sbatch_command(recipe: Recipe, *, after: str | None = None, job: JobKind = "train") -> list[str]:
+    """The words that submit the recipe's run; `after` is the job of the chain that must have ended before.
+
+    `prepare` is a job of one node without GPUs; `preflight` gets the nodes of the run and is never requeued.
+    """
+    cluster, run_dir = for_job(recipe.cluster, job), Path(recipe.run.dir).absolute()
     output = str(slurm_dir(run_dir)).replace("%", "%%") + ("/%A_%a.out" if cluster.array else "/%j.out")
     chosen: dict[str, object] = {
         "account": cluster.account,
@@ -161,8 +171,18 @@ def sbatch_command(recipe: Recipe, *, after: str | None = None, script: Path | N
     }
     flags = [f"--{name}={value}" for name, value in chosen.items() if value is not None]
     flags += ["--requeue" if cluster.requeue else "--no-requeue", "--parsable", *["--exclusive"] * cluster.exclusive]
-    script = script or home_of_scripts() / "slurm" / "train.sbatch"
+    script = home_of_scripts() / "slurm" / f"{job}.sbatch"
     return ["sbatch", *sorted(flags), *cluster.sbatch, str(script), str(run_dir)]
+
+
+def for_job(cluster: ClusterSection, job: JobKind) -> ClusterSection:
+    """What the section asks for, changed to what this kind of job needs."""
+    if job == "train":
+        return cluster
+    once = cluster.model_copy(update={"array": [], "chain": 1, "requeue": False})
+    if job == "preflight":
+        return once
+    return once.model_copy(update={"nodes": 1, "gpus_per_node": "auto", "gres": None, "exclusive": False})
 
 
 def home_of_scripts() -> Path:

@@ -7,9 +7,10 @@ and the output head keep their dtype. Quantising is a pure function of the weigh
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 from sft_dist.errors import ConfigError
 
-M = TypeVar("M", bound=nn.Module)
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # while imported it tells of kernels that it did not find
 
 REMEDY = "install it with `pip install 'sft_dist[quantised]'`, or use tuning.method=lora"
 
@@ -49,7 +50,7 @@ def quantise(model: PreTrainedModel, compute: torch.dtype) -> PreTrainedModel:
         return made
 
     _replace(model, nn.Linear, four_bits)
-    model.is_loaded_in_4bit = True
+    model.is_loaded_in_4bit = True  # by which PEFT knows
     return model
 
 
@@ -57,12 +58,12 @@ def dequantise(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The 4-bit matrices of `model` as plain ones of `dtype` with the same values."""
     bitsandbytes = _library()
 
-    def plain(linear: nn.Module) -> nn.Module:
-        state = linear.weight.quant_state  # type: ignore[union-attr]
+    def plain(linear: Any) -> nn.Module:
+        state = linear.weight.quant_state
         values = bitsandbytes.functional.dequantize_4bit(linear.weight.data, state)
-        made = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")  # type: ignore[arg-type]
+        made = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
         made.weight = nn.Parameter(values.to(dtype))
-        made.bias = linear.bias  # type: ignore[assignment]
+        made.bias = linear.bias
         return made
 
     _replace(model, bitsandbytes.nn.Linear4bit, plain)
@@ -78,10 +79,9 @@ def scales(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"{name}.{key}", tensor) for key, tensor in sorted(state.as_dict(packed=True).items()))
 
 
-def _replace(model: PreTrainedModel, kind: type[M], make: Callable[[M], nn.Module]) -> None:
-    """Exchange the modules of exactly `kind` in the decoder, one after another, so that both never stand at once."""
-    modules = model.base_model.named_modules()
-    found = [(name, module) for name, module in modules if isinstance(module, kind) and type(module) is kind]
+def _replace(model: PreTrainedModel, kind: type[nn.Module], make: Callable[[Any], nn.Module]) -> None:
+    """Exchange the modules of exactly `kind` inside the decoder, one by one: the model never stands there twice."""
+    found = [(name, module) for name, module in model.base_model.named_modules() if type(module) is kind]
     for name, module in found:
         parent, _, child = name.rpartition(".")
         setattr(model.base_model.get_submodule(parent), child, make(module))

@@ -15,19 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from sft_dist.observe.run_files import append_lines, keep_lines, read_lines
+from sft_dist.observe.trackers import Trackers
 from sft_dist.types import StepMetrics
 
 
 class MetricsLog:
-    """Appends to RUN_DIR/metrics.jsonl (and TensorBoard when asked). One writer: rank 0.
+    """Appends to RUN_DIR/metrics.jsonl, and hands each line to the trackers. One writer: rank 0.
 
     Lines that a full disk refuses wait in memory, and every later line tries them again; `settle` insists.
     """
 
-    def __init__(self, run_dir: Path, trackers: Iterable[str]) -> None:
+    def __init__(self, run_dir: Path, trackers: Trackers) -> None:
         self._path, self._waiting = run_dir / "metrics.jsonl", b""
         self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        self._board = _tensorboard(run_dir) if "tensorboard" in trackers else None
+        self._trackers = trackers
 
     def step(self, metrics: StepMetrics) -> None:
         values = asdict(metrics)
@@ -48,8 +49,7 @@ class MetricsLog:
 
     def close(self) -> None:
         os.close(self._fd)
-        if self._board is not None:
-            self._board.close()
+        self._trackers.close()
 
     def _write(self, line: dict[str, Any]) -> None:
         is_first = not self._waiting
@@ -59,11 +59,7 @@ class MetricsLog:
         except OSError as error:
             if is_first:
                 print(f"sft-dist: warning: {self._path}: cannot be written ({error.strerror})", file=sys.stderr)
-        if self._board is not None:
-            for key, value in line.items():
-                for name, number in value.items() if isinstance(value, dict) else [("", value)]:
-                    if isinstance(number, int | float) and key not in ("step", "attempt"):
-                        self._board.add_scalar("/".join(filter(None, (line["kind"], key, name))), number, line["step"])
+        self._trackers.log(line["step"], _numbers(line))
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -99,7 +95,11 @@ def best_step(lines: Iterable[dict[str, Any]]) -> int | None:
     return min(scored)[1] if scored else None
 
 
-def _tensorboard(run_dir: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run_dir / "tensorboard"))
+def _numbers(line: dict[str, Any]) -> dict[str, float]:
+    """`step/loss`, `eval/by_source/NAME` ... -> number."""
+    return {
+        "/".join(filter(None, (line["kind"], key, name))): number
+        for key, value in line.items()
+        for name, number in (value.items() if isinstance(value, dict) else [("", value)])
+        if isinstance(number, int | float) and key not in ("step", "attempt")
+    }

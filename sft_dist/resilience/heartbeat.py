@@ -49,6 +49,11 @@ class Heart:
         self._first_step = self._first_step or step
         _RECORD.pack_into(self._memory, self._offset, self._first_step, step, _NUMBERS[phase], time.monotonic())
 
+    def stay(self, phase: str) -> None:
+        """Say that the step of the last beat goes on, in `phase`."""
+        _, step, _, _ = _RECORD.unpack_from(self._memory, self._offset)
+        self.beat(step, phase)
+
 
 @cache
 def heart() -> Heart:

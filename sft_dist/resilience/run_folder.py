@@ -39,6 +39,9 @@ RESULTS = (  # of attempts; the checkpoints go last, so that a half-moved run st
     "samples.jsonl",
     "exact_match.jsonl",
     "tensorboard",
+    "trackers.json",
+    "wandb",
+    "mlflow",
     "fingerprint.json",
     "checkpoints",
 )

@@ -12,12 +12,15 @@ pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("export_memory_worker.py")
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
-def test_an_export_never_holds_the_model(tmp_path: Path, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 also re-opens the folder: embeddings, head, one decoder layer and one mapped file come on top."""
+@pytest.mark.parametrize(("strategy", "share"), [("fsdp2", 0.25), ("zero3", 0.08)])
+def test_an_export_never_holds_the_model(
+    tmp_path: Path, strategy: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left is the probe's forward pass, which FSDP2 gathers layers for as in training, and on rank 0 the
+    re-opened folder: embeddings, head, one decoder layer, one mapped file."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # else glibc keeps what was freed, and reuse looks like none
     run_ranks(WORKER, 2, tmp_path, [str(tmp_path), strategy])
-    for rank, share in ((0, 0.30), (1, 0.10)):
+    for rank in (0, 1):
         found = json.loads((tmp_path / f"{strategy}-{rank}.json").read_text())
         print(rank, {name: f"{size / 2**20:.1f} MiB" for name, size in found.items()})
         assert found["whole"] > 0.9 * found["model"], "the measurement does not see a whole model"

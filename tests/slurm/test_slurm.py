@@ -114,15 +114,19 @@ def test_a_chain_goes_on_where_requeueing_is_forbidden(
     assert run.result == uninterrupted.result
 
 
-def test_an_array_is_one_run_for_each_seed(prepare_run: Prepare) -> None:
-    changes = {"cluster": {"array": [7, 8], "nodes": 1}, "optim": {"lr": 1e-3, "max_steps": 4}}
+def test_an_array_is_one_run_for_each_seed_and_requeues_one_alone(cluster: Cluster, prepare_run: Prepare) -> None:
+    changes = {"cluster": {"array": [7, 8], "nodes": 1}, "optim": {"lr": 1e-3, "max_steps": 30}}
     run = prepare_run("array", **changes)
     job = run.submit()
-    for task in ("0", "1"):
-        assert run.wait(f"{job}_{task}")["JobState"] == "COMPLETED", run.log()
-    first, second = (lines(run.run_dir / f"seed-{seed}", "step") for seed in (7, 8))
-    assert len(first) == len(second) == 4
-    assert [line["loss"] for line in first] != [line["loss"] for line in second]
+    runs = [run.run_dir / f"seed-{seed}" for seed in (7, 8)]
+    cluster.wait(lambda: len(lines(runs[0], "step")) >= 5, 120, "step 5")
+    cluster.run("scancel", "--signal=USR1", "--batch", f"{job}_0")
+    tasks = [run.wait(f"{job}_{number}") for number in (0, 1)]
+    assert [(task["JobState"], task["Restarts"]) for task in tasks] == [("COMPLETED", "1"), ("COMPLETED", "0")], (
+        run.log()
+    )
+    first, second = ([line["loss"] for line in lines(folder, "step")] for folder in runs)
+    assert len(first) == len(second) == 30 and first != second
 
 
 def test_hostile_names_stay_words(prepare_run: Prepare, tmp_path: Path) -> None:
