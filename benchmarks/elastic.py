@@ -132,7 +132,7 @@ def report(rows: list[str], repeats: int) -> str:
     lines = header("Bits that no number of ranks changes: cost", "python benchmarks/elastic.py", ("torch",))
     lines += [
         f"Two gloo ranks, one thread each, 7 M parameters, {TOKENS} tokens a micro-batch, {repeats} steps of each",
-        "engine in turns. Other work ran on the machine: the ratio is the figure. Gradient memory is of one rank, fp32:",
+        "engine in turns. Other work ran on the machine: the ratio is the figure. Gradient memory is of one rank:",
         "plain FSDP2 keeps whole gradients while it accumulates, the tree keeps shards, one for each level.",
         "",
         "| tuning | micro-batches a rank | plain, s a step | elastic / plain | gradients plain, MiB | elastic, MiB |",
