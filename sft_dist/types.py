@@ -133,7 +133,8 @@ class StepResult:
 
     loss: float
     grad_norm: float
-    stop: bool
+    stop: bool  # some rank was asked to
+    written: bool  # every rank has written its part of the save under way
 
     @property
     def is_finite(self) -> bool:
