@@ -79,7 +79,9 @@ def test_a_cancelled_job_stays_cancelled_even_after_the_warning(cluster: Cluster
     cluster.wait(
         lambda: not cluster.run("squeue", "-hj", job.job, check=False).stdout.strip(), 30, "all its processes gone"
     )
-    assert cluster.job(job.job)["JobState"] == "CANCELLED" and len(job.endings()) == 1 and job.endings()[0]["ended"]
+    assert cluster.job(job.job)["JobState"] == "CANCELLED" and [(e["ended"], e["again"]) for e in job.endings()] == [
+        (True, False)
+    ]
 
 
 def test_what_slurm_requeues_is_not_requeued_twice(cluster: Cluster, play: Callable[..., Played]) -> None:
