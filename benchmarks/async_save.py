@@ -58,7 +58,7 @@ def work(square: Tensor) -> None:
 
 def ours(saver: BackgroundSaver, tensors: dict[str, Tensor], step: int, square: Tensor) -> float:
     stalled, begun = 0.0, time.perf_counter()
-    saver.save(step, tensors, {"step": step})
+    saver.begin(step, tensors, {"step": step})
     stalled += time.perf_counter() - begun
     while saver.is_writing:
         work(square)
@@ -120,9 +120,10 @@ def report(seconds: dict[str, list[float]], mib: int, repeats: int) -> str:
     ratios = {
         name: statistics.median(o / t for o, t in zip(seconds[OURS], seconds[name], strict=True)) for name in seconds
     }
-    lines = header("Asynchronous saving: how long training stands still", "python benchmarks/async_save.py", ("torch",))
+    title = "Asynchronous saving: how long training stands still"
+    lines = header(title, "python benchmarks/async_save.py", ("torch",))
     lines += [
-        f"Two gloo ranks, {mib} MiB of state on each, {repeats} saves of each kind taking turns; the slower rank counts.",
+        f"Two gloo ranks, {mib} MiB of state on each, {repeats} saves of each kind in turns; the slower rank counts.",
         "Other work ran on the machine: compare within the table, not across days.",
         "",
         "| way | median stall, ms | smallest, largest | ours / it |",

@@ -16,12 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sft_dist.certify import Check, certify
-from sft_dist.checkpoint.hub_push import check_hub
+from sft_dist.checkpoint.export import rehearse_words
+from sft_dist.checkpoint.export_certificate import Words
 from sft_dist.config.auto import Choices, Facts, choose, compute_dtype
 from sft_dist.config.elastic import ELASTIC, check_micro_batches
 from sft_dist.config.identity import identity, refuse_changes
@@ -31,22 +33,25 @@ from sft_dist.data.loader import Loader, Plan, VerifiedDocuments
 from sft_dist.data.plan import PackPlan
 from sft_dist.data.planning import heldout_plan, train_plan
 from sft_dist.data.prepare import PreparedData, prepare
+from sft_dist.data.store import TokenStore
 from sft_dist.data.stream_plan import StreamPlan
 from sft_dist.data.stream_store import AnyStore
 from sft_dist.errors import CheckpointError, ConfigError, DataError
 from sft_dist.models.adapters import frozen_digest, is_adapter
 from sft_dist.models.load import DTYPES, load_tokenizer
 from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers
-from sft_dist.network import Network, build_network
+from sft_dist.models.recompute import compile_layers, keep_activations
+from sft_dist.models.rotary import refuse_shared_turns
+from sft_dist.models.weight_files import give_memory
+from sft_dist.network import Network, build_empty_network, build_network
 from sft_dist.observe.header import batch_equation, certificate_line, count
 from sft_dist.observe.perf import Shape
-from sft_dist.observe.trackers import check_trackers
 from sft_dist.optim import build_optimizer
 from sft_dist.parallel.build import CASTS_ITSELF, build_engine
 from sft_dist.parallel.engine import Engine, global_numel
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime, read_place
-from sft_dist.parallel.sequence import SequenceGroup, sequence_group
+from sft_dist.parallel.sequence import ALONE, SequenceGroup, sequence_group
 from sft_dist.resilience.heartbeat import heart
 
 PAD_MULTIPLE_CPU = 8
@@ -85,6 +90,7 @@ class Parts:
     checks: list[Check]
     kernels: list[tuple[str, str]]  # (part, implementation and why)
     shape: Shape
+    sequence: SequenceGroup = ALONE
 
     def close(self) -> None:
         """End the loaders' threads."""
@@ -95,8 +101,6 @@ class Parts:
 
 def read_inputs(recipe: Recipe, notice: Callable[[str], None]) -> Inputs:
     """Tokenizer and prepared data. Concurrent ranks share the preparation through the cache's lock."""
-    check_trackers(recipe)
-    check_hub(recipe.hub)
     tokenizer = load_tokenizer(recipe.model)
     is_first_here = read_place()[2] == 0
     data = prepare(recipe, tokenizer, notice=notice, progress=_beat_while_preparing, reads_streams=is_first_here)
@@ -107,8 +111,15 @@ def _beat_while_preparing(done: int, total: int) -> None:
     heart().stay("prepare")
 
 
-def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
-    """Model, engine, plan and optimizer; refuses a run folder whose fingerprint differs.
+def words_of(inputs: Inputs) -> Words:
+    """What an export says beside its weights."""
+    template, tokenizer = inputs.data.template, inputs.tokenizer
+    return Words(tokenizer, template.text, template.stop_token_ids(tokenizer))
+
+
+def build_parts(inputs: Inputs, place: Runtime, run_dir: Path, chosen: Choices | None = None) -> Parts:
+    """Model, engine, plan and optimizer; refuses a run folder whose fingerprint differs. `chosen` takes the place of
+    what would be chosen or was recorded.
 
     Raises ConfigError or CertificateError with the way out.
     """
@@ -116,13 +127,19 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
     sequence = sequence_group(recipe.parallel.sequence, place)
     recorded = broadcast_json(read_fingerprint(run_dir) if place.is_main else None)
     compute = recorded["choices"]["compute"] if recorded else compute_dtype(recipe, place.device.type)
-    vocab_size = len(inputs.tokenizer)
-    network = build_network(recipe, DTYPES[compute], place.device, vocab_size=vocab_size, sequence=sequence)
-    choices = _choices(recipe, recorded, network.model, inputs.data.train, place)
+    network, choices = _network(inputs, recorded, DTYPES[compute], place, sequence)
+    choices = chosen or choices
+    if not is_adapter(network.model):  # an adapter's folder has no config.json to mislead a reader
+        rehearse_words(network.config, words_of(inputs))
     if recipe.run.deterministic == ELASTIC:
         check_micro_batches(place.world_size, choices.micro_batches_per_step)
+    refuse_shared_turns(
+        network.config,
+        longest_example(inputs),
+        is_alone=recipe.data.packing == "none" and choices.packs_per_micro_batch == sequence.size == 1,
+    )
     plan = train_plan(recipe, choices, inputs.data.train)
-    frozen = broadcast_json(frozen_digest(network.model) if place.is_main else None)
+    frozen = broadcast_json(frozen_digest(network.model, network.value) if place.is_main else None)
     fingerprint = make_fingerprint(inputs, choices, plan, frozen)
     if recorded is not None:
         for part in ("recipe", "inputs"):
@@ -144,18 +161,53 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
         checks=checks,
         kernels=network.kernels,
         shape=shape,
+        sequence=sequence,
     )
+
+
+def longest_example(inputs: Inputs) -> int:
+    """Tokens of the longest example of any split; of a stream, what its longest may have."""
+    if inputs.recipe.data.streams:
+        return inputs.recipe.data.seq_len
+    splits = (inputs.data.train, inputs.data.eval)
+    return max(int(np.max(store.lengths)) for store in splits if isinstance(store, TokenStore))
+
+
+def _network(
+    inputs: Inputs,
+    recorded: dict[str, Any] | None,
+    compute: torch.dtype,
+    place: Runtime,
+    sequence: SequenceGroup,
+) -> tuple[Network, Choices]:
+    """The network and what is chosen for it. Its weights stay in their files where the engine will read its shards."""
+    recipe, store = inputs.recipe, inputs.data.train
+    needs, vocab_size = (recipe, compute, place.device), len(inputs.tokenizer)
+    may_shard = recipe.parallel.strategy == "fsdp2" or (recipe.parallel.strategy == "auto" and place.world_size > 1)
+    if may_shard and (network := build_empty_network(*needs, vocab_size=vocab_size, sequence=sequence)):
+        choices = _choices(recipe, recorded, network.model, store, place)
+        if choices.strategy == "fsdp2":
+            return network, choices
+    network = build_network(*needs, vocab_size=vocab_size, sequence=sequence)
+    return network, _choices(recipe, recorded, network.model, store, place)
 
 
 def spread(network: Network, recipe: Recipe, choices: Choices, place: Runtime) -> Engine:
     """The engine that was chosen, around the network, with the recipe's optimizer."""
-    if choices.activation_checkpointing == "full":
-        causal_lm(network.model).gradient_checkpointing_enable({"use_reentrant": False})
+    layers = decoder_layers(causal_lm(network.model))
+    if recipe.precision.compile:
+        compile_layers(layers, network.config._attn_implementation if network.backend else None)
+    keep_activations(
+        layers,
+        choices.activation_checkpointing,
+        offload=recipe.memory.activation_offload,
+        on_gpu=place.device.type == "cuda",
+    )
     autocast = network.compute if choices.strategy not in CASTS_ITSELF and network.compute != torch.float32 else None
     return build_engine(
         choices.strategy,
         PackedCausalLM(network.model, network.head, autocast_dtype=autocast, neftune_alpha=recipe.optim.neftune_alpha),
-        decoder_layers(causal_lm(network.model)),
+        layers,
         place,
         network.compute,
         partial(
@@ -166,7 +218,16 @@ def spread(network: Network, recipe: Recipe, choices: Choices, place: Runtime) -
         ),
         offload=recipe.parallel.offload,
         exact=recipe.run.deterministic == ELASTIC,
+        dp_replicate=recipe.parallel.dp_replicate,
+        fill=None if network.files is None else partial(_fill, network, place.device),
     )
+
+
+def _fill(network: Network, device: torch.device, packed: nn.Module) -> None:
+    """Memory and values for this rank's part of a network whose weights are still in their files."""
+    assert network.files is not None
+    give_memory(packed, device)
+    network.files.fill(network.model)
 
 
 def prove_boundaries(
@@ -211,6 +272,8 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
     offloaded = "" if recipe.parallel.offload == "none" else f"{recipe.parallel.offload} offloaded, "
     shared_by = recipe.parallel.sequence
     cut_among = "" if shared_by == 1 else f", each row cut among {shared_by} (sequence parallel)"
+    replicas = recipe.parallel.dp_replicate
+    mesh = "" if replicas == 1 else f"{replicas} replicas x {place.world_size // replicas} shards, "
     store = parts.inputs.data.train
     so_far = " in the first window of a stream" if recipe.data.streams else ""
     return [
@@ -228,8 +291,8 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
         ),
         (
             "engine",
-            f"{parts.engine.name}, {offloaded}{place.world_size} process(es) on {place.device.type}, "
-            f"{place.num_threads} thread(s) each{cut_among}",
+            f"{parts.engine.name}, {offloaded}{mesh}{place.world_size} process(es) on {place.device.type}, "
+            f"{place.num_threads} thread(s) each{cut_among}; {choices.strategy_reason or 'as recorded'}",
         ),
         (
             "batch",
@@ -248,7 +311,9 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
         (
             "optimizer",
             f"{recipe.optim.name}, lr {choices.lr:g} {recipe.optim.schedule}, "
-            f"activation checkpointing {choices.activation_checkpointing}",
+            f"activation checkpointing {choices.activation_checkpointing}"
+            + (", offloaded" if recipe.memory.activation_offload else "")
+            + (", compiled layers" if recipe.precision.compile else ""),
         ),
         *parts.kernels,
         ("certificate", certificate_line([(c.name, c.figure, c.limit) for c in parts.checks])),
@@ -331,7 +396,7 @@ def _choices(
     if recorded is not None:
         values = dict(recorded["choices"])
         if recipe.parallel.strategy != "auto":
-            values["strategy"] = recipe.parallel.strategy
+            values |= {"strategy": recipe.parallel.strategy, "strategy_reason": "as the recipe says"}
         return Choices(**values)
     config = causal_lm(model).config.get_text_config()
     facts = Facts(
@@ -344,6 +409,7 @@ def _choices(
         world_size=place.world_size,
         device=place.device.type,
         memory_bytes=broadcast_json(_memory_bytes(place)),
+        intermediate_size=getattr(config, "intermediate_size", None) or 0,
     )
     return choose(recipe, facts)
 

@@ -6,6 +6,7 @@ B rows and S columns of a padded micro-batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -127,8 +128,23 @@ class PackedBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step found out, equal on every rank."""
+
+    loss: float
+    grad_norm: float
+    stop: bool
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the update was applied."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+@dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """One line of `metrics.jsonl`, kind `step`. Counts are global (all ranks), seconds are wall time of the step."""
+    """One line of `metrics.jsonl`, kind `step` (`skipped` when no update was applied). Counts are global (all ranks),
+    seconds are wall time of the step."""
 
     step: int
     attempt: int

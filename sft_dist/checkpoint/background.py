@@ -1,10 +1,10 @@
 """Saving while training goes on: the loop waits for one copy of the state, a thread writes that copy.
 
     saver = BackgroundSaver(manager)
-    saver.save(step, tensors, meta)       copy to host memory; the write begins
+    saver.begin(step, tensors, meta)      copy to host memory; the write begins
     saver.commit_written()                at every later step boundary: commits once all ranks have written and hashed
     saver.commit_written(wait=True)       before the run ends, and before the next save
-    saver.save(..., wait=True)            from the tensors themselves, committed when it returns
+    saver.save(step, tensors, meta)       without a copy: committed when it returns
 
 The thread fills a folder that is no checkpoint, and speaks with the threads of the other ranks over a process group of
 its own. The commit (manifest, rename, deleting old ones) happens on the main path only, so a crash at any moment leaves
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,29 +53,27 @@ class BackgroundSaver:
         self._write: Write | None = None
 
     def save(
-        self,
-        step: int,
-        tensors: Mapping[str, Tensor],
-        meta: Mapping[str, Any],
-        *,
-        also_keep: int | None = None,
-        wait: bool = False,
-        may_fail: bool = True,
+        self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, also_keep: int | None = None
     ) -> None:
-        """Begin what `CheckpointManager.save` does, or do it (`wait`); then `tensors` may be changed again.
-
-        A save that `may_fail` is left out, with a notice, when the disk refuses it. Raises StorageError for another,
-        and for the third in a row; and NonFiniteError of a save that is still under way.
-        """
+        """`CheckpointManager.save`, after what is under way."""
         self.commit_written(wait=True)
-        with self._manager.forgiving(step) if may_fail else nullcontext():
-            if wait:
-                self._manager.save(step, tensors, meta, also_keep=also_keep)
-            else:
-                self._begin(step, tensors, meta, also_keep)
+        self._manager.save(step, tensors, meta, also_keep=also_keep)
 
-    def _begin(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], also_keep: int | None) -> None:
-        partial = self._manager.open(step, tensors)
+    def try_save(
+        self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, also_keep: int | None = None
+    ) -> None:
+        """`CheckpointManager.try_save`, after what is under way."""
+        self.commit_written(wait=True)
+        self._manager.try_save(step, tensors, meta, also_keep=also_keep)
+
+    def begin(
+        self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, also_keep: int | None = None
+    ) -> None:
+        """Begin what `try_save` does; when this returns, `tensors` may be changed again."""
+        self.commit_written(wait=True)
+        partial = None
+        with self._manager.tolerating(step):
+            partial = self._manager.open(step, tensors)
         if partial is None:
             return
         copied = self._copy.take(tensors)
@@ -93,8 +90,8 @@ class BackgroundSaver:
     def commit_written(self, *, wait: bool = False) -> None:
         """Commit the save under way if it is written, or once it is (`wait`). Nothing to do without one.
 
-        Raises, on all ranks alike, NonFiniteError as `CheckpointManager.save` does, and StorageError for the third
-        save in a row that the disk refused.
+        What the disk refused is told and passed over as by `try_save`. Raises on all ranks alike: StorageError for the
+        third save in a row that fails, NonFiniteError.
         """
         write = self._write
         if write is None or write.thread is None:
@@ -104,12 +101,11 @@ class BackgroundSaver:
             return
         write.thread.join()
         self._write = None
-        with self._manager.forgiving(write.step):
-            with self._manager.discarding(write.partial):
-                if write.error is not None:
-                    raise write.error
-                assert write.files is not None
-                self._manager.commit(write.step, write.partial, self._copy.tensors, write.files, write.meta)
+        with self._manager.tolerating(write.step), self._manager.discarding(write.partial):
+            if write.error is not None:
+                raise write.error
+            assert write.files is not None
+            self._manager.commit(write.step, write.partial, self._copy.tensors, write.files, write.meta)
             self._manager.retire(write.also_keep)
 
     def _run(self, write: Write, copied: Mapping[str, Tensor]) -> None:

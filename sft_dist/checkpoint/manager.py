@@ -102,10 +102,21 @@ class CheckpointManager:
 
     # ---- saving
 
+    def try_save(
+        self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, also_keep: int | None = None
+    ) -> Path | None:
+        """`save`, where the run can go on without: None, with a notice, when the disk is full, failing or read-only.
+
+        Raises StorageError when that was the third time in a row.
+        """
+        path = None
+        with self.tolerating(step):
+            path = self.save(step, tensors, meta, also_keep=also_keep)
+        return path
+
     @contextmanager
-    def forgiving(self, step: int) -> Iterator[None]:
-        """The save of `step` inside may fail, with a notice, when the disk is full, failing or read-only: the run goes
-        on without it. Raises StorageError when that was the third time in a row."""
+    def tolerating(self, step: int) -> Iterator[None]:
+        """A StorageError of the save of `step` becomes a notice, unless it is the third in a row."""
         try:
             yield
         except StorageError as error:
@@ -139,8 +150,7 @@ class CheckpointManager:
         if self.ranks.from_main(target.exists()) and self._is_good(target):
             return None
         partial = self.folder / f"{PARTIAL_PREFIX}{self.ranks.from_main(secrets.token_hex(8))}"
-        size = num_bytes(tensors)
-        self._on_main(lambda: self._make_room(partial, size), size)
+        self._on_main(lambda: self._make_room(partial, num_bytes(tensors)), num_bytes(tensors))
         return partial
 
     def write(self, partial: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, FileEntry]:
@@ -151,7 +161,7 @@ class CheckpointManager:
         with ranks.together():
             write_shards(partial, tensors, ranks)
         self._fail_point("after write")
-        return self._hash_written(partial, ranks, num_bytes(tensors))
+        return self._hash_written(partial, num_bytes(tensors), ranks)
 
     def commit(
         self,
@@ -198,7 +208,7 @@ class CheckpointManager:
         check_space(self.folder, size)
         partial.mkdir()
 
-    def _hash_written(self, partial: Path, ranks: Ranks, size: int) -> dict[str, FileEntry]:
+    def _hash_written(self, partial: Path, size: int, ranks: Ranks) -> dict[str, FileEntry]:
         """Sizes and digests of the files of all ranks; each rank makes its own durable and hashes them."""
         mine: dict[str, list[int | str]] = {}
         with ranks.together(), storage_errors(partial, size):

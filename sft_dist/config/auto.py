@@ -16,6 +16,7 @@ AIM_STEPS = 200  # a run on small data should see about this many optimizer step
 FEW_STEPS = 50  # below this the header warns
 MAX_AUTO_STEP_TOKENS = 524_288
 CPU_MICRO_BATCH_TOKENS = 4_096
+REPLICATED_SHARE = 0.6  # of the memory that replicas may fill with state; the rest is for activations
 BYTES_PER_TRAINED = 16  # fp32 weight, gradient and two moments
 GIB = 2**30
 
@@ -33,6 +34,7 @@ class Facts:
     world_size: int
     device: str
     memory_bytes: int
+    intermediate_size: int = 0  # of the MLP; 0: not told, four times the hidden size
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class Choices:
     strategy: str
     activation_checkpointing: str
     compute: str  # dtype of forward and backward
+    strategy_reason: str = ""  # for the header
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -54,7 +57,7 @@ def choose(recipe: Recipe, facts: Facts) -> Choices:
     """Every `auto` that defines the numbers of a run. Raises ConfigError when the recipe rules out what was chosen."""
     if recipe.run.deterministic == ELASTIC:
         facts = replace(facts, world_size=NOMINAL_RANKS)
-    strategy = _strategy(recipe, facts)
+    strategy, reason = _strategy(recipe, facts)
     if found := refusal(recipe, strategy):
         raise ConfigError(found)
     checkpointing = _activation_checkpointing(recipe, facts)
@@ -67,16 +70,27 @@ def choose(recipe: Recipe, facts: Facts) -> Choices:
         strategy=strategy,
         activation_checkpointing=checkpointing,
         compute=compute_dtype(recipe, facts.device),
+        strategy_reason=reason,
     )
 
 
 def refuse_uneven(recipe: Recipe, world_size: int) -> None:
-    """ConfigError where `parallel.sequence` does not divide the processes."""
-    size = recipe.parallel.sequence
+    """ConfigError where `parallel.sequence` or `parallel.dp_replicate` does not cut the processes into equal groups."""
+    size, replicas = recipe.parallel.sequence, recipe.parallel.dp_replicate
     if world_size % size:
         raise ConfigError(
             f"parallel.sequence={size}: {world_size} process(es) cannot form groups of {size}; "
             f"start {-(-world_size // size) * size}, or set another parallel.sequence"
+        )
+    if world_size % replicas:
+        raise ConfigError(
+            f"parallel.dp_replicate={replicas}: {world_size} process(es) cannot form {replicas} equal replicas; "
+            f"start a multiple of {replicas}, or set another parallel.dp_replicate"
+        )
+    if replicas > 1 and world_size == replicas:
+        raise ConfigError(
+            f"parallel.dp_replicate={replicas} on {world_size} process(es) leaves shards of one process: "
+            "set parallel.strategy=ddp and dp_replicate=1, or start more processes"
         )
 
 
@@ -103,24 +117,41 @@ def _learning_rate(recipe: Recipe, facts: Facts) -> float:
     return float(f"{lr:.2g}")
 
 
-def _strategy(recipe: Recipe, facts: Facts) -> str:
-    """Replicas while weights, gradients and moments fill less than 60 % of a process's memory, else shards; ZeRO where
-    something is to be offloaded."""
-    if recipe.parallel.strategy != "auto":
-        return recipe.parallel.strategy
+def _strategy(recipe: Recipe, facts: Facts) -> tuple[str, str]:
+    """(name, why). Replicas while weights, gradients and moments fill less than REPLICATED_SHARE of a process's memory,
+    else shards; ZeRO where something is to be offloaded."""
+    parallel = recipe.parallel
+    if parallel.strategy != "auto":
+        return parallel.strategy, "as the recipe says"
     if recipe.run.deterministic == ELASTIC:
-        return "fsdp2"
-    if recipe.parallel.offload != "none":
-        return {"optimizer": "zero2", "params": "zero3"}[recipe.parallel.offload]
+        return "fsdp2", "run.deterministic=elastic needs its sums"
+    if parallel.dp_replicate > 1:
+        return "fsdp2", f"parallel.dp_replicate={parallel.dp_replicate} is a mesh of it"
+    if parallel.offload != "none":
+        named = {"optimizer": "zero2", "params": "zero3"}[parallel.offload]
+        return named, f"the engine for parallel.offload={parallel.offload}"
     state = 4 * facts.num_parameters + (BYTES_PER_TRAINED - 4) * facts.num_trained
-    return "fsdp2" if facts.world_size > 1 and state > 0.6 * facts.memory_bytes else "ddp"
+    share = state / facts.memory_bytes
+    fills = f"{_size(state)} of weights, gradients and moments in {_size(facts.memory_bytes)} per process"
+    if facts.world_size == 1:
+        return "ddp", f"one process has nobody to share with: {fills}, {share:.0%}"
+    if share <= REPLICATED_SHARE:
+        return "ddp", f"replicas are fastest and fit: {fills}, {share:.0%} <= {REPLICATED_SHARE:.0%}"
+    sharded = share / facts.world_size
+    advice = "" if sharded <= REPLICATED_SHARE else "; still more than that: add processes, or set parallel.offload"
+    return "fsdp2", f"{fills}, {share:.0%} > {REPLICATED_SHARE:.0%}; sharded {sharded:.0%} each{advice}"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def _activation_checkpointing(recipe: Recipe, facts: Facts) -> str:
-    """Full when one pack's activations (about 34 bytes per token, layer and hidden unit in bf16; Korthikanti et al.,
-    2022) would fill more than half of the memory."""
+    """Full when one pack's activations would fill more than half of the memory."""
     if recipe.memory.activation_checkpointing != "auto":
         return recipe.memory.activation_checkpointing
+    if recipe.memory.activation_offload:
+        return "full"
     return "full" if recipe.data.seq_len * _activation_bytes(recipe, facts) > 0.5 * facts.memory_bytes else "none"
 
 
@@ -165,6 +196,10 @@ def _num_groups(recipe: Recipe, facts: Facts) -> int:
 
 
 def _activation_bytes(recipe: Recipe, facts: Facts) -> float:
-    """Bytes of activations that a token of the row costs each rank without checkpointing; twice the bf16 figure in
-    float32 on a CPU."""
-    return (68 if facts.device == "cpu" else 34) * facts.num_layers * facts.hidden_size / recipe.parallel.sequence
+    """Bytes of activations that a token of the row costs each rank without checkpointing: what autograd keeps of layers
+    with two norms, four projections and a gated MLP when replicas train all of it, which is the most any engine keeps
+    (`estimate.memory` counts it exactly). In bf16 on GPUs that is 59 per layer and hidden unit of an 8 B Llama, in
+    float32 on CPUs 94."""
+    unit, inner = (31, 8) if facts.device == "cuda" else (38, 16)
+    intermediate = facts.intermediate_size or 4 * facts.hidden_size
+    return facts.num_layers * (unit * facts.hidden_size + inner * intermediate) / recipe.parallel.sequence

@@ -21,7 +21,7 @@ from sft_dist.errors import ConfigError
 
 PRECISIONS = {"bf16": "bfloat16", "no": "float32"}
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-PARALLEL_SIZES = ("DP_REPLICATE_SIZE", "TP_SIZE", "CP_SIZE", "SP_SIZE")
+PARALLEL_SIZES = ("DP_REPLICATE_SIZE", "TP_SIZE", "CP_SIZE")
 OFF = frozenset({"", "0", "no", "none", "false", "default"})
 REMEDY = (
     "use accelerate launch --multi_gpu --num_processes {n} -m sft_dist.train ..., or sft-dist train ... --nproc {n}"
@@ -88,6 +88,9 @@ def _wishes(environ: Mapping[str, str], launchers: Sequence[Sequence[str]]) -> l
     found.append(_flag_wish(environ, "ACCELERATE_USE_FSDP", "parallel.strategy", "fsdp2"))
     if _is_on(environ, "ACCELERATE_USE_FSDP"):
         found.append(_flag_wish(environ, "FSDP_ACTIVATION_CHECKPOINTING", "memory.activation_checkpointing", "full"))
+    size = environ.get("PARALLELISM_CONFIG_SP_SIZE", "1")
+    if _is_on(environ, "ACCELERATE_USE_PARALLELISM_CONFIG") and int(size) > 1:
+        found.append(Wish("PARALLELISM_CONFIG_SP_SIZE", size, "parallel.sequence", int(size)))
     if (clip := environ.get("ACCELERATE_GRADIENT_CLIPPING", "none")).lower() not in OFF:
         found.append(Wish("ACCELERATE_GRADIENT_CLIPPING", clip, "optim.max_grad_norm", float(clip)))
     return [wish for wish in found if wish is not None] + _deepspeed_wishes(environ)
@@ -178,6 +181,7 @@ def _unused(environ: Mapping[str, str]) -> list[str]:
         "MIXED_PRECISION",
         "USE_CPU",
         "USE_FSDP",
+        "USE_PARALLELISM_CONFIG",
         "GRADIENT_CLIPPING",
         "GRADIENT_ACCUMULATION_STEPS",
         "DYNAMO_BACKEND",

@@ -158,10 +158,11 @@ def _number(text: str) -> float | None:
 
 # --- the table -----------------------------------------------------------------------------------------------------
 
-_ADAMW: dict[str, str | Translate] = dict.fromkeys(
-    ("adam", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "paged_adamw", "torch.optim.adamw"),
-    "adamw",
-)
+_ADAMW: dict[str, str | Translate] = {
+    **dict.fromkeys(("adam", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"), "adamw"),
+    **dict.fromkeys(("paged_adamw", "torch.optim.adamw"), "adamw"),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit", "paged_adamw_8bit"), "adamw8bit"),
+}
 _SCHEDULES: dict[str, str | Translate] = {
     "constant_with_warmup": "constant",
     "cosine_with_min_lr": "cosine",
@@ -188,9 +189,7 @@ _PLANNED = _drop("batches come from the pack plan, loaded ahead by one thread")
 _FULL, _LORA = "full", "lora"
 
 _TRAINED_PART = _switch(_set(data__loss_on="all"), _set(data__prompt_loss_weight="0.0"))
-_METHOD = _words(
-    "tuning.method", {"lora": _LORA, "full": _FULL, "none": _FULL, "": _FULL, "qlora": "qlora", "freeze": _FULL}
-)
+_METHOD = _words("tuning.method", {"lora": _LORA, "full": _FULL, "none": _FULL, "": _FULL, "freeze": _FULL})
 
 NAMES: dict[str, Translate] = {
     # model
@@ -225,12 +224,10 @@ NAMES: dict[str, Translate] = {
     "use_lora": _switch(_set(tuning__method=_LORA), _set(tuning__method=_FULL)),
     "use_rslora": _switch(_set(tuning__method="rslora"), _set(tuning__method=_LORA)),
     "use_dora": _switch(_set(tuning__method="dora"), _set(tuning__method=_LORA)),
-    "load_in_4bit": _switch(_set(tuning__method="qlora"), _drop("weights are quantised by tuning.method=qlora alone")),
-    "load_in_8bit": _switch(
-        _set("bases are held in 4 bits, not in 8", tuning__method="qlora"),
-        _drop("weights are quantised by tuning.method=qlora alone"),
-    ),
-    "quantization_bit": _set("bases are held in 4 bits", tuning__method="qlora"),
+    "load_in_4bit": _switch(_set(tuning__method="qlora"), _drop("tuning.method=qlora is what quantises")),
+    "load_in_8bit": _switch(_set("in 4 bits", tuning__method="qlora"), _drop("tuning.method=qlora is what quantises")),
+    "quantization_bit": _set("in 4 bits", tuning__method="qlora"),
+    "num_virtual_tokens": _to("tuning.virtual_tokens"),
     "r": _to("tuning.rank"),
     "lora_r": _to("tuning.rank", "beside tuning.method: lora"),
     "lora_rank": _to("tuning.rank", "beside tuning.method: lora"),

@@ -46,6 +46,7 @@ class PrecisionSection(Section):
     compute: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs, float32 on CPUs
     master: Literal["float32", "bfloat16"] = "float32"
     stochastic_rounding: bool = False  # of bfloat16 masters and moments, so that small updates are not lost
+    compile: bool = False  # torch.compile, layer by layer
 
     @model_validator(mode="after")
     def _masters_are_not_narrower(self) -> PrecisionSection:
@@ -198,7 +199,20 @@ class ParallelSection(Section):
     strategy: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
     offload: Literal["none", "optimizer", "params"] = "none"  # to CPU memory; `params` offloads the optimizer too
     sequence: Positive = 1  # processes that share each micro-batch, every one holding that part of its tokens
+    dp_replicate: Positive = 1  # HSDP: replicas of the sharded model; the shards of one are neighbouring processes
     deepspeed_config: str | None = None  # a DeepSpeed JSON file whose settings are adopted, or refused
+
+    @model_validator(mode="after")
+    def _replicates_what_is_sharded(self) -> ParallelSection:
+        if self.dp_replicate > 1 and (self.strategy not in ("auto", "fsdp2") or self.offload != "none"):
+            with_ = (
+                f"parallel.offload={self.offload}" if self.offload != "none" else f"parallel.strategy={self.strategy}"
+            )
+            raise ValueError(
+                f"parallel.dp_replicate={self.dp_replicate} is a mesh of fsdp2, not for {with_}: set "
+                "parallel.strategy=fsdp2 and parallel.offload=none, or dp_replicate=1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _offloads_what_is_partitioned(self) -> ParallelSection:
@@ -212,7 +226,17 @@ class ParallelSection(Section):
 
 
 class MemorySection(Section):
-    activation_checkpointing: Literal["auto", "none", "full"] = "auto"
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    activation_offload: bool = False  # what full checkpointing keeps waits in host memory
+
+    @model_validator(mode="after")
+    def _offloads_what_checkpointing_keeps(self) -> MemorySection:
+        if self.activation_offload and self.activation_checkpointing not in ("auto", "full"):
+            raise ValueError(
+                "memory.activation_offload moves the layers' inputs that full checkpointing keeps, not all that "
+                f"{self.activation_checkpointing} keeps: set memory.activation_checkpointing=full (or auto)"
+            )
+        return self
 
 
 class KernelsSection(Section):
@@ -248,8 +272,9 @@ class HubSection(Section):
 
 class ResilienceSection(Section):
     hang_seconds: Annotated[float, Field(ge=1.0)] | Auto = "auto"  # without a sign of life inside a step
-    nonfinite: Literal["stop"] = "stop"
+    nonfinite: Literal["stop", "skip"] = "stop"  # skip: at most 3 steps in a row, 10 in all
     max_restarts: Annotated[int, Field(ge=0)] = 3  # by the local launcher, after a hang, a signal or a storage failure
+    audit_every: Positive | None = None  # steps between proofs that all ranks hold and compute the same
 
 
 class Recipe(Section):
@@ -295,16 +320,6 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _sums_in_one_order(self) -> Recipe:
-        strategy, offload = self.parallel.strategy, self.parallel.offload
-        if self.run.deterministic == "elastic" and (strategy not in ("auto", "fsdp2") or offload != "none"):
-            asked = f"parallel.strategy={strategy}" if offload == "none" else f"parallel.offload={offload}"
-            raise ValueError(
-                f"run.deterministic=elastic needs parallel.strategy=fsdp2 (or auto) without offload, not {asked}"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _measures_on_held_out_data(self) -> Recipe:
         data, wanted = self.data, self.eval
         has_eval = bool(data.eval_fraction or data.eval_sources)
@@ -326,6 +341,22 @@ class Recipe(Section):
             raise ValueError(
                 f"parallel.sequence={self.parallel.sequence} cuts packed rows, and data.packing=padded has none: "
                 "set data.packing=best_fit or none, or parallel.sequence=1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _compiles_what_stays_whole(self) -> Recipe:
+        if not self.precision.compile:
+            return self
+        if self.memory.activation_checkpointing == "selective":
+            raise ValueError(
+                "precision.compile decides itself what a layer keeps, memory.activation_checkpointing=selective does "
+                "so by operation: set it to none or full, or precision.compile=false"
+            )
+        if self.parallel.strategy == "zero3" or self.parallel.offload == "params":
+            raise ValueError(
+                "precision.compile makes one graph of a layer, and zero3 gathers its matrices one by one inside it: "
+                "set parallel.strategy=fsdp2, or precision.compile=false"
             )
         return self
 
@@ -383,10 +414,4 @@ def check_streams(recipe: Recipe) -> None:
 
 
 # Public keys, and values as `key=word`, that later versions implement; asking for one is refused with this text.
-NOT_YET: dict[str, str] = {
-    "precision.compile": "torch.compile",
-    "parallel.dp_replicate": "HSDP meshes",
-    "memory.activation_offload": "activation offloading",
-    "resilience.audit_every": "the silent-corruption audit",
-    "memory.activation_checkpointing=selective": "selective checkpointing",
-}
+NOT_YET: dict[str, str] = {}

@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 
 from sft_dist.data.collate import Documents, batch_digest, collate
-from sft_dist.types import PackedBatch, StepPlan
+from sft_dist.types import Pack, PackedBatch, StepPlan
 
 _CLOSE_SECONDS = 5.0  # a read that hangs must not keep the process from ending
 
@@ -118,8 +118,15 @@ class Loader:
         batches = tuple(self._batch(step, index) for index in indices)
         return LoadedStep(step=step, batches=batches, indices=indices, digest=batch_digest(step, self._store))
 
+    def micro_batch(self, n: int, index: int) -> PackedBatch:
+        """Micro-batch `index` of step `n`, whichever rank trains it."""
+        return self._batch(self._plan.step(n), index)
+
     def _batch(self, step: StepPlan, index: int) -> PackedBatch:
-        micro_batch = step.micro_batches[index] if index < len(step.micro_batches) else ()
+        return self.batch_of(step.micro_batches[index] if index < len(step.micro_batches) else ())
+
+    def batch_of(self, micro_batch: tuple[Pack, ...]) -> PackedBatch:
+        """These packs as one micro-batch of this rank."""
         whole = collate(
             micro_batch,
             self._store,

@@ -336,4 +336,4 @@ def _listen(requests: BinaryIO, wanted: queue.SimpleQueue[int]) -> None:
 if __name__ == "__main__":
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not get between the answers
-    sys.exit(serve(sys.stdin.buffer, answers))
+    os._exit(serve(sys.stdin.buffer, answers))  # a thread waits at the pipe: Python would complain of it at its end

@@ -7,6 +7,7 @@ and the output head keep their dtype. Quantising is a pure function of the weigh
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sft_dist.errors import ConfigError
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # while imported it tells of kernels that it did not find
 
 REMEDY = "install it with `pip install 'sft_dist[quantised]'`, or use tuning.method=lora"
 

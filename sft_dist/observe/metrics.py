@@ -34,7 +34,10 @@ class MetricsLog:
         values = asdict(metrics)
         if values["tokens_by_source"] is None:
             del values["tokens_by_source"]
-        self._write({"kind": "step", **values})
+        is_update = math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)
+        if not is_update:  # JSON has no NaN
+            values |= {"loss": str(metrics.loss), "grad_norm": str(metrics.grad_norm)}
+        self._write({"kind": "step" if is_update else "skipped", **values})
 
     def evaluation(self, step: int, eval_loss: float, num_loss_tokens: int, **named: Any) -> None:
         self._write({"kind": "eval", "step": step, "eval_loss": eval_loss, "num_loss_tokens": num_loss_tokens, **named})

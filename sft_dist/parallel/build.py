@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -27,10 +27,15 @@ def build_engine(
     *,
     offload: str = "none",
     exact: bool = False,
+    dp_replicate: int = 1,
+    fill: Callable[[nn.Module], None] | None = None,
 ) -> Engine:
     """`strategy` is ddp, fsdp2, zero1, zero2 or zero3. The model must sit on the CPU or the device, with equal weights
     on every rank. `make_optimizer` is called with the trained parameters and leaves the moments to the engine.
-    `exact` (fsdp2): the bits of every sum are those of any number of ranks."""
+
+    For fsdp2: with `exact` the bits of every sum are those of any number of ranks; `dp_replicate` replicas of the
+    sharded model, which divides the number of ranks; `fill` gives a model without memory its values once it is
+    sharded."""
     if strategy.startswith("zero"):
         os.environ["DS_ACCELERATOR"] = place.device.type  # DeepSpeed decides about its devices while it is imported
         os.environ["LOCAL_RANK"] = str(place.device.index or 0)  # and from here takes the number of its own
@@ -38,8 +43,8 @@ def build_engine(
 
         return build_zero(int(strategy[-1]), packed, place, compute_dtype, make_optimizer, offload)
     if strategy == "fsdp2":
-        engine = build_fsdp(packed, layers, place, compute_dtype, make_optimizer)
-        assert_sharded(engine)
+        engine = build_fsdp(packed, layers, place, compute_dtype, make_optimizer, dp_replicate, fill)
+        assert_sharded(engine, place, dp_replicate)
         return with_exact_sums(engine) if exact else engine
     packed.to(place.device)
     engine = build_ddp(packed, place.world_size, make_optimizer)

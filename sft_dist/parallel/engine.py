@@ -49,6 +49,7 @@ class Engine:
     trained: dict[str, nn.Parameter]  # by name in the Hugging Face (or PEFT) model
     state: Callable[[], dict[str, Tensor]]  # `model.NAME` fp32 or as trained, `optim.NAME.KEY`; global shapes
     adopt: Callable[[Mapping[str, Tensor]], None]  # what `state` gave and a checkpoint has filled becomes the run's
+    discard_gradients: Callable[[], None]  # of a step that is not taken
     whole: Callable[[Tensor], Tensor]  # an entry of the model's state dict, gathered; collective
 
     @property
@@ -108,6 +109,7 @@ def live_engine(
         trained=trained,
         state=state,
         adopt=_already_in_place,
+        discard_gradients=optimizer.zero_grad,
         whole=full_tensor,
     )
 

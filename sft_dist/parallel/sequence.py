@@ -148,9 +148,14 @@ class RowDropout(nn.Module):
         super().__init__()
         self.p, self._sequence = p, sequence
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [1, T/k, D]
         if not self.training:
             return x
+        if x.ndim != 3:
+            raise ConfigError(
+                "tuning.dropout with parallel.sequence: this architecture's adapters see tokens in another order than "
+                "the row's; set tuning.dropout=0"
+            )
         length = x.shape[1]
         row = x.new_ones(x.shape[0], length * self._sequence.size, *x.shape[2:])
         start = self._sequence.index * length
@@ -177,7 +182,7 @@ def refuse_what_cannot_be_cut(config: PretrainedConfig, size: int, dropouts: tup
             f"parallel.sequence={size} does not divide the {heads} attention heads of {text.model_type}; "
             f"use a divisor of them"
         )
-    for name in dropouts if size > 1 else ():
+    for name in dropouts:
         if getattr(text, name, None):
             raise ConfigError(
                 f"parallel.sequence={size}: {text.model_type} has {name}={getattr(text, name)}, whose mask cannot be "

@@ -19,6 +19,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -27,6 +28,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -130,6 +132,7 @@ def build_zero(
         trained=trained,
         state=state,
         adopt=adopt,
+        discard_gradients=partial(_discard_gradients, wrapper, stage),
         whole=_gather,
     )
 
@@ -204,6 +207,22 @@ def _global_norm(wrapper: Any) -> Tensor:
         groups = wrapper._get_norm_groups()
     norms = torch.stack([group.float() for group in groups])
     return torch.linalg.vector_norm(torch.where(norms < 0, torch.nan, norms))
+
+
+def _discard_gradients(wrapper: Any, stage: int) -> None:
+    """What DeepSpeed does itself when a step overflows: forget the sums and count micro-batches anew."""
+    if stage == 3:
+        wrapper._pre_step()
+        wrapper._overflow_clean_up(None)
+        return
+    wrapper.micro_step_id = INITIAL_MICRO_STEP_ID
+    wrapper.zero_grad()
+    if wrapper.cpu_offload:
+        wrapper._offload_accumulated_param_ids = set()
+        wrapper.reset_cpu_buffers()
+    else:
+        wrapper.averaged_gradients = dict.fromkeys(wrapper.averaged_gradients)
+        wrapper.all_grad_tensors = dict.fromkeys(wrapper.all_grad_tensors)
 
 
 def _read(parameter: nn.Parameter, moment: str | None) -> Tensor:

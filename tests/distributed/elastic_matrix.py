@@ -1,8 +1,8 @@
 """Save on {1, 2, 4} ranks, load on {1, 2, 4} ranks, for every engine: `python elastic_matrix.py FOLDER`.
 
-Steps are those of the real loop, checkpoints those of the real manager; nothing is converted in between. FOLDER/found.json
-gets, for each engine, method, number of ranks that saved (0: one run throughout) and number that loaded, the losses of
-the steps after the checkpoint and the digest of all state right after loading it.
+Steps are those of the real loop, checkpoints those of the real manager; nothing is converted in between.
+FOLDER/found.json gets, for each engine, method, number of ranks that saved (0: one run throughout) and number that
+loaded, the losses of the steps after the checkpoint and the digest of all state right after loading it.
 """
 
 from __future__ import annotations

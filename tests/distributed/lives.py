@@ -1,8 +1,8 @@
 """Groups of ranks of any size, one after the other, with torch imported once: `python lives.py FOLDER`.
 
-Each life in FOLDER/lives.json is [number of ranks, [recipe and settings]]: its ranks are forks of this process that call
-the worker's `main` as torchrun would have started it. Every rank has to end with 0; what it printed is shown when it
-does not. Other scripts give `run_life` another body.
+Each life in FOLDER/lives.json is [number of ranks, [recipe and settings]]: its ranks are forks of this process that
+call the worker's `main` as torchrun would have started it. Every rank has to end with 0; what it printed is shown when
+it does not. Other scripts give `run_life` another body.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ def run_script(script: Path, folder: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def run_life(name: str, world_size: int, body: Callable[[], int | None], folder: Path) -> None:
-    """Fork the ranks, wait for all of them; when one fails the others are killed and this process ends with its output."""
+def run_life(name: str, world_size: int, body: Callable[[], int | None], folder: Path, code: int = 0) -> str:
+    """Fork the ranks and wait for all; when one does not end with `code` the others are killed and this process ends
+    with its output. Returns what rank 0 printed."""
     meeting = Path(tempfile.mkdtemp(dir=folder)) / "rendezvous"
     children = {}
     for rank in range(world_size):
@@ -55,12 +56,13 @@ def run_life(name: str, world_size: int, body: Callable[[], int | None], folder:
     while children:
         pid, status = os.wait()
         output = children.pop(pid)
-        if status:
+        if os.waitstatus_to_exitcode(status) != code:
             failed.append(output)
             for other in children:
                 os.kill(other, 9)
     if failed:
         sys.exit(f"{name} on {world_size} ranks:\n{failed[0].read_text()}")
+    return (folder / f"{name}-rank-0.txt").read_text()
 
 
 def _fork(rank: int, world_size: int, body: Callable[[], int | None], meeting: Path, output: Path) -> int:

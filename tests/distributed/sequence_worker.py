@@ -1,6 +1,6 @@
 """One rank: twenty steps of the real loop's step with each row cut among k ranks, certificates, mutations.
 
-`python sequence_worker.py FOLDER K CASE...`, a case being STRATEGY-METHOD-ACCUMULATION-VARIANT. Where all ranks share
+`python sequence_worker.py FOLDER K:CASE...`, a case being STRATEGY-METHOD-ACCUMULATION-VARIANT. Where all ranks share
 each row, every architecture is certified with its rows cut as well, and each mutation of the cut is tried.
 `found-WORLD-K.json` has it all.
 """
@@ -17,13 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from architectures import PACKABLE, tiny_config
 from torch import Tensor
 from transformers import PretrainedConfig
 from zero_worker import MAX_NORM, OPTIM, STEPS, documents
 
-from sft_dist.certify import certify
+from sft_dist.certify import Documents, certify, merge
 from sft_dist.config.schema import TuningSection
 from sft_dist.data.collate import collate
 from sft_dist.data.loader import LoadedStep
@@ -49,14 +50,25 @@ ONE_KEY_HEAD = {"num_key_value_heads": 1}
 ODD_HEADS = {"num_attention_heads": 12, "num_key_value_heads": 6}  # 4 ranks do not divide the key heads
 
 
-def load_step(step: int, accumulation: int, place: Runtime, sequence: SequenceGroup, multiple: int) -> LoadedStep:
-    """Micro-batches of three documents, dealt to groups as the loader does; odd lengths unless `multiple` says else."""
-    number = MICRO_BATCHES * accumulation
+def load_step(
+    step: int, accumulation: int, place: Runtime, sequence: SequenceGroup, *, multiple: int, sparse: bool
+) -> LoadedStep:
+    """Micro-batches of three documents, dealt to groups as the loader does; odd lengths unless `multiple` says else.
+
+    `sparse`: only the last token of each document is learned, so that slices without any come up; one micro-batch is
+    missing, so that a group of two works on an empty one; and every fifth step has one short document at most.
+    """
+    number = MICRO_BATCHES * accumulation - sparse
     probe = documents(1000 + step % 5, 3 * number)
-    cuts = tuple(probe.packs[i : i + 3] for i in range(0, 3 * number, 3))
-    mine = range(place.rank // sequence.size, number, place.world_size // sequence.size)
+    if sparse:
+        kept = [replace(x, loss_weights=np.eye(len(x.input_ids), dtype=np.float32)[-1]) for x in probe.examples]
+        probe = Documents(tuple(kept))
+    cuts = tuple(probe.packs[i : i + 1 if sparse and step % 5 == 0 else i + 3] for i in range(0, 3 * number, 3))
+    num_groups = place.world_size // sequence.size
+    mine = range(place.rank // sequence.size, -(-number // num_groups) * num_groups, num_groups)
     pad = sequence.pad_multiple(multiple)
-    whole = [collate(cuts[i], probe, packing="best_fit", pad_token_id=0, pad_to_multiple_of=pad) for i in mine]
+    dealt = [cuts[i] if i < number else () for i in mine]
+    whole = [collate(cut, probe, packing="best_fit", pad_token_id=0, pad_to_multiple_of=pad) for cut in dealt]
     return LoadedStep(StepPlan(step, 0, cuts), tuple(map(sequence.cut, whole)), tuple(mine), "")
 
 
@@ -89,7 +101,7 @@ def run(case: str, place: Runtime, sequence: SequenceGroup) -> dict[str, list[fl
     results = [
         train_step(
             made,
-            load_step(step, int(accumulation), place, sequence, multiple),
+            load_step(step, int(accumulation), place, sequence, multiple=multiple, sparse=variant == "sparse"),
             lr=1e-3 * (1 - step / 40),
             max_norm=MAX_NORM,
             seed=5,
@@ -117,7 +129,33 @@ def prove(config: PretrainedConfig, sequence: SequenceGroup) -> dict[str, float]
     return {check.name.split(":")[0]: check.figure for check in checks}
 
 
-def architectures(size: int) -> Iterator[tuple[str, PretrainedConfig]]:
+def dispatched(sequence: SequenceGroup) -> dict[str, dict[str, Any]]:
+    """What each kernel would be called with: CUDA's own cannot run here, so the reference answers in their place."""
+    probe = documents(3, 5)
+    row = collate([merge(probe.packs)], probe, packing="best_fit", pad_token_id=0, pad_to_multiple_of=sequence.size)
+    found: dict[str, dict[str, Any]] = {"expected": {"edges": row.cu_seqlens.tolist(), "longest": row.max_seqlen}}
+    for name, original in attention.BACKENDS.items():
+        calls: list[dict[str, Any]] = []
+
+        def record(query: Tensor, key: Tensor, value: Tensor, calls: list = calls, **facts: Any) -> Tensor:
+            shapes = [list(tensor.shape) for tensor in (query, key, value)]
+            calls.append({"shapes": shapes, "edges": facts["cu_seqlens"].tolist(), "longest": facts["max_seqlen"]})
+            segments = attention.Segments.of(facts["cu_seqlens"])
+            return attention.sdpa_segments(query, key, value, **facts | {"segments": segments})
+
+        attention.BACKENDS[name] = record
+        try:
+            model = build_random(tiny_config("llama"), dtype=torch.float32, seed=0)
+            attention.install(model, name, sequence.across)
+            packed = PackedCausalLM(model, HEAD).eval()
+            states = sequence.join(packed.hidden_states(sequence.cut(row)).detach())
+        finally:
+            attention.BACKENDS[name] = original
+        found[name] = {"calls": calls, "sum": states.double().sum().item(), "length": states.shape[1]}
+    return found
+
+
+def architectures() -> Iterator[tuple[str, PretrainedConfig]]:
     """Everything that can be packed, and grouped heads that ranks do not divide evenly."""
     for name in PACKABLE:
         yield name, tiny_config(name)
@@ -209,24 +247,33 @@ def refusals(sequence: SequenceGroup) -> dict[str, str]:
     return said
 
 
-def main(folder: Path, size: int, cases: list[str]) -> None:
+def find(place: Runtime, size: int, cases: list[str]) -> dict[str, Any]:
+    """Everything about rows cut among `size` ranks."""
+    sequence = sequence_group(size, place)
+    found: dict[str, Any] = {"cases": {}}
+    for case in cases:
+        started = time.perf_counter()
+        found["cases"][case] = run(case, place, sequence)
+        if place.is_main:
+            print(f"{size} {case}: {time.perf_counter() - started:.1f} s", flush=True)
+    if place.world_size == size > 1:
+        found["certificates"] = {name: prove(config, sequence) for name, config in architectures()}
+        found["refusals"] = refusals(sequence)
+        found["dispatched"] = dispatched(sequence)
+    return found
+
+
+def main(folder: Path, cases: list[str]) -> None:
+    by_size: dict[int, list[str]] = {}
+    for size, case in (case.split(":") for case in cases):
+        by_size.setdefault(int(size), []).append(case)
     with runtime() as place:
         torch.set_num_threads(1)
-        sequence = sequence_group(size, place)
-        found: dict[str, Any] = {"cases": {}}
-        for case in cases:
-            started = time.perf_counter()
-            found["cases"][case] = run(case, place, sequence)
+        for size, mine in by_size.items():
+            found = find(place, size, mine)
             if place.is_main:
-                print(f"{case}: {time.perf_counter() - started:.1f} s", flush=True)
-        if place.world_size == size > 1:
-            started = time.perf_counter()
-            found["certificates"] = {name: prove(config, sequence) for name, config in architectures(size)}
-            found["refusals"] = refusals(sequence)
-            print(f"certificates: {time.perf_counter() - started:.1f} s", flush=True)
-        if place.is_main:
-            (folder / f"found-{place.world_size}-{size}.json").write_text(json.dumps(found))
+                (folder / f"found-{place.world_size}-{size}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), sys.argv[2:])

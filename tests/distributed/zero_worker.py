@@ -1,6 +1,7 @@
 """One rank: twenty steps of the real loop's step under each engine; losses, norms and exports go to files.
 
-`python zero_worker.py FOLDER CASE...`, a case being STRATEGY-OFFLOAD-METHOD-ACCUMULATION-COMPUTE. The global batch of a
+`python zero_worker.py FOLDER CASE...`, a case being STRATEGY-OFFLOAD-METHOD-ACCUMULATION-COMPUTE; hsdp is fsdp2 as two
+replicas. The global batch of a
 case is the same at every world size: accumulation 1 at two processes is two micro-batches at one.
 """
 
@@ -80,11 +81,15 @@ def build(case: str, place: Runtime) -> Engine:
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    autocast = dtype if strategy not in CASTS_ITSELF and dtype != torch.float32 else None
+    autocast = dtype if strategy not in (*CASTS_ITSELF, "hsdp") and dtype != torch.float32 else None
     packed = PackedCausalLM(tuned, choose_head("reference", "cpu")[1], autocast_dtype=autocast)
     layers = decoder_layers(causal_lm(tuned))
     make_optimizer = partial(build_optimizer, optim=OPTIM, lr=1e-3)
-    return build_engine(strategy, packed.train(), layers, place, dtype, make_optimizer, offload=offload)
+    replicas = 2 if strategy == "hsdp" else 1
+    strategy = strategy.replace("hsdp", "fsdp2")
+    return build_engine(
+        strategy, packed.train(), layers, place, dtype, make_optimizer, offload=offload, dp_replicate=replicas
+    )
 
 
 def train(made: Engine, steps: range, accumulation: int, place: Runtime) -> list[StepResult]:

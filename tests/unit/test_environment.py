@@ -234,3 +234,13 @@ def test_the_scripts_own_words_are_not_accelerates() -> None:
 def test_mpirun_without_ranks_is_refused() -> None:
     with pytest.raises(ConfigError, match="OMPI_COMM_WORLD_SIZE=4 but RANK is not set"):
         check_world({"OMPI_COMM_WORLD_SIZE": "4"})
+
+
+def test_sequence_parallel_is_adopted_or_contradicted() -> None:
+    asked = ACCELERATE | STARTED_TWO | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_SP_SIZE": "2"}
+    adopted, told = check_launcher(recipe(), dict(asked))
+    assert adopted.parallel.sequence == 2
+    assert "parallel.sequence=2 taken from PARALLELISM_CONFIG_SP_SIZE=2" in told
+    assert not any("no effect" in line for line in told)
+    with pytest.raises(ConfigError, match=r"means parallel\.sequence=2, but the recipe says parallel\.sequence=1"):
+        check_launcher(recipe(parallel={"sequence": 1}), dict(asked))

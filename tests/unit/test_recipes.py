@@ -114,12 +114,22 @@ def test_a_recipe_for_a_real_model_checks_and_dry_runs_at_its_world_size(
     assert head.model in printed and "sft_dist.train" in printed
 
 
+@pytest.mark.parametrize("path", [path for path in REAL if "nodes:" in path.read_text()], ids=lambda path: path.name)
+def test_a_recipe_for_several_machines_is_submitted_whole(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    head = stated(path)
+    assert head.world_size == 8 * load_recipe([path]).cluster.nodes
+    assert main(["submit", str(path), "cluster.target=slurm", "cluster.partition=gpus", "--dry-run"]) == 0
+    line = capsys.readouterr().out
+    assert f"--nodes={head.world_size // 8}" in line and "--partition=gpus" in line
+
+
 def test_every_family_and_size_has_a_recipe() -> None:
     names = {path.name for path in REAL}
     for family in ("llama3", "qwen2.5", "qwen3", "mistral", "gemma3", "phi"):
         assert any(name.startswith(family) for name in names), family
     worlds = {stated(path).world_size for path in REAL}
     assert {1, 8} <= worlds and max(worlds) > 8
+    assert {load_recipe([path]).tuning.method for path in REAL} >= {"full", "lora", "qlora"}
 
 
 def test_ranks_that_do_not_divide_a_step_are_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,3 +139,7 @@ def test_ranks_that_do_not_divide_a_step_are_told(capsys: pytest.CaptureFixture[
         capsys.readouterr().out
     )
     assert main(["config", "check", str(path), "--nproc", "0"]) == 2
+    assert main(["config", "check", str(path), "parallel.sequence=4", "--nproc", "6"]) == 2
+    assert "6 process(es) cannot form groups of 4" in capsys.readouterr().err
+    assert main(["config", "check", str(path), "parallel.sequence=4", "--nproc", "8"]) == 0
+    assert "2 group(s) of 4 ranks share 8 micro-batches" in capsys.readouterr().out

@@ -148,7 +148,7 @@ def test_two_writers_share_one_stream(tmp_path: Path) -> None:
     job = job_of(recipe)
     with Workers(tokenised, 0) as one, Workers(tokenised, 0) as two:
         writers = [Segments(job, one), Segments(job, two)]
-        while all([writer.make() for writer in writers]):
+        while all([one_more.make() for one_more in writers]):  # noqa: C419 (both take their turn)
             pass
     store = StreamStore(job.folder, ["x"], None)
     assert content(store) == content(make(job_of(stream_recipe(tmp_path / "b", file))))
@@ -228,7 +228,7 @@ def test_data_sets_of_the_hub_stream_at_a_commit(tmp_path: Path, monkeypatch: py
     write_lines(tmp_path / "org/name/train.jsonl", records(1500))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(files.Path, "exists", lambda self: os.path.exists(self) and str(self) != "org/name")
-    with pytest.raises(ConfigError, match="streaming reads the hub again .*: set revision= to the 40 digits"):
+    with pytest.raises(ConfigError, match=r"streaming reads the hub again .*: set revision= to the 40 digits"):
         stream_versions(SourceSection(path="org/name", streaming=True))
     with pytest.raises(ConfigError, match="set revision="):
         stream_versions(SourceSection(path="org/name", streaming=True, revision="main"))
