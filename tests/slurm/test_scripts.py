@@ -22,6 +22,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 WAIT = 'for _ in $(seq 200); do [ ! -e "$SFT_STOP_FILE" ] || exit $((SFT_NODE_RANK ? 0 : 75)); sleep 0.1; done; exit 0'
 
 
+ONE_NODE_KNOWS = "[ $SFT_NODE_RANK = 0 ] && exec env --default-signal=TERM sleep 60; exit 65"
+
+
 class Played:
     """A job whose runs are the shell lines `body`; $RESTART is 0 at the first start."""
 
@@ -97,7 +100,7 @@ def test_what_slurm_requeues_is_not_requeued_twice(cluster: Cluster, play: Calla
     [
         ("exit $((SFT_NODE_RANK ? 0 : 70))", [], ("FAILED", "0", "70")),
         ("exit $((SFT_NODE_RANK ? 0 : 75))", [], ("FAILED", "0", "75")),  # RUN_DIR/stop: somebody wants it to stay so
-        ("[ $SFT_NODE_RANK = 0 ] && exec env --default-signal=TERM sleep 60; exit 65", [], ("FAILED", "0", "65")),  # only the second node knows
+        (ONE_NODE_KNOWS, [], ("FAILED", "0", "65")),
         ("exit 71", ["resilience.max_restarts=1"], ("FAILED", "1", "71")),
         ("[ $RESTART = 1 ] && exit 0; kill -9 $$", [], ("COMPLETED", "1", "0")),
         ("exit 0", ["cluster.setup=[\"false\"]"], ("FAILED", "0", "2")),
