@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "ip", "unshare", "nsenter")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "ip", "tc", "unshare", "nsenter")
 SEARCH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 FREEZER = Path("/sys/fs/cgroup/freezer")
 SUBNET = "10.77.0"
@@ -93,6 +93,7 @@ for node in "$@"; do
   ip link set eth0 netns $inside
   kill $inside; wait $inside 2>/dev/null || true
   ip link set "v-$node" master br0 up
+  tc qdisc add dev "v-$node" root netem delay 10ms  # so that a step is never faster than a test can look and act
   nsenter --net="$folder/ns/net-$node" \
     sh -c "ip addr add $subnet.$last/24 dev eth0; ip link set lo up; ip link set eth0 up"
 done
