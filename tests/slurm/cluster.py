@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "ip", "tc", "unshare", "nsenter")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "ip", "unshare", "nsenter")
 SEARCH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 FREEZER = Path("/sys/fs/cgroup/freezer")
 SUBNET = "10.77.0"
@@ -93,7 +93,8 @@ for node in "$@"; do
   ip link set eth0 netns $inside
   kill $inside; wait $inside 2>/dev/null || true
   ip link set "v-$node" master br0 up
-  tc qdisc add dev "v-$node" root netem delay 10ms  # so that a step is never faster than a test can look and act
+  # 16 Mbit/s, where the kernel can: gradients take 50 ms, so a step is never faster than a test can look and act.
+  tc qdisc add dev "v-$node" root tbf rate 16mbit burst 32kbit latency 1s 2>/dev/null || true
   nsenter --net="$folder/ns/net-$node" \
     sh -c "ip addr add $subnet.$last/24 dev eth0; ip link set lo up; ip link set eth0 up"
 done
