@@ -250,7 +250,7 @@ def report(runs: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -
 {options.rows:,} two-message chats, GPT-2 tokenizer, `qwen2_5_training` template, sequences of {SEQ_LEN},
 best-fit packing, loss on the assistant's tokens, {options.repeats} interleaved runs, nothing cached.
 
-| | seconds (median) | supervised tokens/s (median) | best | supervised tokens | ours : theirs | CPU seconds | theirs : ours |
+| | seconds (median) | supervised tokens/s (median) | best | supervised tokens | ratio | CPU seconds | ratio |
 |---|---|---|---|---|---|---|---|
 {table}
 

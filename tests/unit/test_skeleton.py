@@ -68,9 +68,10 @@ def test_a_skeleton_gives_what_a_full_rendering_gives(
     agree(bound(name, shared), talk, loss_on, prompt)
 
 
-@pytest.mark.parametrize(
-    "name", ["chatml", "phi3", "llama3", "alpaca", "trl/qwen2_5_training", "trl/deepseekv3", "trl/qwen3_training"]
-)
+USUAL = ["chatml", "phi3", "llama3", "alpaca", "trl/qwen2_5_training", "trl/deepseekv3", "trl/qwen3_training"]
+
+
+@pytest.mark.parametrize("name", USUAL)
 def test_the_usual_templates_have_one(name: str, shared: Path) -> None:
     assert agree(bound(name, shared), Conversation((Message("user", "a b"), Message("assistant", " c\n"))))
 
