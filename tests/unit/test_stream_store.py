@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import resource
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -279,3 +280,26 @@ def test_what_a_stream_cannot_give_is_refused_with_the_remedy(
         return
     with pytest.raises(ConfigError, match=message):
         load_recipe([str(recipe)], [*BASE, *changes])
+
+
+def test_memory_does_not_grow_with_the_stream(tmp_path: Path) -> None:
+    """Of the writer and of a reader, from the first fifth of a stream to its end."""
+    job = job_of(stream_recipe(tmp_path, write_lines(tmp_path / "x.jsonl", records(24_000))), segment_examples=500)
+    written, read = [], []
+    with Workers(tokenised, 0) as workers:
+        segments = Segments(job, workers)
+        while segments.make():
+            written.append(resident())
+    store = StreamStore(job.folder, ["x"], None)
+    for first in range(0, 24_000, 500):
+        for index in range(first, first + len(store.numbers(first, first + 500).lengths)):
+            store.verify(index)
+        read.append(resident())
+    for sizes in (written, read):
+        assert len(sizes) > 15
+        assert sizes[-1] - sizes[len(sizes) // 5] < 16 << 20
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
