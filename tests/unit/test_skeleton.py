@@ -155,6 +155,12 @@ def test_whatever_a_template_does_with_a_content_it_is_followed_or_refused(body:
     agree(ChatTemplate("x", HEAD + body + TAIL).bind(BYTES), talk)
 
 
+@pytest.mark.parametrize("text", ["{{ ['a', 'b'] | random }}", "{{ strftime_now('%S') }}", "{{ range(9) | random }}"])
+def test_what_differs_from_time_to_time_has_none(text: str) -> None:
+    template = ChatTemplate("z", HEAD + text + "{{ m.content }}" + TAIL).bind(BYTES)
+    assert not any(template._learn((("user", None), ("assistant", None)), "assistant", 0.0) for _ in range(40))
+
+
 def test_records_come_from_the_skeleton_after_a_few_and_are_compared_again_and_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -73,7 +73,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         rows: list[Any] = records(num, f"answer {number}-{{}}")
         for place in range(7, num, 97):
             rows[place] = {"instruction": "no answer"}
-        write_lines(folder / f"a-{number}.jsonl", rows)
+        lines = write_lines(folder / f"a-{number}.jsonl", rows).read_text().splitlines()
+        for place in range(30, num, 301):
+            lines.insert(place, "{ no JSON")
+        (folder / f"a-{number}.jsonl").write_text("\n".join(lines))
     (folder / "b.json.gz").write_bytes(gzip.compress(json.dumps(records(2600, "b {}")).encode()))
     return [{"path": f"{folder}/a-*.jsonl", "weight": 2.0}, {"path": f"{folder}/b.json.gz"}]
 
@@ -94,7 +97,7 @@ def test_reading_does_not_depend_on_interruptions_or_workers(tmp_path: Path, sou
         for store in (straight, stopped)
     ]
     assert listed[0] == listed[1]
-    assert len(listed[0]) == sum(source["rejected"] for source in reports[0]["sources"]) == 27
+    assert len(listed[0]) == sum(source["rejected"] for source in reports[0]["sources"]) == 27 + 9
 
 
 def test_a_stream_holds_what_an_indexed_preparation_holds(tmp_path: Path, sources: list[dict[str, Any]]) -> None:
