@@ -32,6 +32,7 @@ from sft_dist.parts import reopen
 from sft_dist.types import StepPlan
 
 MAX_LISTED = 20
+STEPS = ("step", "skipped")  # kinds of lines that stand for a step of the plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def audit(run_dir: Path, notice: Callable[[str], None], progress: Callable[[int,
         raise CheckpointError(f"{run_dir / 'metrics.jsonl'}: altered: {error}") from error
     if damaged := [number for number, line in enumerate(written, 1) if not _is_sound(line)]:
         raise CheckpointError(f"{run_dir / 'metrics.jsonl'}: line {damaged[0]} is altered")
-    lines = [line for line in written if line["kind"] == "step"]
+    lines = [line for line in written if line["kind"] in STEPS]
     ledgers = {manifest.step: manifest.meta.get("ledger") for manifest in map(read_manifest, folders(run_dir))}
     return prove(plan, inputs.data.train, lines, ledgers, progress)
 
@@ -92,6 +93,9 @@ def prove(
         ledger, tokens = fold(ledger, last), tokens + last.num_tokens
         faults += _differences(line, last, store)
         examples = [example for pack in last.packs for example in pack.example_ids]
+        if line.get("kind") == "skipped":
+            faults.append(f"step {last.step}: was skipped, its {len(examples)} examples were not trained")
+            examples = []
         counts[last.epoch] = _counted(counts.get(last.epoch), plan.num_examples, examples)
         if ledgers.get(last.step, ledger) != ledger:
             faults.append(f"checkpoint of step {last.step}: its ledger differs from the one of the plan")
@@ -115,9 +119,9 @@ def _counted(count: np.ndarray | None, num_examples: int, examples: list[int]) -
 
 def _is_sound(line: Any) -> bool:
     """Whether a line of metrics.jsonl has what is compared."""
-    if not isinstance(line, dict) or line.get("kind") not in ("step", "eval"):
+    if not isinstance(line, dict) or line.get("kind") not in (*STEPS, "eval"):
         return False
-    counts = ("step", "num_tokens", "num_loss_tokens") if line["kind"] == "step" else ("step",)
+    counts = ("step", "num_tokens", "num_loss_tokens") if line["kind"] in STEPS else ("step",)
     has_digest = line["kind"] == "eval" or isinstance(line.get("batch_digest"), str)
     return has_digest and all(type(line.get(name)) is int for name in counts)
 

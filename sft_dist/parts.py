@@ -16,12 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sft_dist.certify import Check, certify
+from sft_dist.checkpoint.export import rehearse_words
+from sft_dist.checkpoint.export_certificate import Words
 from sft_dist.config.auto import Choices, Facts, choose, compute_dtype
+from sft_dist.config.elastic import ELASTIC, check_micro_batches
 from sft_dist.config.identity import identity, refuse_changes
 from sft_dist.config.loader import load_resolved
 from sft_dist.config.schema import Recipe
@@ -29,13 +33,17 @@ from sft_dist.data.loader import Loader, Plan, VerifiedDocuments
 from sft_dist.data.plan import PackPlan
 from sft_dist.data.planning import heldout_plan, train_plan
 from sft_dist.data.prepare import PreparedData, prepare
+from sft_dist.data.store import TokenStore
 from sft_dist.data.stream_plan import StreamPlan
 from sft_dist.data.stream_store import AnyStore
 from sft_dist.errors import CheckpointError, ConfigError, DataError
-from sft_dist.models import attention
-from sft_dist.models.adapters import apply_tuning, frozen_digest, is_adapter
-from sft_dist.models.load import DTYPES, load_model, load_tokenizer
-from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers, pick_head
+from sft_dist.models.adapters import frozen_digest, is_adapter
+from sft_dist.models.load import DTYPES, load_tokenizer
+from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers
+from sft_dist.models.recompute import compile_layers, keep_activations
+from sft_dist.models.rotary import refuse_shared_turns
+from sft_dist.models.weight_files import give_memory
+from sft_dist.network import Network, build_empty_network, build_network
 from sft_dist.observe.header import batch_equation, certificate_line, count
 from sft_dist.observe.perf import Shape
 from sft_dist.optim import build_optimizer
@@ -43,6 +51,7 @@ from sft_dist.parallel.build import CASTS_ITSELF, build_engine
 from sft_dist.parallel.engine import Engine, global_numel
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime, read_place
+from sft_dist.parallel.sequence import ALONE, SequenceGroup, sequence_group
 from sft_dist.resilience.heartbeat import heart
 
 PAD_MULTIPLE_CPU = 8
@@ -81,6 +90,7 @@ class Parts:
     checks: list[Check]
     kernels: list[tuple[str, str]]  # (part, implementation and why)
     shape: Shape
+    sequence: SequenceGroup = ALONE
 
     def close(self) -> None:
         """End the loaders' threads."""
@@ -101,65 +111,44 @@ def _beat_while_preparing(done: int, total: int) -> None:
     heart().stay("prepare")
 
 
-def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
-    """Model, engine, plan and optimizer; refuses a run folder whose fingerprint differs.
+def words_of(inputs: Inputs) -> Words:
+    """What an export says beside its weights."""
+    template, tokenizer = inputs.data.template, inputs.tokenizer
+    return Words(tokenizer, template.text, template.stop_token_ids(tokenizer))
+
+
+def build_parts(inputs: Inputs, place: Runtime, run_dir: Path, chosen: Choices | None = None) -> Parts:
+    """Model, engine, plan and optimizer; refuses a run folder whose fingerprint differs. `chosen` takes the place of
+    what would be chosen or was recorded.
 
     Raises ConfigError or CertificateError with the way out.
     """
     recipe = inputs.recipe
+    sequence = sequence_group(recipe.parallel.sequence, place)
     recorded = broadcast_json(read_fingerprint(run_dir) if place.is_main else None)
-    compute_name = recorded["choices"]["compute"] if recorded else compute_dtype(recipe, place.device.type)
-    compute, master = DTYPES[compute_name], DTYPES[recipe.precision.master]
-    packed_rows = recipe.data.packing != "padded"
-    base_dtype = master if recipe.tuning.method == "full" else compute
-    model = load_model(recipe.model, dtype=base_dtype, seed=recipe.run.seed, vocab_size=len(inputs.tokenizer))
-    backend = attention.choose_backend(recipe.model.attention, model.config, place.device, compute)
-    if packed_rows:
-        attention.install(model, backend.name)
-    tuned = apply_tuning(model, recipe.tuning, recipe.run.seed)
-    for parameter in tuned.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(master)
-
-    shape = decoder_shape(tuned)
-    choices = _choices(recipe, recorded, tuned, inputs.data.train, place)
-    if choices.activation_checkpointing == "full":
-        causal_lm(tuned).gradient_checkpointing_enable({"use_reentrant": False})
+    compute = recorded["choices"]["compute"] if recorded else compute_dtype(recipe, place.device.type)
+    network, choices = _network(inputs, recorded, DTYPES[compute], place, sequence)
+    choices = chosen or choices
+    if not is_adapter(network.model):  # an adapter's folder has no config.json to mislead a reader
+        rehearse_words(network.config, words_of(inputs))
+    if recipe.run.deterministic == ELASTIC:
+        check_micro_batches(place.world_size, choices.micro_batches_per_step)
+    refuse_shared_turns(
+        network.config,
+        longest_example(inputs),
+        is_alone=recipe.data.packing == "none" and choices.packs_per_micro_batch == sequence.size == 1,
+    )
     plan = train_plan(recipe, choices, inputs.data.train)
-    frozen = broadcast_json(frozen_digest(tuned) if place.is_main else None)
+    frozen = broadcast_json(frozen_digest(network.model, network.value) if place.is_main else None)
     fingerprint = make_fingerprint(inputs, choices, plan, frozen)
     if recorded is not None:
         for part in ("recipe", "inputs"):
             refuse_changes(recorded[part], fingerprint[part], str(run_dir), explain_inputs(recipe))
-
-    head_name, head, head_reason = pick_head(recipe.kernels.head, place.device)
-    autocast = compute if choices.strategy not in CASTS_ITSELF and compute != torch.float32 else None
-    packed = PackedCausalLM(tuned, head, autocast_dtype=autocast)
-    engine = build_engine(
-        choices.strategy,
-        packed,
-        decoder_layers(causal_lm(tuned)),
-        place,
-        compute,
-        partial(build_optimizer, optim=recipe.optim, lr=choices.lr),
-        offload=recipe.parallel.offload,
-    )
-    with engine.evaluating():
-        checks = certify(
-            packed.hidden_states,
-            model.config,
-            head=head,
-            backend=backend.name if packed_rows else None,
-            packing=recipe.data.packing,
-            device=place.device,
-            dtype=compute,
-            seed=recipe.run.seed,
-        )
-    split = lambda store, plan: Split(plan, _loader(recipe, inputs, choices, place, store, plan))  # noqa: E731
+    shape = decoder_shape(network.model)
+    engine = spread(network, recipe, choices, place)
+    checks = prove_boundaries(network, engine, recipe, place, sequence)
+    split = lambda store, plan: Split(plan, _loader(recipe, inputs, choices, place, sequence, store, plan))  # noqa: E731
     heldout = {} if inputs.data.eval is None else inputs.data.eval.by_source()
-    attention_used = (
-        (backend.name, backend.reason) if packed_rows else ("the architecture's own", "data.packing=padded")
-    )
     return Parts(
         recipe=recipe,
         place=place,
@@ -170,9 +159,93 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path) -> Parts:
         heldout={name: split(part, heldout_plan(recipe, choices, part)) for name, part in heldout.items()},
         fingerprint=fingerprint,
         checks=checks,
-        kernels=[("attention", f"{attention_used[0]} ({attention_used[1]})"), ("head", f"{head_name} ({head_reason})")],
+        kernels=network.kernels,
         shape=shape,
+        sequence=sequence,
     )
+
+
+def longest_example(inputs: Inputs) -> int:
+    """Tokens of the longest example of any split; of a stream, what its longest may have."""
+    if inputs.recipe.data.streams:
+        return inputs.recipe.data.seq_len
+    splits = (inputs.data.train, inputs.data.eval)
+    return max(int(np.max(store.lengths)) for store in splits if isinstance(store, TokenStore))
+
+
+def _network(
+    inputs: Inputs,
+    recorded: dict[str, Any] | None,
+    compute: torch.dtype,
+    place: Runtime,
+    sequence: SequenceGroup,
+) -> tuple[Network, Choices]:
+    """The network and what is chosen for it. Its weights stay in their files where the engine will read its shards."""
+    recipe, store = inputs.recipe, inputs.data.train
+    needs, vocab_size = (recipe, compute, place.device), len(inputs.tokenizer)
+    may_shard = recipe.parallel.strategy == "fsdp2" or (recipe.parallel.strategy == "auto" and place.world_size > 1)
+    if may_shard and (network := build_empty_network(*needs, vocab_size=vocab_size, sequence=sequence)):
+        choices = _choices(recipe, recorded, network.model, store, place)
+        if choices.strategy == "fsdp2":
+            return network, choices
+    network = build_network(*needs, vocab_size=vocab_size, sequence=sequence)
+    return network, _choices(recipe, recorded, network.model, store, place)
+
+
+def spread(network: Network, recipe: Recipe, choices: Choices, place: Runtime) -> Engine:
+    """The engine that was chosen, around the network, with the recipe's optimizer."""
+    layers = decoder_layers(causal_lm(network.model))
+    if recipe.precision.compile:
+        compile_layers(layers, network.config._attn_implementation if network.backend else None)
+    keep_activations(
+        layers,
+        choices.activation_checkpointing,
+        offload=recipe.memory.activation_offload,
+        on_gpu=place.device.type == "cuda",
+    )
+    autocast = network.compute if choices.strategy not in CASTS_ITSELF and network.compute != torch.float32 else None
+    return build_engine(
+        choices.strategy,
+        PackedCausalLM(network.model, network.head, autocast_dtype=autocast, neftune_alpha=recipe.optim.neftune_alpha),
+        layers,
+        place,
+        network.compute,
+        partial(
+            build_optimizer,
+            optim=recipe.optim,
+            lr=choices.lr,
+            rounding_seed=recipe.run.seed if recipe.precision.stochastic_rounding else None,
+        ),
+        offload=recipe.parallel.offload,
+        exact=recipe.run.deterministic == ELASTIC,
+        dp_replicate=recipe.parallel.dp_replicate,
+        fill=None if network.files is None else partial(_fill, network, place.device),
+    )
+
+
+def _fill(network: Network, device: torch.device, packed: nn.Module) -> None:
+    """Memory and values for this rank's part of a network whose weights are still in their files."""
+    assert network.files is not None
+    give_memory(packed, device)
+    network.files.fill(network.model)
+
+
+def prove_boundaries(
+    network: Network, engine: Engine, recipe: Recipe, place: Runtime, sequence: SequenceGroup
+) -> list[Check]:
+    """The certificate of this model under this engine. Raises CertificateError with the way out."""
+    with engine.evaluating():
+        return certify(
+            engine.packed.hidden_states,  # type: ignore[arg-type]  # a method of PackedCausalLM
+            network.config,
+            head=network.head,
+            backend=network.backend,
+            packing=recipe.data.packing,
+            device=place.device,
+            dtype=network.compute,
+            seed=recipe.run.seed,
+            sequence=sequence,
+        )
 
 
 def decoder_shape(model: nn.Module) -> Shape:
@@ -197,6 +270,10 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
     trained = sum(map(global_numel, parts.engine.trained.values()))
     total = sum(map(global_numel, parts.engine.model.parameters()))
     offloaded = "" if recipe.parallel.offload == "none" else f"{recipe.parallel.offload} offloaded, "
+    shared_by = recipe.parallel.sequence
+    cut_among = "" if shared_by == 1 else f", each row cut among {shared_by} (sequence parallel)"
+    replicas = recipe.parallel.dp_replicate
+    mesh = "" if replicas == 1 else f"{replicas} replicas x {place.world_size // replicas} shards, "
     store = parts.inputs.data.train
     so_far = " in the first window of a stream" if recipe.data.streams else ""
     return [
@@ -214,13 +291,17 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
         ),
         (
             "engine",
-            f"{parts.engine.name}, {offloaded}{place.world_size} process(es) on {place.device.type}, "
-            f"{place.num_threads} thread(s) each",
+            f"{parts.engine.name}, {offloaded}{mesh}{place.world_size} process(es) on {place.device.type}, "
+            f"{place.num_threads} thread(s) each{cut_among}; {choices.strategy_reason or 'as recorded'}",
         ),
         (
             "batch",
             batch_equation(
-                choices.packs_per_micro_batch, recipe.data.seq_len, choices.micro_batches_per_step, place.world_size
+                choices.packs_per_micro_batch,
+                recipe.data.seq_len,
+                choices.micro_batches_per_step,
+                place.world_size,
+                shared_by,
             ),
         ),
         (
@@ -230,7 +311,9 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
         (
             "optimizer",
             f"{recipe.optim.name}, lr {choices.lr:g} {recipe.optim.schedule}, "
-            f"activation checkpointing {choices.activation_checkpointing}",
+            f"activation checkpointing {choices.activation_checkpointing}"
+            + (", offloaded" if recipe.memory.activation_offload else "")
+            + (", compiled layers" if recipe.precision.compile else ""),
         ),
         *parts.kernels,
         ("certificate", certificate_line([(c.name, c.figure, c.limit) for c in parts.checks])),
@@ -313,7 +396,7 @@ def _choices(
     if recorded is not None:
         values = dict(recorded["choices"])
         if recipe.parallel.strategy != "auto":
-            values["strategy"] = recipe.parallel.strategy
+            values |= {"strategy": recipe.parallel.strategy, "strategy_reason": "as the recipe says"}
         return Choices(**values)
     config = causal_lm(model).config.get_text_config()
     facts = Facts(
@@ -326,6 +409,7 @@ def _choices(
         world_size=place.world_size,
         device=place.device.type,
         memory_bytes=broadcast_json(_memory_bytes(place)),
+        intermediate_size=getattr(config, "intermediate_size", None) or 0,
     )
     return choose(recipe, facts)
 
@@ -338,19 +422,28 @@ def _memory_bytes(place: Runtime) -> int:
 
 
 def _loader(
-    recipe: Recipe, inputs: Inputs, choices: Choices, place: Runtime, store: VerifiedDocuments, plan: Plan
+    recipe: Recipe,
+    inputs: Inputs,
+    choices: Choices,
+    place: Runtime,
+    sequence: SequenceGroup,
+    store: VerifiedDocuments,
+    plan: Plan,
 ) -> Loader:
     """Rows have one fixed size on GPUs (kernels and allocator like that); on CPUs padding would only cost time."""
     fixed = place.device.type == "cuda" and recipe.data.packing != "padded"
     return Loader(
         store,
         plan,
-        rank=place.rank,
-        world_size=place.world_size,
+        rank=place.rank // sequence.size,
+        world_size=place.world_size // sequence.size,
         packing=recipe.data.packing,
         pad_token_id=pad_token_id(inputs.tokenizer),
-        pad_to_multiple_of=choices.packs_per_micro_batch * recipe.data.seq_len if fixed else PAD_MULTIPLE_CPU,
+        pad_to_multiple_of=sequence.pad_multiple(
+            choices.packs_per_micro_batch * recipe.data.seq_len if fixed else PAD_MULTIPLE_CPU
+        ),
         device=place.device,
+        cut=sequence.cut,
     )
 
 

@@ -2,7 +2,8 @@
 
     loss     forward is done: all activations, the loss head, what stays gathered
     backward gradients are complete or being reduced, one layer's activations are left
-    save     a checkpoint is written; export: the whole model is put together (host memory; a CPU's own memory)
+    save     a checkpoint is written; export: the model is written tensor by tensor, and the folder re-opened layer by
+             layer (host memory; a CPU's own memory)
 
 What each engine keeps is read off `sft_dist.parallel` and PyTorch; `benchmarks/estimate_check.py` compares with
 measured peaks. ZeRO (Rajbhandari et al., 2020) is as DeepSpeed's defaults leave it. Activations count what autograd
@@ -22,7 +23,9 @@ ZERO_BUCKET_BYTES = 50_000_000 * FP32  # parallel.zero.BUCKET_ELEMENTS
 ZERO3_LIVE_ELEMENTS = 10**9  # stage3_max_live_parameters
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 1280 * 2**20}  # logits of one chunk: sft_kernels.one_pass.CHUNK_BYTES
 SAVE_FILE_BYTES = 2 * 2**30  # checkpoint.shards.FILE_BYTES
-EXPORT_FILE_BYTES = 5 * 2**30  # checkpoint.export.SHARD_BYTES
+NF4_BYTES = (
+    0.5 + 1 / 64 + 4 / (64 * 256)
+)  # of a weight: its code, an 8-bit scale for 64, and one in fp32 for 256 scales
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 Parts = dict[str, int]
@@ -42,6 +45,12 @@ class Layout:
     rounds: int  # micro-batches of a step on one rank
     checkpointing: bool
     offload: str = "none"
+    dp_replicate: int = 1  # replicas of the sharded model (fsdp2)
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share one replica's state."""
+        return self.world_size // self.dp_replicate
 
     @property
     def autocasts(self) -> bool:
@@ -89,9 +98,10 @@ def memory(architecture: Architecture, tuned: Tuned, layout: Layout) -> Memory:
 
 
 def weight_bytes(tuned: Tuned, layout: Layout) -> int:
-    """All weights: a frozen base in the compute dtype, what is trained in the master dtype."""
+    """All weights: a frozen base in the compute dtype or in 4 bits, what is trained in the master dtype."""
     base = layout.master if tuned.trains_all else layout.compute
-    return tuned.base * base + tuned.added * layout.master
+    in_layers = (tuned.base - tuned.root.base) * (NF4_BYTES if tuned.quantised else base)
+    return int(in_layers) + tuned.root.base * base + tuned.added * layout.master
 
 
 def activation_bytes(architecture: Architecture, tuned: Tuned, layout: Layout) -> int:
@@ -132,14 +142,14 @@ def head_bytes(architecture: Architecture, tuned: Tuned, layout: Layout) -> Part
 
 def _states(tuned: Tuned, layout: Layout) -> Parts:
     """Weights, gradients and optimizer as the engine holds them between steps; gradients when they are complete."""
-    weights, world = weight_bytes(tuned, layout), layout.world_size
+    weights, world, shards = weight_bytes(tuned, layout), layout.world_size, layout.shards
     gradients, moments = tuned.trained * layout.master, 2 * tuned.trained * layout.master
     masters = tuned.trained * FP32
     match layout.strategy:
         case "ddp":
             return {"weights": weights, "gradients": gradients, "optimizer": moments}
         case "fsdp2":
-            return {"weights": weights // world, "gradients": gradients // world, "optimizer": moments // world}
+            return {"weights": weights // shards, "gradients": gradients // shards, "optimizer": moments // shards}
         case "zero1":
             states = {"weights": weights, "gradients": gradients}
         case "zero2":
@@ -177,14 +187,14 @@ def _ddp(architecture: Architecture, tuned: Tuned, layout: Layout, states: Parts
 
 def _fsdp2(architecture: Architecture, tuned: Tuned, layout: Layout, states: Parts) -> dict[str, Parts]:
     """Shards. The root group (embedding, last norm, head) stays gathered from forward to backward; a layer is gathered
-    for its turn while the next one arrives. Micro-batches that are not reduced leave whole gradients in fp32."""
-    world, c = layout.world_size, layout.compute
-    root, layer = (c * (group.base + group.added) for group in (tuned.root, tuned.layer))
+    for its turn while the next one arrives. Sums of earlier micro-batches are sharded too."""
+    world, c = layout.shards, layout.compute
+    root = c * (tuned.root.base + tuned.root.added)
+    layer = int(tuned.layer.base * (NF4_BYTES if tuned.quantised else c)) + c * tuned.layer.added
     moved_root, moved_layer = tuned.root.trained, tuned.layer.trained
-    whole = layout.rounds > 1
     held = {"weights": states["weights"], "optimizer": states["optimizer"]}
-    before = tuned.trained * FP32 if whole else 0
-    of_layers = before if whole else (tuned.trained - moved_root) * layout.master // world
+    before = tuned.trained * FP32 // world if layout.rounds > 1 else 0
+    of_layers = before or (tuned.trained - moved_root) * layout.master // world
     copies = 2 if layout.device == "cpu" and world > 1 else 1 if world > 1 else 0  # gloo adds one
     first = held | {"gradients": before, "gathered layers": (1 + copies) * root + layer}
     head = head_bytes(architecture, tuned, layout)
@@ -194,7 +204,7 @@ def _fsdp2(architecture: Architecture, tuned: Tuned, layout: Layout, states: Par
         "activations": activation_bytes(architecture, tuned, layout),
         **head,
     }
-    under_way = 0 if whole else 2 * moved_layer * layout.master // world  # of the last two layers: not reduced yet
+    under_way = 0 if before else 2 * moved_layer * layout.master // world  # of the last two layers: not reduced yet
     backward = held | {
         "gradients": max(0, of_layers - under_way),
         "gathered layers": root + 2 * layer,
@@ -238,15 +248,14 @@ def _stream_bytes(tuned: Tuned, layout: Layout) -> int:
 
 
 def _writing(tuned: Tuned, layout: Layout) -> dict[str, Parts]:
-    """What saving and exporting add in host memory: a file is built twice before it
-    is written (as tensors and as bytes), sharded weights are gathered."""
+    """What saving and exporting add in host memory: a checkpoint's file is built twice before it is written (as tensors
+    and as bytes); an export goes out tensor by tensor, and rank 0 re-opens it."""
     weights, world = weight_bytes(tuned, layout), layout.world_size
     state = 3 * tuned.trained * layout.master
-    exported = weights if tuned.trains_all else tuned.added * layout.master
-    gathers = layout.strategy in ("fsdp2", "zero3") or layout.device == "cuda"
+    one_by_one = layout.master * (2 * tuned.root.base + tuned.layer.base)  # a tensor; embedding, head and a layer again
     return {
         "save": {"save": 2 * min(SAVE_FILE_BYTES, state // world)},
-        "export": {"export": (weights if gathers else 0) + min(EXPORT_FILE_BYTES, exported)},
+        "export": {"export": one_by_one if tuned.trains_all else weights},  # an adapter is proven on its base
     }
 
 

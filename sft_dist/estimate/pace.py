@@ -45,7 +45,9 @@ def step_bytes(tuned: Tuned, layout: Layout) -> float:
         case "zero1" | "zero2":
             return share * (gradients + tuned.trained * layout.master)
         case "fsdp2":
-            return share * (gradients + 2 * layout.rounds * weights * layout.compute)
+            shards, replicas = layout.shards, layout.dp_replicate
+            within = (shards - 1) / shards * layout.rounds * (gradients + 2 * weights * layout.compute)
+            return within + 2 * (replicas - 1) / replicas * gradients / shards
         case _:
             return share * layout.rounds * (gradients + 2 * weights * layout.master)
 

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from sft_dist.data.stream_store import AnyStore
 from sft_dist.data.templates import spans
 from sft_dist.evaluate.stopping import stopping_criteria
-from sft_dist.models.packed import causal_lm
+from sft_dist.models.packed import carries_virtual_tokens, causal_lm
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,8 @@ def generate(
         pad_token_id=pad_id,
         use_cache=True,
     )
+    if carries_virtual_tokens(model):
+        batch_size = 1  # padding on the left would stand between them and the question
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))  # like lengths waste little padding
     with stock_attention(lm):

@@ -76,14 +76,19 @@ def load_model(model: ModelSection, *, dtype: torch.dtype, seed: int, vocab_size
         network = build_random(config, dtype=dtype, seed=seed, trust_remote_code=model.trust_remote_code)
     else:
         network = _load_pretrained(model, dtype)
+    check_vocabulary(network, vocab_size)
+    network.config.use_cache = False  # a cache object makes transformers drop document boundaries silently
+    return network.train()
+
+
+def check_vocabulary(network: PreTrainedModel, vocab_size: int) -> None:
+    """ConfigError when the model cannot embed the tokenizer's largest id."""
     rows = network.get_input_embeddings().weight.shape[0]
     if vocab_size > rows:
         raise ConfigError(
             f"model: the tokenizer has {vocab_size} ids but the embedding only {rows} rows: "
             f"use the model's own tokenizer"
         )
-    network.config.use_cache = False  # a cache object makes transformers drop document boundaries silently
-    return network.train()
 
 
 def build_random(

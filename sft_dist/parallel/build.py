@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from sft_dist.parallel.ddp import assert_replicated, build_ddp
 from sft_dist.parallel.engine import Engine, MakeOptimizer
+from sft_dist.parallel.exact import with_exact_sums
 from sft_dist.parallel.fsdp import assert_sharded, build_fsdp
 from sft_dist.parallel.runtime import Runtime
 
@@ -25,9 +26,16 @@ def build_engine(
     make_optimizer: MakeOptimizer,
     *,
     offload: str = "none",
+    exact: bool = False,
+    dp_replicate: int = 1,
+    fill: Callable[[nn.Module], None] | None = None,
 ) -> Engine:
     """`strategy` is ddp, fsdp2, zero1, zero2 or zero3. The model must sit on the CPU or the device, with equal weights
-    on every rank. `make_optimizer` is called with the trained parameters and leaves the moments to the engine."""
+    on every rank. `make_optimizer` is called with the trained parameters and leaves the moments to the engine.
+
+    For fsdp2: with `exact` the bits of every sum are those of any number of ranks; `dp_replicate` replicas of the
+    sharded model, which divides the number of ranks; `fill` gives a model without memory its values once it is
+    sharded."""
     if strategy.startswith("zero"):
         os.environ["DS_ACCELERATOR"] = place.device.type  # DeepSpeed decides about its devices while it is imported
         os.environ["LOCAL_RANK"] = str(place.device.index or 0)  # and from here takes the number of its own
@@ -35,9 +43,9 @@ def build_engine(
 
         return build_zero(int(strategy[-1]), packed, place, compute_dtype, make_optimizer, offload)
     if strategy == "fsdp2":
-        engine = build_fsdp(packed, layers, place, compute_dtype, make_optimizer)
-        assert_sharded(engine)
-        return engine
+        engine = build_fsdp(packed, layers, place, compute_dtype, make_optimizer, dp_replicate, fill)
+        assert_sharded(engine, place, dp_replicate)
+        return with_exact_sums(engine) if exact else engine
     packed.to(place.device)
     engine = build_ddp(packed, place.world_size, make_optimizer)
     assert_replicated(engine)

@@ -19,6 +19,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -27,6 +28,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -40,10 +42,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from sft_dist.parallel.engine import (
-    MOMENTS,
     Engine,
     MakeOptimizer,
-    allocate_moments,
     full_tensor,
     global_numel,
     trained_parameters,
@@ -58,6 +58,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # It also calls collectives by names that PyTorch 2.13 renames, once per gather.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's: what DeepSpeed's flat partitions have room for
 BUCKET_ELEMENTS = 50_000_000  # of one collective: 200 MB in fp32
 
 
@@ -81,7 +82,7 @@ def build_zero(
         model=packed, optimizer=make_optimizer(trained), config=settings, dist_init_required=False
     )
     assert_partitioned(made, stage, place.world_size, place.device)
-    allocate_moments(wrapper.optimizer, partitions(wrapper))
+    wrapper.optimizer.allocate(partitions(wrapper))
     for name, weight in finer.items():
         _write_partition(trained[name], weight, None)  # DeepSpeed has made the masters from the narrower copy
     if stage < 3:
@@ -131,6 +132,7 @@ def build_zero(
         trained=trained,
         state=state,
         adopt=adopt,
+        discard_gradients=partial(_discard_gradients, wrapper, stage),
         whole=_gather,
     )
 
@@ -205,6 +207,22 @@ def _global_norm(wrapper: Any) -> Tensor:
         groups = wrapper._get_norm_groups()
     norms = torch.stack([group.float() for group in groups])
     return torch.linalg.vector_norm(torch.where(norms < 0, torch.nan, norms))
+
+
+def _discard_gradients(wrapper: Any, stage: int) -> None:
+    """What DeepSpeed does itself when a step overflows: forget the sums and count micro-batches anew."""
+    if stage == 3:
+        wrapper._pre_step()
+        wrapper._overflow_clean_up(None)
+        return
+    wrapper.micro_step_id = INITIAL_MICRO_STEP_ID
+    wrapper.zero_grad()
+    if wrapper.cpu_offload:
+        wrapper._offload_accumulated_param_ids = set()
+        wrapper.reset_cpu_buffers()
+    else:
+        wrapper.averaged_gradients = dict.fromkeys(wrapper.averaged_gradients)
+        wrapper.all_grad_tensors = dict.fromkeys(wrapper.all_grad_tensors)
 
 
 def _read(parameter: nn.Parameter, moment: str | None) -> Tensor:

@@ -24,6 +24,7 @@ from sft_dist.optim import build_optimizer
 from sft_dist.parallel.build import build_engine
 from sft_dist.parallel.engine import Engine, full_tensor
 from sft_dist.parallel.runtime import Runtime, runtime
+from sft_dist.resilience.ending import run_and_end
 from sft_dist.types import TokenizedExample
 from sft_kernels import choose_head
 
@@ -47,7 +48,9 @@ def engine(strategy: str, method: str, place: Runtime) -> Engine:
     tuned = apply_tuning(model, TuningSection(method=method, rank=4), seed=0)
     packed = PackedCausalLM(tuned, choose_head("reference", "cpu")[1])
     optimizer = partial(build_optimizer, optim=OptimSection(), lr=1e-3)
-    return build_engine(strategy, packed, decoder_layers(causal_lm(tuned)), place, torch.float32, optimizer)
+    layers, replicas = decoder_layers(causal_lm(tuned)), 2 if strategy == "hsdp" else 1
+    strategy = strategy.replace("hsdp", "fsdp2")
+    return build_engine(strategy, packed, layers, place, torch.float32, optimizer, dp_replicate=replicas)
 
 
 def gradients(made: Engine, place: Runtime, micro_batch_size: int) -> tuple[float, dict[str, torch.Tensor]]:
@@ -75,10 +78,10 @@ def gradients(made: Engine, place: Runtime, micro_batch_size: int) -> tuple[floa
 def main(out: Path) -> None:
     losses = {}
     with runtime() as place:
-        for strategy in ("ddp", "fsdp2"):
+        for strategy in ("hsdp",) if place.world_size == 4 else ("ddp", "fsdp2"):
             for method in ("full", "lora"):
                 made = engine(strategy, method, place)
-                for size in (1, 2, 4):
+                for size in (1, 2) if place.world_size == 4 else (1, 2, 4):
                     name = f"{strategy}-{method}-{place.world_size}-{size}"
                     losses[name], found = gradients(made, place, size)
                     if place.is_main:
@@ -89,4 +92,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_and_end(lambda: main(Path(sys.argv[1])))

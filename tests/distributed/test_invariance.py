@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("invariance_worker.py")
 CUTS = [(strategy, world_size, size) for strategy in ("ddp", "fsdp2") for world_size in (1, 2) for size in (1, 2, 4)]
+CUTS += [("hsdp", 4, 1), ("hsdp", 4, 2)]  # two replicas of two shards
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("invariance")
-    for world_size in (1, 2):
+    for world_size in (1, 2, 4):
         run_ranks(WORKER, world_size, folder, [str(folder)])
     return folder
 

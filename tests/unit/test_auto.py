@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
-from sft_dist.config.auto import Facts, cadence, choose
-from sft_dist.config.schema import Recipe
+from sft_dist.config.auto import Facts, _activation_bytes, cadence, choose
+from sft_dist.config.schema import Recipe, TuningSection
+from sft_dist.estimate.architecture import derive
+from sft_dist.estimate.memory import Layout, layer_activation_bytes
+from sft_dist.estimate.tuning import tuned
 
 SMALL = Facts(
     num_parameters=260_000, num_trained=260_000, hidden_size=64, num_layers=5, num_train_tokens=170_000,
@@ -67,3 +70,33 @@ def test_what_the_recipe_says_wins() -> None:
 
 def test_cadence() -> None:
     assert [cadence("auto", 100, 5), cadence("auto", 3, 5), cadence(7, 100, 5)] == [20, 1, 7]
+
+
+@pytest.mark.parametrize(
+    ("facts", "asked", "why"),
+    [
+        (SMALL, {}, "one process has nobody to share with: 4.0 MiB of weights, gradients and moments in 24.0 GiB"),
+        (replace(SMALL, world_size=8), {}, "replicas are fastest and fit"),
+        (EIGHT_B, {}, "119.2 GiB of weights, gradients and moments in 80.0 GiB per process, 149% > 60%; sharded 19%"),
+        (replace(EIGHT_B, world_size=2), {}, "sharded 75% each; still more than that: add processes"),
+        (SMALL, {"strategy": "zero1"}, "as the recipe says"),
+        (SMALL, {"offload": "params"}, "the engine for parallel.offload=params"),
+        (replace(SMALL, world_size=4), {"dp_replicate": 2}, "parallel.dp_replicate=2 is a mesh of it"),
+    ],
+)
+def test_the_strategy_comes_with_its_reason(facts: Facts, asked: dict[str, Any], why: str) -> None:
+    assert why in choose(recipe(parallel=asked), facts).strategy_reason
+
+
+@pytest.mark.parametrize(("device", "compute"), [("cuda", 2), ("cpu", 4)])
+def test_activations_are_what_the_estimate_counts(device: str, compute: int) -> None:
+    """Of replicas that train all weights; the estimate's own count is compared with what autograd saves."""
+    for hidden, inner, layers, keys in ((4096, 14336, 32, 8), (896, 4864, 24, 2), (8192, 28672, 80, 8)):
+        architecture = derive(
+            {"model_type": "qwen2", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+             "num_attention_heads": hidden // 64, "num_key_value_heads": keys, "vocab_size": 1000}, "x"
+        )  # fmt: skip
+        layout = Layout("ddp", 8, device, compute, 4, 1000, 1000, 1, False)
+        counted = layers * layer_activation_bytes(architecture, tuned(architecture, TuningSection()), layout) / 1000
+        facts = replace(EIGHT_B, hidden_size=hidden, intermediate_size=inner, num_layers=layers, device=device)
+        assert _activation_bytes(facts) == pytest.approx(counted, rel=0.06)

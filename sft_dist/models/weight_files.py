@@ -1,0 +1,151 @@
+"""Weights read straight from safetensors into parameters that are already sharded: no host ever holds the model.
+
+    skeleton = empty_model(...)     parameters without memory; buffers are real (rotary frequencies are in no file)
+    files = find_files(...)         `files.gap(skeleton)` is None where they hold every parameter under its name
+    <shard the skeleton>
+    give_memory(skeleton, device)   for this rank's shards
+    files.fill(skeleton)            every rank reads its rows of every parameter, file by file
+
+A rank's memory is its own share plus the pages of one file. The bits are those of the ordinary load: the same
+values cast the same way, and what no file holds (LoRA's matrices) comes from (seed, name) as always.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from sft_dist.config.schema import ModelSection
+from sft_dist.models.adapters import initial_adapter
+from sft_dist.models.load import load_config
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What PEFT puts around and into names.
+WRAPPED = ("base_model.model.", "base_layer.", "modules_to_save.default.", "original_module.")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """Where each tensor of a pretrained model is."""
+
+    files: dict[str, Path]  # name -> file
+    seed: int  # of what stands in no file
+
+    def gap(self, model: nn.Module) -> str | None:
+        """A parameter or saved buffer that no file holds under its own name (files of an older layout, which
+        transformers renames as it loads); None when there is none."""
+        wanted = dict(model.named_parameters()) | _saved_buffers(model)
+        return next((name for name in wanted if self._file_name(name) is None and not _is_adapter(name)), None)
+
+    def fill(self, model: nn.Module) -> None:
+        """This rank's values into every parameter and saved buffer of `model`, whose memory is there. One file is open
+        at a time: the pages of the others do not count against this process."""
+        tensors = dict(model.named_parameters()) | _saved_buffers(model)
+        place = {name: str(self.files.get(self._file_name(name) or "", "")) for name in tensors}
+        for path, names in groupby(sorted(tensors, key=lambda name: place[name]), key=lambda name: place[name]):
+            with safe_open(path, framework="pt") if path else nullcontext() as file:
+                for name in names:
+                    self._fill_one(file, name, tensors[name])
+
+    def value(self, name: str, parameter: Tensor) -> Tensor:
+        """The whole value of one parameter, in its dtype, on the CPU."""
+        key = self._file_name(name)
+        with safe_open(self.files[key], framework="pt") if key else nullcontext() as file:
+            return self._read(file, name, tuple(parameter.shape), slice(None)).to(parameter.dtype)
+
+    @torch.no_grad()
+    def _fill_one(self, file: Any, name: str, tensor: Tensor) -> None:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local.copy_(self._read(file, name, tuple(tensor.shape), rows_of(tensor)))
+
+    def _read(self, file: Any, name: str, shape: tuple[int, ...], rows: slice) -> Tensor:
+        key = self._file_name(name)
+        if key is None:
+            return initial_adapter(name, shape, self.seed)[rows]
+        return file.get_slice(key)[rows] if shape else file.get_tensor(key)
+
+    def _file_name(self, name: str) -> str | None:
+        for part in WRAPPED:
+            name = name.replace(part, "")
+        return name if name in self.files else None
+
+
+def find_files(model: ModelSection, seed: int) -> WeightFiles | None:
+    """The safetensors of `model.path`, a folder or a hub id (downloaded then); None where there are none."""
+    index = _locate(model, INDEX)
+    if index is not None:
+        placed: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        found = {name: _locate(model, name) for name in set(placed.values())}
+        if None in found.values():
+            return None
+        return WeightFiles({key: found[name] for key, name in placed.items()}, seed)  # type: ignore[misc]
+    whole = _locate(model, WHOLE)
+    if whole is None:
+        return None
+    with safe_open(whole, framework="pt") as file:
+        return WeightFiles(dict.fromkeys(file.keys(), whole), seed)
+
+
+def empty_model(model: ModelSection, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The architecture of `model.path`, its parameters on the meta device, its buffers real, in training mode."""
+    config = load_config(model)
+    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+        network = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
+    network.tie_weights()  # the context above makes parameters anew wherever one is set, and so unties them
+    if _locate(model, "generation_config.json") is not None:
+        network.generation_config = GenerationConfig.from_pretrained(model.path, revision=model.revision or "main")
+    network.config.use_cache = False  # a cache object makes transformers drop document boundaries silently
+    return network.train()
+
+
+def give_memory(module: nn.Module, device: torch.device) -> None:
+    """Memory for every parameter, still without values; buffers are kept, which `to_empty` would turn to garbage."""
+    buffers = [
+        (owner, name, b.to(device)) for owner in module.modules() for name, b in owner.named_buffers(recurse=False)
+    ]
+    module.to_empty(device=device)
+    for owner, name, buffer in buffers:
+        owner._buffers[name] = buffer
+
+
+def rows_of(tensor: Tensor) -> slice:
+    """The rows that this rank holds of a tensor sharded on its first dimension; all of a plain one."""
+    if not isinstance(tensor, DTensor):
+        return slice(None)
+    mesh = tensor.device_mesh
+    size = -(-tensor.shape[0] // mesh.shape[-1])
+    start = min(size * mesh.get_local_rank(mesh.ndim - 1), tensor.shape[0])
+    return slice(start, start + tensor.to_local().shape[0])
+
+
+def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that belong to the state dict."""
+    saved = model.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
+
+
+def _is_adapter(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def _locate(model: ModelSection, name: str) -> Path | None:
+    found = cached_file(
+        model.path,
+        name,
+        revision=model.revision or "main",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)

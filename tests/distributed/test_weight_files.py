@@ -1,0 +1,127 @@
+"""Weights read shard by shard: the bits of the ordinary load, in a fraction of the memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import tiny_config
+from harness import run_ranks
+from transformers import LlamaConfig
+
+from sft_dist.config.schema import ModelSection, Recipe
+from sft_dist.models.adapters import frozen_digest
+from sft_dist.models.load import build_random
+from sft_dist.models.weight_files import empty_model, find_files
+from sft_dist.network import build_empty_network, build_network
+
+WORKER = Path(__file__).with_name("weight_files_worker.py")
+WORLD = 2
+CASES = [f"{m}-{how}" for m in ("untied", "tied") for how in ("full-float32", "lora-float32", "lora-bfloat16")]
+LARGE = LlamaConfig(
+    vocab_size=2048, hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8,
+    num_key_value_heads=8, pad_token_id=None,
+)  # fmt: skip
+FILE_MIB = 24
+MIB = 2**20
+
+
+def write_model(folder: Path, config: Any, file_mib: float) -> int:
+    """A pretrained folder; returns the bytes of its weights."""
+    model = build_random(config, dtype=torch.float32, seed=1)
+    model.generation_config.temperature = 0.25
+    model.generation_config.do_sample = True
+    model.save_pretrained(folder, max_shard_size=int(file_mib * MIB))
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for name, tied in (("untied", False), ("tied", True)):
+        config = tiny_config("llama")
+        config.tie_word_embeddings = tied
+        write_model(folder / name, config, 0.05)
+    return folder
+
+
+def recipe(path: Path, **sections: Any) -> Recipe:
+    return Recipe.model_validate({"model": {"path": str(path)}, "data": {"sources": [{"path": "d.json"}]}} | sections)
+
+
+@pytest.fixture(scope="module")
+def found(models: Path) -> tuple[list[dict[str, Any]], float]:
+    """(what each rank found, MiB of the large model's weights)."""
+    size = write_model(models / "large", LARGE, FILE_MIB)
+    run_ranks(WORKER, WORLD, models, [str(models)])
+    return [json.loads((models / f"found-{rank}.json").read_text()) for rank in range(WORLD)], size / MIB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_bits_and_steps_are_those_of_the_ordinary_load(found: tuple[list[dict[str, Any]], float], case: str) -> None:
+    for rank in found[0]:
+        whole, from_files = rank[case]
+        assert whole == from_files
+        assert whole["tied"] == case.startswith("tied")
+        assert '"temperature": 0.25' in whole["generation"]
+    first, second = (rank[case][1] for rank in found[0])
+    assert first["parameters"] != second["parameters"]  # each holds rows of its own
+    assert first["losses"] == second["losses"]
+
+
+@pytest.mark.slow
+def test_peak_is_a_share_and_one_file(found: tuple[list[dict[str, Any]], float]) -> None:
+    """Of resident memory as the kernel counts it, file pages included, while the engine is built."""
+    ranks, size = found
+    for rank in ranks:
+        peaks = rank["peaks"]
+        assert peaks["whole"] > size
+        assert peaks["files"] < size / WORLD + FILE_MIB + 0.1 * size
+
+
+def test_many_files_hold_the_tiny_models(models: Path) -> None:
+    for name in ("untied", "tied"):
+        assert len(list((models / name).glob("*.safetensors"))) > 1
+
+
+def test_parameters_have_no_memory_and_buffers_have(models: Path) -> None:
+    model = empty_model(ModelSection(path=str(models / "untied")), dtype=torch.float32)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    whole = build_random(tiny_config("llama"), dtype=torch.float32, seed=1)
+    expected = dict(whole.named_buffers())
+    assert expected
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, expected[name]), name
+
+
+@pytest.mark.parametrize("name", ["untied", "tied"])
+def test_frozen_weights_have_the_same_digest(models: Path, name: str) -> None:
+    asked = recipe(models / name, tuning={"method": "lora", "rank": 2})
+    for compute in (torch.float32, torch.bfloat16):
+        network = build_empty_network(asked, compute, torch.device("cpu"), vocab_size=8)
+        whole = build_network(asked, compute, torch.device("cpu"), vocab_size=8)
+        assert network is not None
+        assert frozen_digest(network.model, network.value) == frozen_digest(whole.model)
+
+
+def test_files_of_other_names_are_left_to_the_ordinary_load(models: Path) -> None:
+    files = find_files(ModelSection(path=str(models / "untied")), seed=0)
+    assert files is not None
+    model = empty_model(ModelSection(path=str(models / "untied")), dtype=torch.float32)
+    assert files.gap(model) is None
+    files.files["model.old_norm.weight"] = files.files.pop("model.norm.weight")
+    assert files.gap(model) == "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [{"tuning": {"method": "full"}, "model": {"init": "random"}}],
+)
+def test_random_weights_are_in_no_file(models: Path, sections: dict[str, Any]) -> None:
+    asked = recipe(models / "untied")
+    asked = asked.model_copy(update={"model": asked.model.model_copy(update=sections["model"])})
+    assert build_empty_network(asked, torch.float32, torch.device("cpu"), vocab_size=8) is None

@@ -1,0 +1,101 @@
+"""One rank: the same model loaded whole and read shard by shard; bits, two steps, and the peak of memory of each.
+
+`python weight_files_worker.py FOLDER`; FOLDER holds `untied` and `tied`, pretrained models, and `large`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import zero_worker
+from torch import Tensor
+
+from sft_dist.config.auto import Choices
+from sft_dist.config.schema import Recipe
+from sft_dist.models.packed import causal_lm
+from sft_dist.network import build_empty_network, build_network
+from sft_dist.parallel.engine import Engine
+from sft_dist.parallel.runtime import Runtime, runtime
+from sft_dist.parts import spread
+
+MIB = 2**20
+
+
+def recipe(path: Path, method: str, dp_replicate: int = 1) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": {"path": str(path)},
+            "data": {"sources": [{"path": "d.json"}]},
+            "tuning": {"method": method, **({} if method == "full" else {"rank": 2})},
+            "parallel": {"strategy": "fsdp2", "dp_replicate": dp_replicate},
+        }
+    )
+
+
+def build(asked: Recipe, place: Runtime, compute: str, empty: bool) -> Engine:
+    make: Any = build_empty_network if empty else build_network
+    network = make(asked, getattr(torch, compute), place.device, vocab_size=8)
+    assert (network.files is not None) == empty
+    return spread(network, asked, Choices(1, 4, 1e-3, "fsdp2", "none", compute), place)
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        data = local.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad}".encode() + data)
+    return total.hexdigest()
+
+
+def facts(made: Engine, place: Runtime) -> dict[str, Any]:
+    """Everything of the model that this rank holds, and what two steps give."""
+    model = made.model
+    lm = causal_lm(model)
+    found = {
+        "parameters": digest(dict(model.named_parameters())),
+        "buffers": digest(dict(model.named_buffers())),
+        "names": [sorted(dict(model.named_parameters())), sorted(made.state())],
+        "tied": lm.get_input_embeddings().weight is lm.get_output_embeddings().weight,
+        "generation": lm.generation_config.to_json_string(),
+    }
+    results = zero_worker.train(made, range(1, 3), 1, place)
+    return found | {"losses": [(r.loss, r.grad_norm) for r in results]}
+
+
+def peak_mib(asked: Recipe, place: Runtime, empty: bool) -> float:
+    """Largest resident memory while the engine is built, above what was there before. The kernel counts."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    made = build(asked, place, "float32", empty)
+    peak = status("VmHWM") - before
+    del made
+    return peak
+
+
+def status(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def main(folder: Path) -> None:
+    found: dict[str, Any] = {}
+    with runtime() as place:
+        torch.set_num_threads(1)
+        for name in ("untied", "tied"):
+            for method, compute in (("full", "float32"), ("lora", "float32"), ("lora", "bfloat16")):
+                asked = recipe(folder / name, method)
+                case = f"{name}-{method}-{compute}"
+                found[case] = [facts(build(asked, place, compute, empty), place) for empty in (False, True)]
+        asked = recipe(folder / "large", "lora")
+        found["peaks"] = {"files": peak_mib(asked, place, True), "whole": peak_mib(asked, place, False)}
+        (folder / f"found-{place.rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
