@@ -154,13 +154,14 @@ def _network(
 def spread(network: Network, recipe: Recipe, choices: Choices, place: Runtime) -> Engine:
     """The engine that was chosen, around the network, with the recipe's optimizer."""
     layers = decoder_layers(causal_lm(network.model))
+    on_gpu = place.device.type == "cuda"
     if recipe.precision.compile:
-        compile_layers(layers, network.config._attn_implementation if network.backend else None)
+        compile_layers(layers, network.config._attn_implementation if network.backend else None, on_gpu=on_gpu)
     keep_activations(
         layers,
         choices.activation_checkpointing,
         offload=recipe.memory.activation_offload,
-        on_gpu=place.device.type == "cuda",
+        on_gpu=on_gpu,
     )
     autocast = network.compute if choices.strategy not in CASTS_ITSELF and network.compute != torch.float32 else None
     return build_engine(
@@ -350,13 +351,13 @@ def _choices(
         num_train_examples=len(store),
         world_size=place.world_size,
         device=place.device.type,
-        memory_bytes=broadcast_json(_memory_bytes(place)),
+        memory_bytes=broadcast_json(memory_bytes(place)),
         intermediate_size=getattr(config, "intermediate_size", None) or 0,
     )
     return choose(recipe, facts)
 
 
-def _memory_bytes(place: Runtime) -> int:
+def memory_bytes(place: Runtime) -> int:
     """Memory one process may use: the GPU's, or its share of the machine's."""
     if place.device.type == "cuda":
         return torch.cuda.get_device_properties(place.device).total_memory
