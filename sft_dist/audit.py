@@ -24,13 +24,15 @@ from sft_dist.checkpoint.manifest import read_manifest
 from sft_dist.data.collate import batch_digest
 from sft_dist.data.ledger import START, fold
 from sft_dist.data.plan import PackPlan
-from sft_dist.data.store import TokenStore
+from sft_dist.data.stream_plan import StreamPlan
+from sft_dist.data.stream_store import AnyStore
 from sft_dist.errors import CheckpointError
 from sft_dist.observe.metrics import read_metrics
 from sft_dist.parts import reopen
 from sft_dist.types import StepPlan
 
 MAX_LISTED = 20
+STEPS = ("step", "skipped")  # kinds of lines that stand for a step of the plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +69,14 @@ def audit(run_dir: Path, notice: Callable[[str], None], progress: Callable[[int,
         raise CheckpointError(f"{run_dir / 'metrics.jsonl'}: altered: {error}") from error
     if damaged := [number for number, line in enumerate(written, 1) if not _is_sound(line)]:
         raise CheckpointError(f"{run_dir / 'metrics.jsonl'}: line {damaged[0]} is altered")
-    lines = [line for line in written if line["kind"] == "step"]
+    lines = [line for line in written if line["kind"] in STEPS]
     ledgers = {manifest.step: manifest.meta.get("ledger") for manifest in map(read_manifest, folders(run_dir))}
     return prove(plan, inputs.data.train, lines, ledgers, progress)
 
 
 def prove(
-    plan: PackPlan,
-    store: TokenStore,
+    plan: PackPlan | StreamPlan,
+    store: AnyStore,
     lines: list[dict[str, Any]],
     ledgers: Mapping[int, str | None],
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -91,7 +93,10 @@ def prove(
         ledger, tokens = fold(ledger, last), tokens + last.num_tokens
         faults += _differences(line, last, store)
         examples = [example for pack in last.packs for example in pack.example_ids]
-        np.add.at(counts.setdefault(last.epoch, np.zeros(plan.num_examples, np.int32)), examples, 1)
+        if line.get("kind") == "skipped":
+            faults.append(f"step {last.step}: was skipped, its {len(examples)} examples were not trained")
+            examples = []
+        counts[last.epoch] = _counted(counts.get(last.epoch), plan.num_examples, examples)
         if ledgers.get(last.step, ledger) != ledger:
             faults.append(f"checkpoint of step {last.step}: its ledger differs from the one of the plan")
         progress(number, len(lines))
@@ -103,11 +108,20 @@ def prove(
     return Audit(len(lines), plan.num_steps, tokens, epochs, compared, ledger, tuple(faults))
 
 
+def _counted(count: np.ndarray | None, num_examples: int, examples: list[int]) -> np.ndarray:
+    """How often each example was trained, `examples` once more: int32[num_examples]; streams grow as they are read."""
+    known = np.zeros(0, np.int32) if count is None else count
+    if len(known) < num_examples:
+        known = np.concatenate([known, np.zeros(num_examples - len(known), np.int32)])
+    np.add.at(known, examples, 1)
+    return known
+
+
 def _is_sound(line: Any) -> bool:
     """Whether a line of metrics.jsonl has what is compared."""
-    if not isinstance(line, dict) or line.get("kind") not in ("step", "eval"):
+    if not isinstance(line, dict) or line.get("kind") not in (*STEPS, "eval"):
         return False
-    counts = ("step", "num_tokens", "num_loss_tokens") if line["kind"] == "step" else ("step",)
+    counts = ("step", "num_tokens", "num_loss_tokens") if line["kind"] in STEPS else ("step",)
     has_digest = line["kind"] == "eval" or isinstance(line.get("batch_digest"), str)
     return has_digest and all(type(line.get(name)) is int for name in counts)
 
@@ -120,7 +134,7 @@ def _gaps(lines: list[dict[str, Any]]) -> Iterator[str]:
             return
 
 
-def _differences(line: Mapping[str, Any], step: StepPlan, store: TokenStore) -> Iterator[str]:
+def _differences(line: Mapping[str, Any], step: StepPlan, store: AnyStore) -> Iterator[str]:
     """What a step recorded beside what the plan and the data give."""
     planned = {
         "num_tokens": step.num_tokens,
@@ -132,8 +146,8 @@ def _differences(line: Mapping[str, Any], step: StepPlan, store: TokenStore) -> 
             yield f"step {step.step}: {key} was {line[key]}, the plan gives {value}"
 
 
-def _epoch(number: int, count: np.ndarray, plan: PackPlan, last: StepPlan | None) -> Epoch:
-    finished = last is not None and (last.epoch > number or _ends_epoch(plan, last))
+def _epoch(number: int, count: np.ndarray, plan: PackPlan | StreamPlan, last: StepPlan | None) -> Epoch:
+    finished = last is not None and (last.epoch > number or plan.ends_epoch(last.step))
     return Epoch(
         number=number,
         finished=finished,
@@ -144,11 +158,7 @@ def _epoch(number: int, count: np.ndarray, plan: PackPlan, last: StepPlan | None
     )
 
 
-def _ends_epoch(plan: PackPlan, step: StepPlan) -> bool:
-    return step.step == plan.num_steps or plan.step(step.step + 1).epoch > step.epoch
-
-
-def _cover_faults(epoch: Epoch, store: TokenStore) -> Iterator[str]:
+def _cover_faults(epoch: Epoch, store: AnyStore) -> Iterator[str]:
     for what, examples in (("never", epoch.missed), ("more than once", epoch.repeated)):
         for example in examples[:MAX_LISTED]:
             yield f"epoch {epoch.number + 1}: {store.example(example).id} was trained {what}"

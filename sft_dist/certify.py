@@ -26,10 +26,12 @@ from sft_dist.data.collate import collate
 from sft_dist.errors import CertificateError
 from sft_dist.models import attention
 from sft_dist.models.packed import Head, PackedCausalLM
+from sft_dist.parallel.sequence import ALONE, SequenceGroup
 from sft_dist.types import IGNORE_INDEX, Pack, PackedBatch, TokenizedExample
 
 LENGTHS = (5, 1, 17, 40, 2, 9)  # uneven, with one-token and two-token documents; 40 exceeds COPY_WINDOW
 COPY_WINDOW = 16
+PAD_MULTIPLE = 8
 TOLERANCE_HIDDEN = {torch.float32: 1e-5, torch.bfloat16: 5e-2}  # of the hidden states' largest value
 TOLERANCE_LOSS = {torch.float32: 1e-6, torch.bfloat16: 1e-2}  # relative
 TOLERANCE_GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 5e-2}  # norm of difference over norm
@@ -98,40 +100,47 @@ def certify(
     dtype: torch.dtype,
     seed: int = 0,
     make_batch: Collate = collate,
+    sequence: SequenceGroup = ALONE,
 ) -> list[Check]:
     """Run all checks; raise CertificateError naming the first that fails.
 
     `hidden_states` is the real model's, on every rank at once when it is sharded. `backend` is the attention kernel, or
-    None for padded batches, which keep the architecture's own attention.
+    None for padded batches, which keep the architecture's own attention. All ranks of a `sequence` group call together:
+    every batch is cut between them, and what they find is joined before it is compared.
     """
-    build = Builder(make_batch, packing)
+    build = Builder(make_batch, packing, sequence.pad_multiple(PAD_MULTIPLE))
     vocabulary = min(config.get_text_config().vocab_size, COPY_VOCABULARY)
     documents = probe_documents(vocabulary, seed)
+    first = "set parallel.sequence=1; where that is refused too, " if sequence.size > 1 else ""
+    way_out = first + WAY_OUT[packing]
     checks = [check_layout(build, documents)]
     try:
-        checks += check_hidden_states(build, documents, hidden_states, vocabulary, device, dtype)
-        checks += check_copy(build, documents, config, head=head, backend=backend, device=device, seed=seed)
+        whole_hidden_states = lambda batch: sequence.join(hidden_states(sequence.cut(batch)))  # noqa: E731
+        checks += check_hidden_states(build, documents, whole_hidden_states, vocabulary, device, dtype)
+        checks += check_copy(
+            build, documents, config, head=head, backend=backend, device=device, seed=seed, sequence=sequence
+        )
     except (
         TypeError,
         ValueError,
     ) as error:  # a forward that does not take positions or segments, or refuses packing itself
         cause = str(error).strip().splitlines()[0]
         raise CertificateError(
-            f"certificate: {config.model_type} cannot take packed rows ({cause}); {WAY_OUT[packing]}"
+            f"certificate: {config.model_type} cannot take packed rows ({cause}); {way_out}"
         ) from error
     for check in checks:
         if not check.passed:
-            raise CertificateError(refusal(check, config, backend, packing))
+            raise CertificateError(refusal(check, config, backend, packing, way_out))
     return checks
 
 
-def refusal(check: Check, config: PretrainedConfig, backend: str | None, packing: str) -> str:
+def refusal(check: Check, config: PretrainedConfig, backend: str | None, packing: str, way_out: str) -> str:
     """What failed, by how much, and the way out."""
     kernel = f"attention {backend}" if backend else "its own attention"
     return (
         f"certificate: {check.name} differ by {check.figure:.1e} (allowed {check.limit:.0e}) for {config.model_type} "
         f"with {kernel}, data.packing={packing}: documents would see each other or the loss would be wrong; "
-        f"{WAY_OUT[packing]}"
+        f"{way_out}"
     )
 
 
@@ -141,12 +150,14 @@ class Builder:
 
     make_batch: Collate
     packing: str
+    pad_to_multiple_of: int = PAD_MULTIPLE
 
     def __call__(self, documents: Documents) -> PackedBatch:
         packs: Sequence[Pack] = documents.packs
         if self.packing == "best_fit":  # all documents in one pack
             packs = [merge(packs)]
-        return self.make_batch(packs, documents, packing=self.packing, pad_token_id=0, pad_to_multiple_of=8)
+        multiple = self.pad_to_multiple_of
+        return self.make_batch(packs, documents, packing=self.packing, pad_token_id=0, pad_to_multiple_of=multiple)
 
 
 def merge(packs: Sequence[Pack]) -> Pack:
@@ -237,6 +248,7 @@ def check_copy(
     backend: str | None,
     device: torch.device,
     seed: int,
+    sequence: SequenceGroup,
 ) -> list[Check]:
     """Packed loss and gradients of a small copy against stock transformers, one document at a time.
 
@@ -244,9 +256,9 @@ def check_copy(
     kernel beside them: a leak outside attention (a convolution, a state) is too small to see in bfloat16.
     """
     if backend in (None, "sdpa", "flex"):
-        return _compare_copy(build, documents, config, head, backend, device, seed, torch.float32)
-    reference = _compare_copy(build, documents, config, head, "sdpa", device, seed, torch.float32)
-    return reference + _compare_copy(build, documents, config, head, backend, device, seed, torch.bfloat16)
+        return _compare_copy(build, documents, config, head, backend, device, seed, sequence, torch.float32)
+    reference = _compare_copy(build, documents, config, head, "sdpa", device, seed, sequence, torch.float32)
+    return reference + _compare_copy(build, documents, config, head, backend, device, seed, sequence, torch.bfloat16)
 
 
 def _compare_copy(
@@ -257,15 +269,17 @@ def _compare_copy(
     backend: str | None,
     device: torch.device,
     seed: int,
+    sequence: SequenceGroup,
     dtype: torch.dtype,
 ) -> list[Check]:
     stock = small_copy(config, seed).to(device)
     ours = copy.deepcopy(stock)
     if backend is not None:
-        attention.install(ours, backend)
+        attention.install(ours, backend, sequence.across)
     packed = PackedCausalLM(ours, head, autocast_dtype=None if dtype == torch.float32 else dtype)
-    loss = packed(build(documents).to(device))
-    loss.backward()
+    own_loss = packed(sequence.cut(build(documents)).to(device))
+    own_loss.backward()
+    loss = sequence.total(own_loss)
     reference = torch.stack([stock_loss(stock, example, device) for example in documents.examples]).sum()
     reference.backward()
     difference = abs(loss.item() - reference.item()) / abs(reference.item())
@@ -274,7 +288,7 @@ def _compare_copy(
         Check(f"loss: {precision} loss packed and one by one", difference, TOLERANCE_LOSS[dtype]),
         Check(
             f"gradients: {precision} gradients packed and one by one",
-            gradient_distance(ours, stock),
+            gradient_distance(ours, stock, sequence),
             TOLERANCE_GRADIENT[dtype],
         ),
     ]
@@ -288,9 +302,10 @@ def stock_loss(model: nn.Module, example: TokenizedExample, device: torch.device
     return (F.cross_entropy(logits, ids[0, 1:], reduction="none") * weights).sum()
 
 
-def gradient_distance(ours: nn.Module, stock: nn.Module) -> float:
+def gradient_distance(ours: nn.Module, stock: nn.Module, sequence: SequenceGroup) -> float:
     """Largest |g - g_ref| / |g_ref| over parameters; gradients that are zero count against 1e-3 of the typical norm."""
-    pairs = [(zero_if_none(a), zero_if_none(b)) for a, b in zip(ours.parameters(), stock.parameters(), strict=True)]
+    both = zip(ours.parameters(), stock.parameters(), strict=True)
+    pairs = [(sequence.total(zero_if_none(a)), zero_if_none(b)) for a, b in both]
     floor = 1e-3 * float(np.median([b.norm().item() for _, b in pairs]))
     return max((a - b).norm().item() / max(b.norm().item(), floor, 1e-12) for a, b in pairs)
 

@@ -5,10 +5,11 @@
     ├── DataError           65   data unusable
     │   └── BadRecord       65   one record: file, line, byte, reason
     ├── CheckpointError     65   checkpoint unusable
-    ├── CertificateError     2   model + backend + packing cannot be proven right
+    ├── CertificateError     2   model + backend + packing, or an export, cannot be proven right
     ├── NonFiniteError      70   loss or gradient norm is not a number
     ├── LockedError         73   the run folder belongs to another job
-    └── StorageError        74   disk full, read-only, vanished
+    ├── StorageError        74   disk full, read-only, vanished
+    └── HardwareError       77   the same computation gave two results
 
 Messages are one line: what (key, or file and line), the value, the rule, the remedy.
 `assert` is kept for our own invariants.
@@ -64,7 +65,7 @@ class CheckpointError(SftError):
 
 
 class CertificateError(SftError):
-    """The start-up proof of boundaries, positions or loss failed."""
+    """The start-up proof of boundaries, positions or loss failed, or that of an export."""
 
     exit_code = EXIT_USAGE
 
@@ -85,3 +86,9 @@ class StorageError(SftError):
     """Writing failed: no space, read-only, or the file system went away."""
 
     exit_code = EXIT_STORAGE
+
+
+class HardwareError(SftError):
+    """Something that must be equal was not: between ranks, or between two passes over the same numbers."""
+
+    exit_code = EXIT_HARDWARE

@@ -13,12 +13,17 @@ from typing import Any, Self
 from sft_dist.config.loader import dump_recipe
 from sft_dist.config.schema import Recipe
 from sft_dist.observe.console import Console
-from sft_dist.observe.metrics import MetricsLog
+from sft_dist.observe.metrics import MetricsLog, read_metrics
 from sft_dist.observe.run_files import write_json
+from sft_dist.observe.spikes import Spikes
+from sft_dist.observe.trackers import Trackers
 from sft_dist.resilience.heartbeat import heart
+from sft_dist.resilience.lease import LEASE_VARIABLE, check_ours
 from sft_dist.resilience.run_folder import attempt_dir
 from sft_dist.resilience.signals import StopFlag
-from sft_dist.types import StepMetrics
+from sft_dist.types import StepMetrics, StepPlan
+
+MAX_LISTED = 20
 
 
 class Job:
@@ -33,6 +38,7 @@ class Job:
         self.stop = StopFlag([run_dir / "stop"]).install()
         self.log: MetricsLog | None = None
         self._seconds: list[float] = []
+        self._spikes = Spikes()
 
     def open_records(
         self, recipe: Recipe, fingerprint: dict[str, Any], report: dict[str, Any], header: list[tuple[str, str]]
@@ -42,19 +48,43 @@ class Job:
             return
         (self.run_dir / "config.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         write_json(self.run_dir / "fingerprint.json", fingerprint)
-        write_json(self.run_dir / "prepare_report.json", report)
+        self.write_report(report)
         write_json(self.run_dir / "header.json", header)
         self.console.header("sft-dist train", header)
-        self.log = MetricsLog(self.run_dir, recipe.log.trackers)
+        self._spikes = Spikes(line["loss"] for line in read_metrics(self.run_dir) if line["kind"] == "step")
+        self.log = MetricsLog(self.run_dir, Trackers(self.run_dir, recipe, self.console.say))
 
-    def record(self, metrics: StepMetrics, num_steps: int, *, due: bool) -> None:
-        """Write one step and move the display; `due` steps get a line where there is no bar."""
+    def write_report(self, report: dict[str, Any]) -> None:
+        """Write prepare_report.json; what was read of a stream by now is in it."""
+        if self.is_main:
+            write_json(self.run_dir / "prepare_report.json", report)
+
+    def record(self, metrics: StepMetrics, step: StepPlan, num_steps: int, *, due: bool) -> None:
+        """Write one step and move the display; `due` steps get a line where there is no bar, and a loss far above the
+        recent ones a warning with its examples."""
         if self.log is None:
             return
         self.log.step(metrics)
         self._seconds = [*self._seconds[-19:], metrics.step_seconds]
         seconds_left = (num_steps - metrics.step) * sum(self._seconds) / len(self._seconds)
         self.console.step(metrics, num_steps, seconds_left, due=due)
+        if limit := self._spikes.see(metrics.loss):
+            rows = [row for pack in step.packs for row in pack.example_ids]
+            more = f" and {len(rows) - MAX_LISTED} more" if len(rows) > MAX_LISTED else ""
+            self.console.say(
+                f"warning: step {metrics.step}: loss {metrics.loss:.4f} is far above the last (limit {limit:.4f}); "
+                f"its examples: {', '.join(map(str, rows[:MAX_LISTED]))}{more}"
+            )
+
+    def settle(self) -> None:
+        """Have every line of metrics.jsonl written; raises OSError. A checkpoint must not stand for unwritten steps."""
+        if self.log is not None:
+            self.log.settle()
+
+    def check_lease(self) -> None:
+        """Raise LockedError when another machine has taken the run folder over since this attempt claimed it."""
+        if token := os.environ.get(LEASE_VARIABLE):
+            check_ours(self.run_dir, token)
 
     def __enter__(self) -> Self:
         return self

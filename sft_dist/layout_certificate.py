@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sft_dist.certify import Check, Documents, merge, small_copy
+from sft_dist.certify import COPY_VOCABULARY, PAD_MULTIPLE, Check, Documents, merge, small_copy
 from sft_dist.config.auto import Choices
 from sft_dist.config.schema import OptimSection, Recipe
 from sft_dist.data.collate import collate
@@ -45,6 +45,7 @@ from sft_dist.optim import build_optimizer
 from sft_dist.parallel.engine import Engine, full_tensor, trained_parameters
 from sft_dist.parallel.messages import broadcast_json, gather_json
 from sft_dist.parallel.runtime import Runtime, seed_for
+from sft_dist.parallel.sequence import ALONE, SequenceGroup, sequence_group
 from sft_dist.parts import spread
 from sft_dist.types import Pack, StepPlan, TokenizedExample
 
@@ -80,14 +81,17 @@ def certify_layout(
 
     `config` is the run's architecture, `step` the loop's own step. Leaves model, optimizer and random numbers alone.
     """
-    compute = DTYPES[choices.compute]
+    compute, probing = DTYPES[choices.compute], probe_recipe(recipe)
+    sequence = sequence_group(recipe.parallel.sequence, place)
     with _random_numbers_kept(place):
-        network = reduced(recipe, config, compute, place)
-        documents = probe_documents(network, place.world_size)
-        loaded = global_batch(documents, recipe, place, pad_token_id)
-        truth = reference(copy.deepcopy(network), documents, place) if place.is_main else None
+        documents = probe_documents(config, place.world_size // sequence.size)
+        truth = None
+        if place.is_main:  # before the attention of a sequence group takes the place of that of whole rows
+            truth = reference(reduced(probing, config, compute, place, ALONE), documents, place)
         loss, grad_norm = broadcast_json((truth.loss, truth.grad_norm) if truth else None)
-        figures = measure(network, recipe, choices, place, step, loaded, truth, loss, grad_norm)
+        network = reduced(probing, config, compute, place, sequence)
+        loaded = global_batch(documents, recipe, place, sequence, pad_token_id)
+        figures = measure(network, probing, choices, place, step, loaded, truth, loss, grad_norm)
     gc.collect()  # a wrapper that outlives the process group would hang its end
     checks = judge(figures, compute)
     for check in checks:
@@ -114,8 +118,16 @@ def refusal(check: Check, recipe: Recipe, choices: Choices, place: Runtime) -> s
     )
 
 
-def reduced(recipe: Recipe, config: Any, compute: torch.dtype, place: Runtime) -> Network:
-    """The copy, tuned as the run is, without dropout (whose masks are the batch's, not the layout's)."""
+def probe_recipe(recipe: Recipe) -> Recipe:
+    """The run's recipe with an update proportional to the gradient, fp32 masters, and without what is drawn for whole
+    batches (dropout, noise)."""
+    tuning = recipe.tuning.model_copy(update={"dropout": 0.0})
+    precision = recipe.precision.model_copy(update={"master": "float32", "stochastic_rounding": False})
+    return recipe.model_copy(update={"tuning": tuning, "precision": precision, "optim": PROBE})
+
+
+def reduced(recipe: Recipe, config: Any, compute: torch.dtype, place: Runtime, sequence: SequenceGroup) -> Network:
+    """The copy, tuned as the run is."""
     narrow = copy.deepcopy(config)
     text = narrow.get_text_config()
     for name in WIDTHS:
@@ -123,8 +135,7 @@ def reduced(recipe: Recipe, config: Any, compute: torch.dtype, place: Runtime) -
             setattr(text, name, min(getattr(text, name), MAX_WIDTH))
     model = small_copy(narrow, recipe.run.seed).to(base_dtype(recipe, compute))
     model.config.use_cache = False  # type: ignore[union-attr]
-    quiet = recipe.model_copy(update={"tuning": recipe.tuning.model_copy(update={"dropout": 0.0})})
-    network = tune(model, quiet, compute, place.device)
+    network = tune(model, recipe, compute, place.device, sequence)
     for name, parameter in trained_parameters(PackedCausalLM(network.model, network.head)).items():
         if not parameter.detach().any():  # LoRA's B: nothing would flow to A
             generator = torch.Generator().manual_seed(seed_for(recipe.run.seed, name))
@@ -132,10 +143,10 @@ def reduced(recipe: Recipe, config: Any, compute: torch.dtype, place: Runtime) -
     return network
 
 
-def probe_documents(network: Network, world_size: int) -> Documents:
+def probe_documents(config: Any, world_size: int) -> Documents:
     """Two for each of 3/2 micro-batches a rank: sums of unlike sizes, and ranks that have none in the last round."""
     rng = np.random.default_rng(0)
-    vocabulary = network.config.get_text_config().vocab_size
+    vocabulary = min(config.get_text_config().vocab_size, COPY_VOCABULARY)
     examples = []
     for length in rng.integers(3, 40, 2 * (world_size + (world_size + 1) // 2)):
         weights = (rng.random(length) < 0.6).astype(np.float32)
@@ -144,14 +155,17 @@ def probe_documents(network: Network, world_size: int) -> Documents:
     return Documents(tuple(examples))
 
 
-def global_batch(documents: Documents, recipe: Recipe, place: Runtime, pad_token_id: int) -> LoadedStep:
-    """This rank's part, dealt as the loader deals: rank r of W takes micro-batches r, W + r, ..."""
+def global_batch(
+    documents: Documents, recipe: Recipe, place: Runtime, sequence: SequenceGroup, pad_token_id: int
+) -> LoadedStep:
+    """This rank's part, dealt as the loader deals: group g of G takes micro-batches g, G + g, ... and cuts them."""
     packs = documents.packs
     cuts = [packs[i : i + 2] for i in range(0, len(packs), 2)]
-    rounds = -(-len(cuts) // place.world_size)
-    mine = tuple(round_ * place.world_size + place.rank for round_ in range(rounds))
-    build = partial(_collate, documents, recipe.data.packing, pad_token_id)
-    batches = tuple(build(cuts[i] if i < len(cuts) else ()) for i in mine)
+    group, groups = place.rank // sequence.size, place.world_size // sequence.size
+    mine = tuple(round_ * groups + group for round_ in range(-(-len(cuts) // groups)))
+    multiple = sequence.pad_multiple(PAD_MULTIPLE)
+    build = partial(_collate, documents, recipe.data.packing, pad_token_id, multiple)
+    batches = tuple(sequence.cut(build(cuts[i] if i < len(cuts) else ())) for i in mine)
     return LoadedStep(StepPlan(1, 0, tuple(map(tuple, cuts))), batches, mine, "")
 
 
@@ -166,7 +180,7 @@ def reference(network: Network, documents: Documents, place: Runtime) -> Truth:
     divisor, total = sum(pack.loss_weight_sum for pack in packs), 0.0
     packing = "best_fit" if network.backend else "padded"
     for i in range(0, len(packs), DOCUMENTS_AT_ONCE):
-        batch = _collate(documents, packing, 0, packs[i : i + DOCUMENTS_AT_ONCE])
+        batch = _collate(documents, packing, 0, PAD_MULTIPLE, packs[i : i + DOCUMENTS_AT_ONCE])
         loss_sum = packed(batch.to(place.device))
         (loss_sum / divisor).backward()
         total += loss_sum.item()
@@ -190,8 +204,7 @@ def measure(
     grad_norm: float,
 ) -> list[float]:
     """This rank's five figures, relative to the reference."""
-    probing = recipe.model_copy(update={"optim": PROBE})
-    engine = spread(network, probing, replace(choices, lr=LR), place)
+    engine = spread(network, recipe, replace(choices, lr=LR), place)
     before = {name: full_tensor(tensor).float().cpu().clone() for name, tensor in _weights(engine).items()}
     found = step(
         engine, loaded, lr=LR, max_norm=CLIP_SHARE * grad_norm, seed=recipe.run.seed, device=place.device, stop=False
@@ -227,10 +240,10 @@ def _weights(engine: Engine) -> dict[str, Tensor]:
     return {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
 
 
-def _collate(documents: Documents, packing: str, pad_token_id: int, packs: tuple[Pack, ...]) -> Any:
+def _collate(documents: Documents, packing: str, pad_token_id: int, multiple: int, packs: tuple[Pack, ...]) -> Any:
     if packing == "best_fit" and packs:
         packs = (merge(packs),)
-    return collate(packs, documents, packing=packing, pad_token_id=pad_token_id, pad_to_multiple_of=8)
+    return collate(packs, documents, packing=packing, pad_token_id=pad_token_id, pad_to_multiple_of=multiple)
 
 
 @contextmanager

@@ -8,24 +8,33 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from sft_dist.checkpoint.background import BackgroundSaver
 from sft_dist.checkpoint.catalog import folders
-from sft_dist.checkpoint.export import export_model
+from sft_dist.checkpoint.export import base_model, export_model, package_of, probe_limit
+from sft_dist.checkpoint.export_certificate import Base, Certificate, Probe, Words, probe_ids
 from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.checkpoint.manifest import folder_step, step_name
+from sft_dist.checkpoint.weights import live_weights
 from sft_dist.data.ledger import START
-from sft_dist.evaluate.generation import Prompt, generate, prompts_from_store
+from sft_dist.errors import CheckpointError
+from sft_dist.evaluate.generation import Prompt, generate, prompts_from_store, stock_attention
 from sft_dist.evaluate.heldout import Measured, heldout_loss
 from sft_dist.evaluate.metrics import exact_match
 from sft_dist.job import Job
 from sft_dist.models.adapters import is_adapter
+from sft_dist.models.load import DTYPES
 from sft_dist.models.packed import causal_lm
 from sft_dist.observe.metrics import MetricsLog, best_step, read_metrics
 from sft_dist.observe.report import write_report
 from sft_dist.observe.run_files import append_lines, read_lines, write_json
 from sft_dist.optim import set_step
+from sft_dist.parallel.engine import Engine, global_numel
 from sft_dist.parallel.messages import broadcast_json, gather_json
 from sft_dist.parts import Parts
 
@@ -38,6 +47,7 @@ class Position:
 
     step: int = 0  # the last finished one
     ledger: str = START  # over every example trained so far
+    skipped: tuple[int, ...] = ()  # steps that applied no update: their loss or gradient norm was no number
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,20 +134,33 @@ def answer(parts: Parts, prompts: Sequence[Prompt]) -> list[Answer]:
     ]
 
 
-def save(parts: Parts, manager: CheckpointManager, position: Position, run_dir: Path) -> None:
-    """Commit the state at `position`; with early stopping the best checkpoint so far stays too."""
+def save(parts: Parts, saver: BackgroundSaver, position: Position, run_dir: Path, *, may_fail: bool) -> None:
+    """Commit the state at `position`; with early stopping the best checkpoint so far stays too.
+
+    A save that `may_fail` is left out when the disk refuses it, with a notice; the third in a row raises StorageError.
+    It goes on in the background, unless checkpoint.async=false.
+    """
     best = best_step(read_metrics(run_dir)) if parts.recipe.eval.early_stopping else None
-    meta = {**asdict(position), "plan": parts.train.plan.digest}
-    manager.save(position.step, parts.engine.state(), meta, also_keep=best)
+    meta = {**asdict(position), "plan": parts.train.plan.digest_up_to(position.step)}
+    tolerant = saver.begin if parts.recipe.checkpoint.background else saver.try_save
+    write = tolerant if may_fail else saver.save
+    write(position.step, parts.engine.state(), meta, also_keep=best)
 
 
 def load(parts: Parts, manager: CheckpointManager, folder: Path) -> Position:
     """Make the state in a checkpoint folder the run's; returns where it was taken."""
     tensors = parts.engine.state()
     meta = manager.load(folder, tensors)
+    now = parts.train.plan.digest_up_to(meta["step"])
+    if meta["plan"] != now:
+        raise CheckpointError(
+            f"{folder}: the data up to step {meta['step']} are not those it was trained on (plan {meta['plan'][:16]}, "
+            f"today {now[:16]}): restore them, or choose another run.dir"
+        )
     parts.engine.adopt(tensors)
-    set_step(parts.engine.optimizer, meta["step"])
-    return Position(meta["step"], meta["ledger"])
+    done = Position(meta["step"], meta["ledger"], tuple(meta.get("skipped", ())))
+    set_step(parts.engine.optimizer, done.step - len(done.skipped))
+    return done
 
 
 def restore_best(parts: Parts, manager: CheckpointManager, job: Job) -> int | None:
@@ -155,24 +178,30 @@ def restore_best(parts: Parts, manager: CheckpointManager, job: Job) -> int | No
     return int(best)
 
 
-def export(parts: Parts, run_dir: Path) -> None:
-    """Write RUN_DIR/export: a Hugging Face folder (full) or a PEFT adapter folder (LoRA)."""
-    state = parts.engine.full_state()
-    if not parts.place.is_main:
-        return
-    model, template, tokenizer = parts.engine.model, parts.inputs.data.template, parts.inputs.tokenizer
-    lm = causal_lm(model)
-    peft_config = model.peft_config["default"] if is_adapter(model) else None  # type: ignore[index]
-    export_model(
-        state,
-        lm.config,
-        tokenizer,
-        template.text,
-        lm.generation_config,
+def export(parts: Parts, run_dir: Path) -> Certificate | None:
+    """Write RUN_DIR/export: a Hugging Face folder, or a PEFT adapter folder. All ranks; rank 0 gets the certificate."""
+    recipe, template, tokenizer = parts.recipe, parts.inputs.data.template, parts.inputs.tokenizer
+    compute = DTYPES[parts.choices.compute]
+    base = None
+    if is_adapter(parts.engine.model):
+        num_bytes = sum(map(global_numel, parts.engine.model.parameters())) * compute.itemsize
+        base = Base(num_bytes, partial(base_model, recipe, len(tokenizer), compute))
+    words = Words(tokenizer, template.text, template.stop_token_ids(tokenizer))
+    return export_model(
+        package_of(parts.engine.model, words, base, recipe.model.trust_remote_code),
+        live_weights(parts.engine, DTYPES[recipe.precision.master]),
         run_dir / "export",
-        peft_config=peft_config,
-        stop_token_ids=template.stop_token_ids(tokenizer),
+        trained_probe(parts.engine, parts.place.device, probe_limit(compute, parts.place.device.type)),
     )
+
+
+def trained_probe(engine: Engine, device: torch.device, limit: float) -> Probe:
+    """What the model answers now, under its engine but with the architecture's own attention. Collective."""
+    lm = causal_lm(engine.model)
+    ids = probe_ids(lm.config.get_text_config().vocab_size)
+    with engine.evaluating(), stock_attention(lm):
+        logits = engine.packed.logits(ids.to(device)).float().cpu()  # type: ignore[operator]
+        return Probe(ids, logits, lm.config._attn_implementation, limit)
 
 
 def finish(run_dir: Path, exported: int | None) -> dict[str, Any]:

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from sft_dist.certify import DROPOUTS
 from sft_dist.config.schema import Recipe
 from sft_dist.models import attention
 from sft_dist.models.adapters import apply_tuning
 from sft_dist.models.load import DTYPES, check_vocabulary, load_model
 from sft_dist.models.packed import Head, causal_lm, pick_head
 from sft_dist.models.weight_files import WeightFiles, empty_model, find_files
+from sft_dist.parallel.sequence import ALONE, SequenceGroup, refuse_what_cannot_be_cut, share_dropout
 
 FROM_FILES = ("full", "lora", "rslora")  # methods whose adapters do not start from the values of the base
 
@@ -43,18 +45,31 @@ class Network:
         return causal_lm(self.model).config
 
 
-def build_network(recipe: Recipe, compute: torch.dtype, device: torch.device, *, vocab_size: int) -> Network:
-    """Load the model on the CPU and tune it for `device`. `vocab_size` is the tokenizer's.
+def build_network(
+    recipe: Recipe,
+    compute: torch.dtype,
+    device: torch.device,
+    *,
+    vocab_size: int,
+    sequence: SequenceGroup = ALONE,
+) -> Network:
+    """Load the model on the CPU and tune it for `device`. `vocab_size` is the tokenizer's; the ranks of a `sequence`
+    group cut rows among them.
 
     Raises ConfigError with the way out.
     """
     dtype = base_dtype(recipe, compute)
     model = load_model(recipe.model, dtype=dtype, seed=recipe.run.seed, vocab_size=vocab_size)
-    return tune(model, recipe, compute, device)
+    return tune(model, recipe, compute, device, sequence)
 
 
 def build_empty_network(
-    recipe: Recipe, compute: torch.dtype, device: torch.device, *, vocab_size: int
+    recipe: Recipe,
+    compute: torch.dtype,
+    device: torch.device,
+    *,
+    vocab_size: int,
+    sequence: SequenceGroup = ALONE,
 ) -> Network | None:
     """The same network with its weights left in their files, to be read when it is sharded. None where that cannot be:
     random weights, methods that need the base's values, files under other names or in other formats."""
@@ -65,7 +80,7 @@ def build_empty_network(
         return None
     model = empty_model(recipe.model, dtype=base_dtype(recipe, compute))
     check_vocabulary(model, vocab_size)
-    network = tune(model, recipe, compute, device)
+    network = tune(model, recipe, compute, device, sequence)
     return None if files.gap(network.model) else replace(network, files=files)
 
 
@@ -74,13 +89,22 @@ def base_dtype(recipe: Recipe, compute: torch.dtype) -> torch.dtype:
     return DTYPES[recipe.precision.master] if recipe.tuning.method == "full" else compute
 
 
-def tune(model: PreTrainedModel, recipe: Recipe, compute: torch.dtype, device: torch.device) -> Network:
+def tune(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    compute: torch.dtype,
+    device: torch.device,
+    sequence: SequenceGroup = ALONE,
+) -> Network:
     """Choose kernels for `device`, apply the tuning; what is trained is in the master dtype."""
     backend = attention.choose_backend(recipe.model.attention, model.config, device, compute)
     packs = recipe.data.packing != "padded"
+    if sequence.size > 1:
+        refuse_what_cannot_be_cut(model.config, sequence.size, DROPOUTS)
     if packs:
-        attention.install(model, backend.name)
-    tuned = apply_tuning(model, recipe.tuning, recipe.run.seed)
+        attention.install(model, backend.name, sequence.across)
+    tuned = apply_tuning(model, recipe.tuning, recipe.run.seed, compute)
+    share_dropout(tuned, sequence)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPES[recipe.precision.master])

@@ -16,25 +16,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sft_dist.certify import Check, certify
 from sft_dist.config.auto import Choices, Facts, choose, compute_dtype
+from sft_dist.config.elastic import ELASTIC, check_micro_batches
 from sft_dist.config.identity import identity, refuse_changes
 from sft_dist.config.loader import load_resolved
 from sft_dist.config.schema import Recipe
-from sft_dist.data.loader import Loader
+from sft_dist.data.loader import Loader, Plan, VerifiedDocuments
 from sft_dist.data.plan import PackPlan
 from sft_dist.data.planning import heldout_plan, train_plan
 from sft_dist.data.prepare import PreparedData, prepare
 from sft_dist.data.store import TokenStore
+from sft_dist.data.stream_plan import StreamPlan
+from sft_dist.data.stream_store import AnyStore
 from sft_dist.errors import CheckpointError, ConfigError, DataError
 from sft_dist.models.adapters import frozen_digest, is_adapter
 from sft_dist.models.load import DTYPES, load_tokenizer
 from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers
 from sft_dist.models.recompute import compile_layers, keep_activations
+from sft_dist.models.rotary import refuse_shared_turns
 from sft_dist.models.weight_files import give_memory
 from sft_dist.network import Network, build_empty_network, build_network
 from sft_dist.observe.header import batch_equation, certificate_line, count
@@ -43,7 +48,8 @@ from sft_dist.optim import build_optimizer
 from sft_dist.parallel.build import CASTS_ITSELF, build_engine
 from sft_dist.parallel.engine import Engine, global_numel
 from sft_dist.parallel.messages import broadcast_json
-from sft_dist.parallel.runtime import Runtime
+from sft_dist.parallel.runtime import Runtime, read_place
+from sft_dist.parallel.sequence import SequenceGroup, sequence_group
 from sft_dist.resilience.heartbeat import heart
 
 PAD_MULTIPLE_CPU = 8
@@ -63,7 +69,7 @@ class Inputs:
 class Split:
     """A planned data split with this rank's loader."""
 
-    plan: PackPlan
+    plan: PackPlan | StreamPlan
     loader: Loader
 
 
@@ -87,16 +93,19 @@ class Parts:
         """End the loaders' threads."""
         for split in (self.train, *self.heldout.values()):
             split.loader.close()
+        self.inputs.data.close()
 
 
 def read_inputs(recipe: Recipe, notice: Callable[[str], None]) -> Inputs:
     """Tokenizer and prepared data. Concurrent ranks share the preparation through the cache's lock."""
     tokenizer = load_tokenizer(recipe.model)
-    return Inputs(recipe, tokenizer, prepare(recipe, tokenizer, notice=notice, progress=_beat_while_preparing))
+    is_first_here = read_place()[2] == 0
+    data = prepare(recipe, tokenizer, notice=notice, progress=_beat_while_preparing, reads_streams=is_first_here)
+    return Inputs(recipe, tokenizer, data)
 
 
 def _beat_while_preparing(done: int, total: int) -> None:
-    heart().beat(0, "prepare")
+    heart().stay("prepare")
 
 
 def build_parts(inputs: Inputs, place: Runtime, run_dir: Path, chosen: Choices | None = None) -> Parts:
@@ -106,10 +115,18 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path, chosen: Choices |
     Raises ConfigError or CertificateError with the way out.
     """
     recipe = inputs.recipe
+    sequence = sequence_group(recipe.parallel.sequence, place)
     recorded = broadcast_json(read_fingerprint(run_dir) if place.is_main else None)
     compute = recorded["choices"]["compute"] if recorded else compute_dtype(recipe, place.device.type)
-    network, choices = _network(inputs, recorded, DTYPES[compute], place)
+    network, choices = _network(inputs, recorded, DTYPES[compute], place, sequence)
     choices = chosen or choices
+    if recipe.run.deterministic == ELASTIC:
+        check_micro_batches(place.world_size, choices.micro_batches_per_step)
+    refuse_shared_turns(
+        network.config,
+        longest_example(inputs),
+        is_alone=recipe.data.packing == "none" and choices.packs_per_micro_batch == sequence.size == 1,
+    )
     plan = train_plan(recipe, choices, inputs.data.train)
     frozen = broadcast_json(frozen_digest(network.model, network.value) if place.is_main else None)
     fingerprint = make_fingerprint(inputs, choices, plan, frozen)
@@ -118,8 +135,8 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path, chosen: Choices |
             refuse_changes(recorded[part], fingerprint[part], str(run_dir), explain_inputs(recipe))
     shape = decoder_shape(network.model)
     engine = spread(network, recipe, choices, place)
-    checks = prove_boundaries(network, engine, recipe, place)
-    split = lambda store, plan: Split(plan, _loader(recipe, inputs, choices, place, store, plan))  # noqa: E731
+    checks = prove_boundaries(network, engine, recipe, place, sequence)
+    split = lambda store, plan: Split(plan, _loader(recipe, inputs, choices, place, sequence, store, plan))  # noqa: E731
     heldout = {} if inputs.data.eval is None else inputs.data.eval.by_source()
     return Parts(
         recipe=recipe,
@@ -137,18 +154,26 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path, chosen: Choices |
 
 
 def _network(
-    inputs: Inputs, recorded: dict[str, Any] | None, compute: torch.dtype, place: Runtime
+    inputs: Inputs, recorded: dict[str, Any] | None, compute: torch.dtype, place: Runtime, sequence: SequenceGroup
 ) -> tuple[Network, Choices]:
     """The network and what is chosen for it. Its weights stay in their files where the engine will read its shards."""
-    recipe, store = inputs.recipe, inputs.data.train
+    recipe, store, vocab_size = inputs.recipe, inputs.data.train, len(inputs.tokenizer)
     needs = (recipe, compute, place.device)
     may_shard = recipe.parallel.strategy == "fsdp2" or (recipe.parallel.strategy == "auto" and place.world_size > 1)
-    if may_shard and (network := build_empty_network(*needs, vocab_size=len(inputs.tokenizer))):
+    if may_shard and (network := build_empty_network(*needs, vocab_size=vocab_size, sequence=sequence)):
         choices = _choices(recipe, recorded, network.model, store, place)
         if choices.strategy == "fsdp2":
             return network, choices
-    network = build_network(*needs, vocab_size=len(inputs.tokenizer))
+    network = build_network(*needs, vocab_size=vocab_size, sequence=sequence)
     return network, _choices(recipe, recorded, network.model, store, place)
+
+
+def longest_example(inputs: Inputs) -> int:
+    """Tokens of the longest example of any split; of a stream, what its longest may have."""
+    if inputs.recipe.data.streams:
+        return inputs.recipe.data.seq_len
+    splits = (inputs.data.train, inputs.data.eval)
+    return max(int(np.max(store.lengths)) for store in splits if isinstance(store, TokenStore))
 
 
 def spread(network: Network, recipe: Recipe, choices: Choices, place: Runtime) -> Engine:
@@ -166,14 +191,20 @@ def spread(network: Network, recipe: Recipe, choices: Choices, place: Runtime) -
     autocast = network.compute if choices.strategy not in CASTS_ITSELF and network.compute != torch.float32 else None
     return build_engine(
         choices.strategy,
-        PackedCausalLM(network.model, network.head, autocast_dtype=autocast),
+        PackedCausalLM(network.model, network.head, autocast_dtype=autocast, neftune_alpha=recipe.optim.neftune_alpha),
         layers,
         place,
         network.compute,
-        partial(build_optimizer, optim=recipe.optim, lr=choices.lr),
+        partial(
+            build_optimizer,
+            optim=recipe.optim,
+            lr=choices.lr,
+            rounding_seed=recipe.run.seed if recipe.precision.stochastic_rounding else None,
+        ),
         offload=recipe.parallel.offload,
         dp_replicate=recipe.parallel.dp_replicate,
         fill=None if network.files is None else partial(_fill, network, place.device),
+        exact=recipe.run.deterministic == ELASTIC,
     )
 
 
@@ -184,7 +215,9 @@ def _fill(network: Network, device: torch.device, packed: nn.Module) -> None:
     network.files.fill(network.model)
 
 
-def prove_boundaries(network: Network, engine: Engine, recipe: Recipe, place: Runtime) -> list[Check]:
+def prove_boundaries(
+    network: Network, engine: Engine, recipe: Recipe, place: Runtime, sequence: SequenceGroup
+) -> list[Check]:
     """The certificate of this model under this engine. Raises CertificateError with the way out."""
     with engine.evaluating():
         return certify(
@@ -196,6 +229,7 @@ def prove_boundaries(network: Network, engine: Engine, recipe: Recipe, place: Ru
             device=place.device,
             dtype=network.compute,
             seed=recipe.run.seed,
+            sequence=sequence,
         )
 
 
@@ -223,8 +257,10 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
     offloaded = "" if recipe.parallel.offload == "none" else f"{recipe.parallel.offload} offloaded, "
     replicas = recipe.parallel.dp_replicate
     mesh = "" if replicas == 1 else f"{replicas} replicas x {place.world_size // replicas} shards, "
+    shared_by = recipe.parallel.sequence
+    cut_among = "" if shared_by == 1 else f", each row cut among {shared_by} (sequence parallel)"
     store = parts.inputs.data.train
-    share = store.num_loss_tokens.sum() / store.lengths.sum()
+    so_far = " in the first window of a stream" if recipe.data.streams else ""
     return [
         ("run", f"{recipe.run.name} in {recipe.run.dir}, attempt {attempt}, seed {recipe.run.seed}"),
         (
@@ -235,18 +271,22 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
         ),
         (
             "data",
-            f"{len(store):,} examples, {int(store.lengths.sum()):,} tokens, {share:.1%} supervised, "
+            f"{len(store):,} examples, {store.num_tokens:,} tokens{so_far}, {store.supervised_share:.1%} supervised, "
             f"{len(parts.inputs.data.eval or ()):,} held out, template {parts.inputs.data.template.name}",
         ),
         (
             "engine",
             f"{parts.engine.name}, {offloaded}{mesh}{place.world_size} process(es) on {place.device.type}, "
-            f"{place.num_threads} thread(s) each; {choices.strategy_reason or 'as recorded'}",
+            f"{place.num_threads} thread(s) each{cut_among}; {choices.strategy_reason or 'as recorded'}",
         ),
         (
             "batch",
             batch_equation(
-                choices.packs_per_micro_batch, recipe.data.seq_len, choices.micro_batches_per_step, place.world_size
+                choices.packs_per_micro_batch,
+                recipe.data.seq_len,
+                choices.micro_batches_per_step,
+                place.world_size,
+                shared_by,
             ),
         ),
         (
@@ -265,7 +305,9 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
     ]
 
 
-def make_fingerprint(inputs: Inputs, choices: Choices, plan: PackPlan, frozen: str | None) -> dict[str, Any]:
+def make_fingerprint(
+    inputs: Inputs, choices: Choices, plan: PackPlan | StreamPlan, frozen: str | None
+) -> dict[str, Any]:
     """What must not change between attempts (`recipe`, `inputs`), what `auto` became, and versions for the record."""
     return {
         "recipe": identity(inputs.recipe),
@@ -275,7 +317,7 @@ def make_fingerprint(inputs: Inputs, choices: Choices, plan: PackPlan, frozen: s
     }
 
 
-def data_fingerprint(inputs: Inputs, plan: PackPlan) -> dict[str, Any]:
+def data_fingerprint(inputs: Inputs, plan: PackPlan | StreamPlan) -> dict[str, Any]:
     """Hashes of what the steps are made from."""
     data, template = inputs.data, inputs.data.template
     return {
@@ -287,7 +329,7 @@ def data_fingerprint(inputs: Inputs, plan: PackPlan) -> dict[str, Any]:
     }
 
 
-def reopen(run_dir: Path, notice: Callable[[str], None]) -> tuple[Inputs, Choices, PackPlan]:
+def reopen(run_dir: Path, notice: Callable[[str], None]) -> tuple[Inputs, Choices, PackPlan | StreamPlan]:
     """What the run in `run_dir` is made from, proven to be what it recorded; no model is loaded.
 
     Raises CheckpointError when it is no run folder or its record is damaged, DataError when its data changed.
@@ -330,7 +372,7 @@ def read_fingerprint(run_dir: Path) -> dict[str, Any] | None:
 
 
 def _choices(
-    recipe: Recipe, recorded: dict[str, Any] | None, model: nn.Module, store: TokenStore, place: Runtime
+    recipe: Recipe, recorded: dict[str, Any] | None, model: nn.Module, store: AnyStore, place: Runtime
 ) -> Choices:
     """New runs choose; resumed runs keep what was chosen, whatever the world size is now.
 
@@ -347,7 +389,7 @@ def _choices(
         num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
-        num_train_tokens=int(store.lengths.sum()),
+        num_train_tokens=store.num_tokens,
         num_train_examples=len(store),
         world_size=place.world_size,
         device=place.device.type,
@@ -365,19 +407,28 @@ def memory_bytes(place: Runtime) -> int:
 
 
 def _loader(
-    recipe: Recipe, inputs: Inputs, choices: Choices, place: Runtime, store: TokenStore, plan: PackPlan
+    recipe: Recipe,
+    inputs: Inputs,
+    choices: Choices,
+    place: Runtime,
+    sequence: SequenceGroup,
+    store: VerifiedDocuments,
+    plan: Plan,
 ) -> Loader:
     """Rows have one fixed size on GPUs (kernels and allocator like that); on CPUs padding would only cost time."""
     fixed = place.device.type == "cuda" and recipe.data.packing != "padded"
     return Loader(
         store,
         plan,
-        rank=place.rank,
-        world_size=place.world_size,
+        rank=place.rank // sequence.size,
+        world_size=place.world_size // sequence.size,
         packing=recipe.data.packing,
         pad_token_id=pad_token_id(inputs.tokenizer),
-        pad_to_multiple_of=choices.packs_per_micro_batch * recipe.data.seq_len if fixed else PAD_MULTIPLE_CPU,
+        pad_to_multiple_of=sequence.pad_multiple(
+            choices.packs_per_micro_batch * recipe.data.seq_len if fixed else PAD_MULTIPLE_CPU
+        ),
         device=place.device,
+        cut=sequence.cut,
     )
 
 

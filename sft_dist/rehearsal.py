@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from sft_dist.config.auto import Choices
 from sft_dist.data.plan import PackPlan
+from sft_dist.data.stream_plan import StreamPlan
 from sft_dist.errors import ConfigError
 from sft_dist.observe.perf import peak_memory_gib
 from sft_dist.parts import Parts
@@ -98,18 +99,19 @@ def rehearse(parts: Parts, worst: MicroBatch) -> None:
 def most_rounds(parts: Parts) -> int:
     """Micro-batches of a step on one rank."""
     number = parts.choices.micro_batches_per_step
-    return 2 if number is None else -(-number // parts.place.world_size)
+    return 2 if number is None else -(-number * parts.recipe.parallel.sequence // parts.place.world_size)
 
 
-def worst_micro_batch(plan: PackPlan) -> MicroBatch:
-    """The micro-batch with the most token slots; of those the one whose documents cost most."""
-    count = min(plan.num_steps, STEPS_LOOKED_AT)
+def worst_micro_batch(plan: PackPlan | StreamPlan) -> MicroBatch:
+    """The micro-batch with the most token slots; of those the one whose documents cost most. Of a stream, which cannot
+    be looked through, that of its first step."""
+    count = 1 if isinstance(plan, StreamPlan) else min(plan.num_steps, STEPS_LOOKED_AT)
     steps = sorted({1 + round(i * (plan.num_steps - 1) / max(1, count - 1)) for i in range(count)})
     found = (micro_batch for number in steps for micro_batch in plan.step(number).micro_batches)
     return max(found, key=lambda packs: (_slots(plan, packs), sum(pack.cost for pack in packs)))
 
 
-def _slots(plan: PackPlan, packs: MicroBatch) -> int:
+def _slots(plan: PackPlan | StreamPlan, packs: MicroBatch) -> int:
     """Places of the micro-batch; those of a padded one are as long as its longest row."""
     if plan.spec.packing == "padded":
         return len(packs) * max(pack.num_tokens for pack in packs)

@@ -26,7 +26,7 @@ from sft_dist.data.collate import batch_digest, collate
 from sft_dist.data.inspect import ExampleView, PackView, view_example, view_packs
 from sft_dist.errors import ConfigError
 from sft_dist.models import attention
-from sft_dist.models.adapters import apply_tuning
+from sft_dist.models.adapters import apply_tuning_plain
 from sft_dist.models.load import DTYPES, load_model
 from sft_dist.models.packed import PackedCausalLM, pick_head
 from sft_dist.observe.metrics import read_metrics
@@ -123,16 +123,17 @@ def newest_before(run_dir: Path, step: int) -> Path | None:
 def _model(replayed: Replayed, checkpoint: Path | None) -> PackedCausalLM:
     """The run's model with the weights of `checkpoint`."""
     recipe, tokenizer = replayed.inputs.recipe, replayed.inputs.tokenizer
-    master = DTYPES[recipe.precision.master]
-    base = master if recipe.tuning.method == "full" else DTYPES[replayed.choices.compute]
+    master, compute = DTYPES[recipe.precision.master], DTYPES[replayed.choices.compute]
+    base = master if recipe.tuning.method == "full" else compute
     model = load_model(recipe.model, dtype=base, seed=recipe.run.seed, vocab_size=len(tokenizer))
     if recipe.data.packing != "padded":
         backend = attention.choose_backend("auto", model.config, CPU, DTYPES[COMPUTE])
         attention.install(model, backend.name)
-    tuned = apply_tuning(model, recipe.tuning, recipe.run.seed)
+    tuned = apply_tuning_plain(model, recipe.tuning, recipe.run.seed, compute)
     if checkpoint is not None:
         _fill(tuned, checkpoint)
-    return PackedCausalLM(tuned.float(), pick_head("reference", CPU)[1]).train()
+    head = pick_head("reference", CPU)[1]
+    return PackedCausalLM(tuned.float(), head, neftune_alpha=recipe.optim.neftune_alpha).train()
 
 
 def _fill(model: torch.nn.Module, checkpoint: Path) -> None:

@@ -16,13 +16,11 @@ if __name__ == "__main__":
     die_with_ancestors()  # before the slow imports: a launcher killed meanwhile must not leave this process behind
     answer_with_stacks()
 
-import math
 import os
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -31,43 +29,44 @@ import torch
 import torch.distributed as dist
 
 from sft_dist import milestones
+from sft_dist.checkpoint.background import BackgroundSaver
+from sft_dist.checkpoint.disk import explain, is_storage_failure
+from sft_dist.checkpoint.hub_push import check_hub, push
 from sft_dist.checkpoint.manager import CheckpointManager
-from sft_dist.config.auto import FEW_STEPS, cadence, refuse_uneven_mesh
+from sft_dist.config.auto import FEW_STEPS, cadence, refuse_uneven, refuse_uneven_mesh
+from sft_dist.config.elastic import ELASTIC, check_world
 from sft_dist.config.environment import check_launcher
 from sft_dist.config.identity import check_recipe
-from sft_dist.config.loader import load_recipe, load_resolved
+from sft_dist.config.loader import adoptions, load_recipe, load_resolved
 from sft_dist.config.overrides import split_arguments
 from sft_dist.config.schema import Recipe
+from sft_dist.config.srun import adopt_srun
 from sft_dist.data.ledger import fold
 from sft_dist.data.loader import LoadedStep
-from sft_dist.data.store import TokenStore
-from sft_dist.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, SftError
+from sft_dist.data.stream_store import AnyStore
+from sft_dist.errors import EXIT_DONE, EXIT_STOPPED, SftError
 from sft_dist.job import Job
 from sft_dist.layout_certificate import certify_layout
 from sft_dist.milestones import Position
 from sft_dist.models.packed import causal_lm
+from sft_dist.nonfinite import skip_or_stop
 from sft_dist.observe.header import certificate_line
 from sft_dist.observe.metrics import read_metrics, rises, roll_back
 from sft_dist.observe.perf import peak_flops, peak_memory_gib, step_flops
+from sft_dist.observe.trackers import check_trackers
 from sft_dist.optim import lr_at, set_lr
 from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime, read_place, runtime, seed_for
 from sft_dist.parts import Inputs, Parts, build_parts, header_rows, read_fingerprint, read_inputs
 from sft_dist.rehearsal import fit
+from sft_dist.resilience.corruption import audit, baseline
+from sft_dist.resilience.ending import run_and_end
 from sft_dist.resilience.heartbeat import heart
+from sft_dist.resilience.lease import LEASE_VARIABLE
 from sft_dist.resilience.orphan import launcher_commands
 from sft_dist.resilience.run_folder import attempt_dir, claim, put_aside, write_exit_code
-from sft_dist.types import StepMetrics, StepPlan
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one step found out, equal on every rank."""
-
-    loss: float
-    grad_norm: float
-    stop: bool
+from sft_dist.types import StepMetrics, StepPlan, StepResult
 
 
 def train_step(
@@ -81,29 +80,40 @@ def train_step(
     stop: bool,
 ) -> StepResult:
     """One optimizer step. The loss is the sum over the global batch divided once by its global weight."""
-    divisor = loaded.step.loss_weight_sum
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    for round_, (index, batch) in enumerate(zip(loaded.indices, loaded.batches, strict=True)):
-        torch.manual_seed(
-            seed_for(seed, loaded.step.step, index)
-        )  # dropout depends on the micro-batch, not on the rank
-        with engine.accumulate(round_ == len(loaded.batches) - 1):
-            micro_sum = engine.forward(batch.to(device))
-            (micro_sum / divisor).backward()
-        loss_sum += micro_sum.detach()
+    losses = sum_gradients(engine, loaded, seed, device)
     grad_norm = engine.clip_grad_norm(max_norm)
 
-    verdict = torch.stack([loss_sum, torch.tensor(float(stop), dtype=torch.float64, device=device)])
-    dist.all_reduce(verdict)  # one verdict for all ranks: the loss, and whether anyone was asked to stop
-    result = StepResult(verdict[0].item() / divisor, grad_norm.item(), verdict[1].item() > 0)
-    if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+    verdict = torch.cat([losses, losses.new_tensor([float(stop)]), grad_norm.double()[None]])
+    dist.all_reduce(verdict)  # one for all ranks, also where only one of them met a NaN or was asked to stop
+    loss_sum = verdict[: len(loaded.step.micro_batches)].sum()  # in the plan's order, whoever computed them
+    result = StepResult(
+        loss=loss_sum.item() / loaded.step.loss_weight_sum,
+        grad_norm=verdict[-1].item() / dist.get_world_size(),  # equal on all ranks: exact
+        stop=verdict[-2].item() > 0,
+    )
+    if result.is_finite:
         set_lr(engine.optimizer, lr)
         engine.optimizer.step()
     engine.optimizer.zero_grad(set_to_none=True)
     return result
 
 
-def loop(parts: Parts, job: Job, manager: CheckpointManager, done: Position) -> bool:
+def sum_gradients(engine: Engine, loaded: LoadedStep, seed: int, device: torch.device) -> torch.Tensor:
+    """Gradients of the step's loss into the parameters. Returns float64 [micro-batches, filled rounds included]: the
+    loss sums of those this rank computed, zeros elsewhere."""
+    losses = torch.zeros(len(loaded.batches) * dist.get_world_size(), dtype=torch.float64, device=device)
+    for round_, (index, batch) in enumerate(zip(loaded.indices, loaded.batches, strict=True)):
+        torch.manual_seed(
+            seed_for(seed, loaded.step.step, index)
+        )  # dropout depends on the micro-batch, not on the rank
+        with engine.accumulate(round_ == len(loaded.batches) - 1):
+            micro_sum = engine.forward(batch.to(device))
+            (micro_sum / loaded.step.loss_weight_sum).backward()
+        losses[index] = micro_sum.detach()
+    return losses
+
+
+def loop(parts: Parts, job: Job, saver: BackgroundSaver, done: Position) -> bool:
     """The steps behind `done` to the end of the plan. False when asked to stop before it; the state is saved then."""
     recipe, num_steps = parts.recipe, parts.train.plan.num_steps
     patience = recipe.eval.early_stopping
@@ -112,9 +122,10 @@ def loop(parts: Parts, job: Job, manager: CheckpointManager, done: Position) -> 
     log_every = cadence(recipe.log.every_steps, num_steps, parts=20)
     stop_after = recipe.optim.stop_after_step or num_steps
     losses = broadcast_json([x["eval_loss"] for x in read_metrics(job.run_dir) if x["kind"] == "eval"])
-    ledger = done.ledger
+    first, audit_every = done.step + 1, recipe.resilience.audit_every
+    at_start = baseline(parts.engine) if audit_every else None
     job.console.start(done.step, num_steps)
-    for step in range(done.step + 1, num_steps + 1):
+    for step in range(first, num_steps + 1):
         if patience and rises(losses, patience):
             job.console.say(f"early stopping: validation loss did not improve in {patience} evaluations")
             return True
@@ -123,6 +134,8 @@ def loop(parts: Parts, job: Job, manager: CheckpointManager, done: Position) -> 
         started = time.perf_counter()
         job.beat(step, "data")
         loaded = parts.train.loader.step(step)
+        if at_start and audit_every and step % audit_every == 0:
+            audit(parts.engine, at_start, parts.train.loader.micro_batch(step, 0).to(parts.place.device), step)
         job.beat(step, "train")
         lr = lr_at(step, parts.choices.lr, num_steps, recipe.optim.schedule, recipe.optim.warmup_fraction)
         result = train_step(
@@ -135,9 +148,11 @@ def loop(parts: Parts, job: Job, manager: CheckpointManager, done: Position) -> 
             stop=bool(job.stop),
         )
         metrics = measure(parts, loaded, result, lr, job.attempt, time.perf_counter() - started)
-        refuse_nonfinite(metrics, loaded)
-        job.record(metrics, num_steps, due=step % log_every == 0 or step in (done.step + 1, num_steps))
-        ledger = fold(ledger, loaded.step)
+        again = partial(sum_gradients, parts.engine, loaded, recipe.run.seed, parts.place.device)
+        skipped = skip_or_stop(parts, job, loaded, result, done.skipped, again)
+        job.record(metrics, loaded.step, num_steps, due=step % log_every == 0 or step in (first, num_steps))
+        done = Position(step, fold(done.ledger, loaded.step), skipped)
+        saver.commit_written()
 
         is_last, stopping = step == num_steps, result.stop or step == stop_after
         if is_last or step % evaluate_every == 0:
@@ -145,7 +160,8 @@ def loop(parts: Parts, job: Job, manager: CheckpointManager, done: Position) -> 
             losses += milestones.evaluate(parts, step, job.run_dir, job.log)
         if is_last or stopping or step % save_every == 0:
             job.beat(step, "save")
-            milestones.save(parts, manager, Position(step, ledger), job.run_dir)
+            leaves = is_last or stopping
+            milestones.save(parts, saver, done, job.run_dir, may_fail=not leaves)
         if stopping and not is_last:
             return False
     return True
@@ -157,10 +173,11 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
     fitted = fit(partial(build_parts, inputs, place, job.run_dir), resumed=resumed, say=job.console.say)
     parts = fitted.parts
     try:
-        manager = CheckpointManager(job.run_dir, inputs.recipe.checkpoint.keep, notice=job.console.say)
+        keep = inputs.recipe.checkpoint.keep
+        manager = CheckpointManager(job.run_dir, keep, notice=job.console.say, ready=job.settle, fence=job.check_lease)
         rows = [*header_rows(parts, job.attempt), ("layout", prove_layout(parts)), ("rehearsal", fitted.told)]
         done = resume(parts, job, manager)
-        job.open_records(inputs.recipe, parts.fingerprint, inputs.data.report.as_dict(), rows)
+        job.open_records(inputs.recipe, parts.fingerprint, inputs.data.report_now().as_dict(), rows)
         dist.barrier()
         num_steps = parts.train.plan.num_steps
         if num_steps < FEW_STEPS:
@@ -171,8 +188,12 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
             job.beat(0, "evaluate")
             milestones.check_answers(parts, "before", job.run_dir)
             milestones.evaluate(parts, 0, job.run_dir, job.log)
-        finished = loop(parts, job, manager, done)
+        saver = BackgroundSaver(manager)
+        finished = loop(parts, job, saver, done)
+        saver.commit_written(wait=True)
         job.console.stop()
+        if inputs.recipe.data.streams:
+            job.write_report(inputs.data.report_now().as_dict())
         job.beat(num_steps, "finish")
         if not finished:
             anew = inputs.recipe.checkpoint.resume == "never"
@@ -181,9 +202,15 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
             return EXIT_STOPPED
         exported = milestones.restore_best(parts, manager, job)
         milestones.check_answers(parts, "after", job.run_dir)
-        milestones.export(parts, job.run_dir)
+        certificate = milestones.export(parts, job.run_dir)
+        if certificate is not None:
+            job.console.say(f"export       {certificate.line()}")
         if place.is_main:
             job.console.say(milestones.describe(milestones.finish(job.run_dir, exported), job.run_dir))
+            if inputs.recipe.hub.push_to:
+                job.console.say(
+                    push(job.run_dir / "export", inputs.recipe.hub, f"{inputs.recipe.run.name}, {num_steps} steps")
+                )
         return EXIT_DONE
     finally:
         parts.close()
@@ -216,8 +243,8 @@ def measure(
     """One line of metrics.jsonl; counts are global."""
     step, place = loaded.step, parts.place
     peak = peak_flops(place.device)
-    lengths = parts.inputs.data.train.lengths
-    squares = sum(int(lengths[i]) ** 2 for pack in step.packs for i in pack.example_ids)
+    examples = np.array([example for pack in step.packs for example in pack.example_ids])
+    squares = int((parts.inputs.data.train.lengths[examples].astype(np.int64) ** 2).sum())
     flops = step_flops(parts.shape, step.num_tokens, squares, step.num_loss_tokens)
     return StepMetrics(
         step=step.step,
@@ -236,7 +263,7 @@ def measure(
     )
 
 
-def tokens_by_source(store: TokenStore, step: StepPlan) -> dict[str, int] | None:
+def tokens_by_source(store: AnyStore, step: StepPlan) -> dict[str, int] | None:
     """Source of the recipe -> tokens of it in this step; None where there is but one."""
     if len(store.sources) < 2:
         return None
@@ -245,22 +272,13 @@ def tokens_by_source(store: TokenStore, step: StepPlan) -> dict[str, int] | None
     return {name: int(count) for name, count in zip(store.sources, counts, strict=True) if count}
 
 
-def refuse_nonfinite(metrics: StepMetrics, loaded: LoadedStep) -> None:
-    """Stop on NaN or infinity; the update of this step was not applied."""
-    if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
-        examples = [i for pack in loaded.step.packs for i in pack.example_ids]
-        raise NonFiniteError(
-            f"step {metrics.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}; no update was applied. "
-            f"Examples of the step: {examples[:20]}. Lower optim.lr, or inspect them with `sft-dist data inspect`"
-        )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The worker: `--resolved RUN_DIR/config.yaml` from our launcher, else recipes and settings as users write them.
 
     Returns 0 on an orderly end; the code itself (75 for "run again to continue") goes to logs/attempt_N/exit_code,
     because torchrun would turn any other into 1.
     """
+    adopt_srun(os.environ)
     is_main = read_place()[0] == 0
     try:
         code, folder = run_worker(sys.argv[1:] if argv is None else argv)
@@ -279,31 +297,49 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
     is_main = read_place()[0] == 0
     notice = print if is_main else lambda text: None
     recipe, adopted = check_launcher(read_recipe(argv), launchers=launcher_commands())
-    refuse_uneven_mesh(recipe, read_place()[1])  # before the data are prepared
-    for line in adopted:
+    refuse_uneven(recipe, read_place()[1])  # before the data are prepared
+    refuse_uneven_mesh(recipe, read_place()[1])
+    for line in [*told(argv), *adopted]:
         notice(line)
+    elastic = recipe.run.deterministic == ELASTIC
+    if elastic:
+        check_world(read_place()[1])
     run_dir, anew = Path(recipe.run.dir), recipe.checkpoint.resume == "never"
     if not anew:
         check_recipe(recipe)
     if not anew and (run_dir / "summary.json").exists():
         notice(f"the run in {run_dir} is finished: {run_dir / 'export'}; choose another run.dir to train anew")
         return EXIT_DONE, None
+    check_trackers(recipe)
+    check_hub(recipe.hub)
     heart().beat(0, "prepare")
     inputs = read_inputs(recipe, notice)
     heart().beat(0, "build")
     with ExitStack() as stack:
-        place = stack.enter_context(runtime())
+        place = stack.enter_context(runtime(num_threads=1 if elastic else None))
         attempt = broadcast_json(take_attempt(run_dir, stack) if place.is_main else None)
         if anew and place.is_main and (aside := put_aside(run_dir, attempt)):
             notice(f"checkpoint.resume=never: what earlier attempts left is in {aside}")
         job = stack.enter_context(Job(run_dir, attempt, place.rank))
         folder = attempt_dir(run_dir, attempt) if place.is_main else None
         try:
-            return train(inputs, job, place), folder
+            with failing_storage(run_dir):
+                return train(inputs, job, place), folder
         except SftError as error:
             if folder is not None:
                 write_exit_code(folder, error.exit_code)
             raise
+
+
+@contextmanager
+def failing_storage(run_dir: Path) -> Iterator[None]:
+    """A disk that is full, fails or went away, wherever the run meets it, ends it with one line and 74."""
+    try:
+        yield
+    except OSError as error:
+        if not is_storage_failure(error):
+            raise
+        raise explain(Path(error.filename or run_dir), error) from error
 
 
 def read_recipe(argv: Sequence[str]) -> Recipe:
@@ -313,14 +349,21 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
     return load_recipe(*split_arguments(argv))
 
 
+def told(argv: Sequence[str]) -> list[str]:
+    """What the recipe took from other programs' files; our launcher has told it already."""
+    return [] if argv[:1] == ["--resolved"] else adoptions(*split_arguments(argv))
+
+
 def take_attempt(run_dir: Path, stack: ExitStack) -> int:
     """Number of this attempt. Our launcher has claimed the folder already; other launchers leave that to rank 0."""
     if "SFT_ATTEMPT" in os.environ:
         return int(os.environ["SFT_ATTEMPT"])
     claimed = claim(run_dir, sys.argv)
     stack.callback(claimed.lock.release)
+    stack.enter_context(claimed.lock.lease.kept())
+    os.environ[LEASE_VARIABLE] = claimed.lock.lease.token
     return claimed.attempt
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_end(main)

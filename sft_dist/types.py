@@ -6,6 +6,7 @@ B rows and S columns of a padded micro-batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -98,6 +99,7 @@ class PackedBatch:
     Packed: tensors are [1, T], segments described by `cu_seqlens`, `attention_mask` is None.
     Padded: tensors are [B, S], `attention_mask` is [B, S] (1 = real token), `cu_seqlens` is None.
     Padding in a packed row is a trailing document of its own without labels.
+    Under sequence parallel a rank holds a slice [1, T/k] of the row; `cu_seqlens` and `max_seqlen` are the whole row's.
     """
 
     input_ids: torch.Tensor  # int64
@@ -126,8 +128,23 @@ class PackedBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step found out, equal on every rank."""
+
+    loss: float
+    grad_norm: float
+    stop: bool
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the update was applied."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+@dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """One line of `metrics.jsonl`, kind `step`. Counts are global (all ranks), seconds are wall time of the step."""
+    """One line of `metrics.jsonl`, kind `step` (`skipped` when no update was applied). Counts are global (all ranks),
+    seconds are wall time of the step."""
 
     step: int
     attempt: int

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Tests never wait for a model hub, and never believe to be a worker of the launcher that runs them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SFT_NNODES"):
     os.environ.pop(_name, None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +11,10 @@ from pathlib import Path
 
 from sft_dist.errors import StorageError
 
+# What a full, failing, read-only or vanished file system answers.
+STORAGE_ERRNOS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE, errno.ENODEV, errno.ENXIO}
+)
 SPACE_MARGIN = 1.1  # free space wanted, as a multiple of the data's bytes
 
 
@@ -45,20 +50,38 @@ def free_name(path: Path) -> Path:
 
 
 @contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """An OSError inside becomes a StorageError that names the place and how much room there is."""
+def storage_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
+    """An OSError inside becomes a StorageError that names the place, what was to be written and how much room there is.
+
+    Connections are no storage: their errors pass.
+    """
     try:
         yield
+    except ConnectionError:
+        raise
     except OSError as error:
-        raise explain(path, error) from error
+        raise explain(path, error, needed_bytes) from error
 
 
-def explain(path: Path, error: OSError) -> StorageError:
-    """One line: where, what the system said, and the room left there."""
-    existing = next((place for place in (path, *path.parents) if place.exists()), Path("/"))
-    room = gib(shutil.disk_usage(existing).free)
+def explain(path: Path, error: OSError, needed_bytes: int = 0) -> StorageError:
+    """One line: where, what the system said, what was to be written and the room left there."""
+    needs = f"needs {gib(needed_bytes)}, has " if needed_bytes else ""
     reason = error.strerror or str(error)
-    return StorageError(f"{path}: cannot be written ({reason}); {room} free: make room or move run.dir")
+    return StorageError(f"{path}: cannot be written ({reason}); {needs}{_room(path)} free: make room or move run.dir")
+
+
+def is_storage_failure(error: OSError) -> bool:
+    """Whether the file system failed, rather than the program asking for something that is not there."""
+    return error.errno in STORAGE_ERRNOS
+
+
+def _room(path: Path) -> str:
+    """Free space where `path` is or was to be; a file system that fails may not even say that."""
+    try:
+        existing = next((place for place in (path, *path.parents) if place.exists()), Path("/"))
+        return gib(shutil.disk_usage(existing).free)
+    except OSError:
+        return "unknown room"
 
 
 def gib(num_bytes: int) -> str:

@@ -21,7 +21,8 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ from sft_dist.checkpoint.shards import (
 from sft_dist.errors import CheckpointError, StorageError
 
 PARTIAL_PREFIX = ".tmp-"
+FAILURES_LIMIT = 3  # failed saves in a row: by then more work would be lost than the disk is worth waiting for
 FAIL_POINTS = (
     "before write",
     "after write",
@@ -74,8 +76,10 @@ def print_notice(text: str) -> None:
 class CheckpointManager:
     """Saves, finds and loads the checkpoints of one run folder; hold the run's lock while one exists.
 
-    `keep` newest ones stay. `notice` gets each line that a user should see (rank 0 only). `fail_point` is called with
-    each name of FAIL_POINTS as the commit passes it: tests kill the process there.
+    `keep` newest ones stay. `notice` gets each line that a user should see (rank 0 only). `ready` is called on rank 0
+    before each save, and an OSError of it fails the save: what the checkpoint stands for has to be on disk before it.
+    `fence` is called on rank 0 right before the rename and raises LockedError when the folder has another owner by now.
+    `fail_point` is called with each name of FAIL_POINTS as the commit passes it: tests kill the process there.
     """
 
     def __init__(
@@ -84,16 +88,43 @@ class CheckpointManager:
         keep: int = 2,
         *,
         notice: Callable[[str], None] = print_notice,
+        ready: Callable[[], None] = lambda: None,
+        fence: Callable[[], None] = lambda: None,
         fail_point: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.run_dir, self.keep = Path(run_dir), keep
         self.folder = self.run_dir / FOLDER_NAME
         self.ranks = Ranks()
-        self._notice, self._fail_point = notice, fail_point
+        self._notice, self._fail_point, self._ready, self._fence = notice, fail_point, ready, fence
+        self._failures = 0  # in a row
         self._proven: set[Path] = set()
         self._on_main(self._clear_leftovers)
 
     # ---- saving
+
+    def try_save(
+        self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, also_keep: int | None = None
+    ) -> Path | None:
+        """`save`, where the run can go on without: None, with a notice, when the disk is full, failing or read-only.
+
+        Raises StorageError when that was the third time in a row.
+        """
+        path = None
+        with self.tolerating(step):
+            path = self.save(step, tensors, meta, also_keep=also_keep)
+        return path
+
+    @contextmanager
+    def tolerating(self, step: int) -> Iterator[None]:
+        """A StorageError of the save of `step` becomes a notice, unless it is the third in a row."""
+        try:
+            yield
+        except StorageError as error:
+            self._failures += 1
+            if self._failures == FAILURES_LIMIT:
+                raise StorageError(f"{error} ({FAILURES_LIMIT} saves in a row have failed)") from error
+            left = FAILURES_LIMIT - self._failures
+            self._notice(f"warning: step {step} was not saved: {error}; training goes on, {left} more may fail")
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, also_keep: int | None = None
@@ -105,52 +136,87 @@ class CheckpointManager:
         A good checkpoint of that step is left as it is. Raises, on all ranks alike, StorageError when it cannot be
         written and NonFiniteError when a tensor holds a NaN or infinity; older checkpoints are untouched then.
         """
+        partial = self.open(step, tensors)
+        if partial is not None:
+            with self.discarding(partial):
+                files = self.write(partial, tensors, self.ranks)
+                self.commit(step, partial, tensors, files, meta)
+            self.retire(also_keep)
+        return self.folder / step_name(step)
+
+    def open(self, step: int, tensors: Mapping[str, Tensor]) -> Path | None:
+        """A fresh folder with room for `tensors`; None when a good checkpoint of `step` is there already."""
         target = self.folder / step_name(step)
         if self.ranks.from_main(target.exists()) and self._is_good(target):
-            return target
+            return None
         partial = self.folder / f"{PARTIAL_PREFIX}{self.ranks.from_main(secrets.token_hex(8))}"
+        self._on_main(lambda: self._make_room(partial, num_bytes(tensors)), num_bytes(tensors))
+        return partial
+
+    def write(self, partial: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, FileEntry]:
+        """Every rank's part of finite `tensors`, durable, and its digest. `ranks`: of the thread that calls."""
+        with ranks.together():
+            check_finite(tensors)
+        self._fail_point("before write")
+        with ranks.together():
+            write_shards(partial, tensors, ranks)
+        self._fail_point("after write")
+        return self._hash_written(partial, num_bytes(tensors), ranks)
+
+    def commit(
+        self,
+        step: int,
+        partial: Path,
+        tensors: Mapping[str, Tensor],
+        files: Mapping[str, FileEntry],
+        meta: Mapping[str, Any],
+    ) -> None:
+        """Make what `write` gave the checkpoint of `step`."""
+        target = self.folder / step_name(step)
+        manifest = Manifest(
+            step=step,
+            files=dict(files),
+            tensors=describe_tensors(tensors),
+            meta=dict(meta),
+            versions=_versions(),
+            world_size=self.ranks.world_size,
+            written=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        )
+        self._on_main(lambda: self._commit(partial, target, manifest), num_bytes(tensors))
+        self._proven.add(target)
+        self._failures = 0
+
+    def retire(self, also_keep: int | None) -> None:
+        """Delete what is neither among the newest nor the checkpoint of step `also_keep`."""
         try:
-            self._write(partial, tensors)
-            manifest = Manifest(
-                step=step,
-                files=self._hash_written(partial),
-                tensors=describe_tensors(tensors),
-                meta=dict(meta),
-                versions=_versions(),
-                world_size=self.ranks.world_size,
-                written=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            )
-            self._on_main(lambda: self._commit(partial, target, manifest))
+            self._on_main(lambda: self._retire(also_keep))
+        except StorageError as error:  # what was saved stays saved
+            self._notice(f"warning: old checkpoints were not deleted: {error}")
+
+    @contextmanager
+    def discarding(self, partial: Path) -> Iterator[None]:
+        """Whatever fails inside, `partial` does not stay."""
+        try:
+            yield
         except BaseException:
             if self.ranks.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-        self._proven.add(target)
-        self._on_main(lambda: self._retire(also_keep))
-        return target
-
-    def _write(self, partial: Path, tensors: Mapping[str, Tensor]) -> None:
-        with self.ranks.together():
-            check_finite(tensors)
-        self._on_main(lambda: self._make_room(partial, num_bytes(tensors)))
-        self._fail_point("before write")
-        with self.ranks.together():
-            write_shards(partial, tensors, self.ranks)
-        self._fail_point("after write")
 
     def _make_room(self, partial: Path, size: int) -> None:
+        self._ready()
         check_space(self.folder, size)
         partial.mkdir()
 
-    def _hash_written(self, partial: Path) -> dict[str, FileEntry]:
+    def _hash_written(self, partial: Path, size: int, ranks: Ranks) -> dict[str, FileEntry]:
         """Sizes and digests of the files of all ranks; each rank makes its own durable and hashes them."""
         mine: dict[str, list[int | str]] = {}
-        with self.ranks.together(), storage_errors(partial):
-            for path in sorted(partial.glob(shard_pattern(self.ranks.rank))):
+        with ranks.together(), storage_errors(partial, size):
+            for path in sorted(partial.glob(shard_pattern(ranks.rank))):
                 fsync_path(path)
                 entry = hash_file(path)
                 mine[path.name] = [entry.size, entry.sha256]
-        return {name: FileEntry(*entry) for part in self.ranks.gather(mine) for name, entry in part.items()}
+        return {name: FileEntry(*entry) for part in ranks.gather(mine) for name, entry in part.items()}
 
     def _commit(self, partial: Path, target: Path, manifest: Manifest) -> None:
         present = {entry.name for entry in os.scandir(partial)}
@@ -161,6 +227,7 @@ class CheckpointManager:
         self._fail_point("after manifest")
         fsync_path(partial)
         self._fail_point("before rename")
+        self._fence()
         rename_fresh(partial, target)
         self._fail_point("after rename")
         fsync_path(self.folder)
@@ -240,11 +307,11 @@ class CheckpointManager:
 
     # ---- shared
 
-    def _on_main(self, action: Callable[[], None]) -> None:
+    def _on_main(self, action: Callable[[], None], needed_bytes: int = 0) -> None:
         """Run `action` on rank 0; its error, if any, is raised on all ranks."""
         with self.ranks.together():
             if self.ranks.is_main:
-                with storage_errors(self.folder):
+                with storage_errors(self.folder, needed_bytes):
                     action()
 
     def _clear_leftovers(self) -> None:

@@ -12,10 +12,19 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sft_dist.errors import CheckpointError, NonFiniteError, SftError, StorageError
+from sft_dist.errors import (
+    CertificateError,
+    CheckpointError,
+    LockedError,
+    NonFiniteError,
+    SftError,
+    StorageError,
+)
 from sft_dist.parallel.messages import gather_json
 
-_KINDS: dict[str, type[SftError]] = {kind.__name__: kind for kind in (StorageError, CheckpointError, NonFiniteError)}
+_KINDS: dict[str, type[SftError]] = {
+    kind.__name__: kind for kind in (StorageError, CheckpointError, NonFiniteError, CertificateError, LockedError)
+}
 
 
 class Ranks:

@@ -42,7 +42,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> N
         cause = first_cause(error)
         if not isinstance(cause, OSError):
             raise
-        raise explain(folder, cause) from error
+        raise explain(folder, cause, num_bytes(tensors)) from error
 
 
 def read_shards(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks | None = None) -> None:

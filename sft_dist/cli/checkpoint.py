@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from sft_dist.checkpoint.catalog import Checkpoint, list_checkpoints, set_aside
@@ -27,6 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action.set_defaults(func=function)
     export.add_argument("--step", type=int, help="default: the newest good checkpoint")
     export.add_argument("--merge", action="store_true", help="fold the adapter into its base model")
+    export.add_argument("--max-file-gb", type=float, default=5.0, metavar="GB", help="of one weights file (default 5)")
     export.add_argument("--out", type=Path, help="default: RUN_DIR/export, or RUN_DIR/export-merged with --merge")
 
 
@@ -72,6 +74,7 @@ def verify_them(args: argparse.Namespace) -> int:
 def export_one(args: argparse.Namespace) -> int:
     """Make a model folder from one checkpoint."""
     from sft_dist.checkpoint.export import export_from_checkpoint
+    from sft_dist.checkpoint.export_certificate import Words
     from sft_dist.data.templates import resolve_template
     from sft_dist.models.load import load_tokenizer
 
@@ -79,18 +82,14 @@ def export_one(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(recipe.model)
     template = resolve_template(recipe.data.chat_template, tokenizer)
     out = args.out or args.run_dir / ("export-merged" if args.merge else "export")
-    stop_token_ids = template.stop_token_ids(tokenizer)
-    export_from_checkpoint(
-        args.run_dir,
-        recipe,
-        tokenizer,
-        template.text,
-        out,
-        step=args.step,
-        merge=args.merge,
-        stop_token_ids=stop_token_ids,
+    words = Words(tokenizer, template.text, template.stop_token_ids(tokenizer))
+    certificate = export_from_checkpoint(
+        args.run_dir, recipe, words, out, step=args.step, merge=args.merge, file_bytes=int(args.max_file_gb * 1e9)
     )
-    print(json.dumps({"path": str(out)}) if args.json else out)
+    if args.json:
+        print(json.dumps({"path": str(out), "certificate": asdict(certificate)}))
+    else:
+        print(f"{out}   {certificate.line()}")
     return EXIT_DONE
 
 

@@ -9,8 +9,9 @@ from typing import Any
 from sft_dist.cli.arguments import add_recipe_arguments, read_recipe
 from sft_dist.cli.inputs import check_inputs
 from sft_dist.config.export import annotate_recipe, json_schema, settings
-from sft_dist.config.loader import load_recipe, origins
+from sft_dist.config.loader import adoptions, load_recipe, origins
 from sft_dist.config.overrides import split_arguments
+from sft_dist.config.world import describe_world
 from sft_dist.errors import ConfigError
 
 
@@ -26,6 +27,8 @@ def add_parser(subparsers: Any) -> None:
         parser = verbs.add_parser(name, help=text, description=text)
         add_recipe_arguments(parser)
         parser.add_argument("--json", action="store_true", help="print JSON")
+        if func is check:
+            parser.add_argument("--nproc", type=int, metavar="N", help="also say what it means for N processes")
         parser.set_defaults(func=func)
     parser = verbs.add_parser(
         "schema", help="JSON Schema of recipes, for editors", description="Print the JSON Schema: one for all recipes."
@@ -65,10 +68,15 @@ def check(args: argparse.Namespace) -> int:
     recipe = read_recipe(args.items)
     check_inputs(recipe)
     given = sum(place != "default" for place in origins(*split_arguments(args.items)).values())
+    if args.nproc is not None and args.nproc < 1:
+        raise ConfigError(f"--nproc {args.nproc}: must be at least 1")
+    world = describe_world(recipe, args.nproc) if args.nproc else None
     if args.json:
-        print(json.dumps({"ok": True, "settings": given}))
-    else:
-        print(f"ok: {given} settings given, the rest are defaults; every named file is there")
+        print(json.dumps({"ok": True, "settings": given, "world": world}))
+        return 0
+    print(f"ok: {given} settings given, the rest are defaults; every named file is there")
+    for line in [*adoptions(*split_arguments(args.items)), *([world] if world else [])]:
+        print(f"    {line}")
     return 0
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sft_dist.config.auto import Choices
     from sft_dist.data.inspect import PackView
     from sft_dist.data.prepare import PreparedData
-    from sft_dist.data.store import TokenStore
+    from sft_dist.data.stream_store import AnyStore
 
 _EXAMPLES_AFTER_PREPARE = 3
 _WORLD_SIZES = (1, 2, 4, 8, 64, 1024)
@@ -128,12 +128,17 @@ def plan_them(args: argparse.Namespace) -> int:
     from sft_dist.data.planning import train_plan
 
     recipe, _, data = _prepared(args)
+    if data.indexed is None:
+        raise ConfigError(
+            "data.sources are streamed and planned as they are read: `data inspect --step N` shows a step, and the "
+            "report of a run all of them"
+        )
     asked = 1 if args.world_size is None else args.world_size
     if asked < 1:
         raise ConfigError(f"--world-size {asked}: must be 1 or more")
-    choices = _choices(recipe, data.train, asked)
-    plan = train_plan(recipe, choices, data.train)
-    tokens_per_step = data.train.num_tokens / plan.steps_per_epoch
+    choices = _choices(recipe, data.indexed, asked)
+    plan = train_plan(recipe, choices, data.indexed)
+    tokens_per_step = data.indexed.num_tokens / plan.steps_per_epoch
     figures = {
         "steps": plan.num_steps,
         "steps_per_epoch": plan.steps_per_epoch,
@@ -169,7 +174,7 @@ def _prepared(args: argparse.Namespace) -> tuple[Recipe, PreTrainedTokenizerFast
         return recipe, tokenizer, prepare(recipe, tokenizer, notice=lambda text: None, progress=progress)
 
 
-def _choices(recipe: Recipe, store: TokenStore, world_size: int) -> Choices:
+def _choices(recipe: Recipe, store: AnyStore, world_size: int) -> Choices:
     """What `auto` becomes for a new run on this machine, from the architecture alone: no weights are read."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -199,7 +204,7 @@ def _choices(recipe: Recipe, store: TokenStore, world_size: int) -> Choices:
 
 
 def _asked_rows(
-    args: argparse.Namespace, recipe: Recipe, store: TokenStore, tokenizer: PreTrainedTokenizerFast
+    args: argparse.Namespace, recipe: Recipe, store: AnyStore, tokenizer: PreTrainedTokenizerFast
 ) -> list[int]:
     """The rows of `--row`; else of those that `--source` and `--grep` leave the longest, the first or a sample."""
     import numpy as np
@@ -212,7 +217,7 @@ def _asked_rows(
     if args.row:
         return list(args.row)
     if args.source is None and args.grep is None:
-        longest = np.argsort(-store.lengths, kind="stable")[: args.n].tolist() if args.longest else None
+        longest = np.argsort(-np.asarray(store.lengths), kind="stable")[: args.n].tolist() if args.longest else None
         return longest or _sample(len(store), args.n, recipe.run.seed)
     found = find_rows(store, tokenizer, source=args.source, grep=args.grep)
     rows = sorted(found, key=lambda row: -store.lengths[row])[: args.n] if args.longest else list(islice(found, args.n))
@@ -223,7 +228,7 @@ def _asked_rows(
     return rows
 
 
-def _asked_packs(args: argparse.Namespace, recipe: Recipe, store: TokenStore) -> list[PackView]:
+def _asked_packs(args: argparse.Namespace, recipe: Recipe, store: AnyStore) -> list[PackView]:
     """The packs of `--step` or `--pack`, of the plan as `data plan` makes it."""
     if args.step is None and args.pack is None:
         return []

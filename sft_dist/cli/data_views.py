@@ -16,13 +16,13 @@ from sft_dist.data.inspect import LEGEND, ExampleView, PackView, terminal_text, 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from sft_dist.data.store import TokenStore
+    from sft_dist.data.stream_store import AnyStore
 
 _BAR = 60  # columns of a full pack
 _MOST_PACKS = 64  # of a step
 
 
-def views_of(store: TokenStore, rows: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> list[ExampleView]:
+def views_of(store: AnyStore, rows: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> list[ExampleView]:
     return [view_example(store.example(row), row=row, tokenizer=tokenizer) for row in rows]
 
 

@@ -28,12 +28,21 @@ def add_parser(subparsers: Any) -> None:
         metavar="RECIPE.yaml|key=value",
         help="whose run.dir and data.cache_dir are tried; without one: runs/ here",
     )
+    parser.add_argument(
+        "--cluster",
+        action="store_true",
+        help="look at the nodes of RECIPE.yaml CLUSTER.yaml: a job of its own on Slurm",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON value on stdout")
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit 0 when training can run; 2 with the first problem that keeps it from running."""
+    if args.cluster:
+        from sft_dist.cli.nodes import examine_nodes
+
+        return examine_nodes(read_recipe(args.items), as_json=args.json)
     run_dir, cache_dir = Path("runs/run"), Path("runs/.sft-cache")
     if args.items:
         recipe = read_recipe(args.items)

@@ -21,6 +21,10 @@ from sft_dist.errors import ConfigError, SftError
 VERBS = {
     "quickstart": "a small fine-tune from nothing, measured before and after",
     "train": "fine-tune on this machine",
+    "submit": "fine-tune on a Slurm cluster",
+    "slurm": "status, logs, cancel, requeue of a submitted run",
+    "where": "where each rank of a run is",
+    "fetch": "models and data from hubs into the cache",
     "estimate": "memory, time and cost before a run",
     "data": "prepare, inspect, count and plan training data",
     "certify": "prove boundaries, positions and masks on this model",

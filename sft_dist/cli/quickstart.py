@@ -23,7 +23,7 @@ RECIPE = "configs/quickstart.yaml"
 NUM_TRAIN = 100_000  # conversations
 NUM_TEST = 510  # thirty for each skill
 CPU_PROCESSES = 2
-BEFORE_A_CONFIG = {"lock", "logs"}  # what a run leaves that ended before it wrote its config.yaml
+BEFORE_A_CONFIG = {"lock", "lease.json", "logs"}  # what a run leaves that ended before it wrote its config.yaml
 
 
 def add_parser(subparsers: Any) -> None:

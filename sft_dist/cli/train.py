@@ -9,8 +9,12 @@ from typing import Any
 
 from sft_dist.cli.arguments import add_recipe_arguments
 from sft_dist.cli.inputs import check_inputs
-from sft_dist.config.loader import load_recipe
+from sft_dist.config.loader import adoptions, load_recipe
 from sft_dist.config.overrides import split_arguments
+from sft_dist.config.schema import Recipe
+from sft_dist.config.srun import is_srun_task
+from sft_dist.errors import ConfigError
+from sft_dist.resilience.ending import run_and_end
 
 
 def add_parser(subparsers: Any) -> None:
@@ -28,13 +32,34 @@ def run(args: argparse.Namespace) -> int:
     if inside_launcher(os.environ) and not args.dry_run:
         from sft_dist import train
 
-        return train.main([*files, *overrides])
-    check_inputs(load_recipe(files, overrides))
+        run_and_end(lambda: train.main([*files, *overrides]))
+    recipe = load_recipe(files, overrides)
+    check_inputs(recipe)
+    if recipe.cluster.target != "local" and not args.dry_run and not on_its_machines(os.environ):
+        return go_there(recipe, args)
+    for line in adoptions(files, overrides):
+        print(line)
     from sft_dist.launch import local
 
     return local.run(files, overrides, args.nproc, args.dry_run)
 
 
+def on_its_machines(environ: Mapping[str, str]) -> bool:
+    """Whether this process is already where `cluster:` wants the run: in a Slurm job, or below worker.sh."""
+    return "SFT_NNODES" in environ or "SLURM_JOB_ID" in environ
+
+
+def go_there(recipe: Recipe, args: argparse.Namespace) -> int:
+    """With cluster.target=ssh: become launch/ssh.sh. Slurm has a verb of its own."""
+    from sft_dist.launch.ssh import run_over_ssh
+
+    if recipe.cluster.target == "slurm":
+        raise ConfigError("cluster.target=slurm: hand it over with sft-dist submit, or say cluster.target=local")
+    if args.nproc is not None:
+        raise ConfigError(f"--nproc {args.nproc}: is for this machine: set cluster.processes_per_node")
+    return run_over_ssh(recipe, args.items)
+
+
 def inside_launcher(environ: Mapping[str, str]) -> bool:
     """Whether torchrun, accelerate, deepspeed or srun started this process as one of its workers."""
-    return "RANK" in environ or ("SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1)
+    return "RANK" in environ or is_srun_task(environ)

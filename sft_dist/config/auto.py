@@ -5,8 +5,10 @@ Decided once, when a run is new; a resumed run reads its own record, so another 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
+from sft_dist.config.compatibility import refusal
+from sft_dist.config.elastic import ELASTIC, NOMINAL_RANKS
 from sft_dist.config.schema import Recipe
 from sft_dist.errors import ConfigError
 
@@ -52,11 +54,15 @@ class Choices:
 
 
 def choose(recipe: Recipe, facts: Facts) -> Choices:
-    """Every `auto` that defines the numbers of a run."""
+    """Every `auto` that defines the numbers of a run. Raises ConfigError when the recipe rules out what was chosen."""
+    if recipe.run.deterministic == ELASTIC:
+        facts = replace(facts, world_size=NOMINAL_RANKS)
+    strategy, reason = _strategy(recipe, facts)
+    if found := refusal(recipe, strategy):
+        raise ConfigError(found)
     checkpointing = _activation_checkpointing(recipe, facts)
     micro_tokens = _micro_batch_tokens(recipe, facts, checkpointing)
     step_tokens = _step_tokens(recipe, facts, micro_tokens)
-    strategy, reason = _strategy(recipe, facts)
     return Choices(
         packs_per_micro_batch=micro_tokens // recipe.data.seq_len,
         micro_batches_per_step=None if recipe.batch.examples_per_step else step_tokens // micro_tokens,
@@ -83,6 +89,16 @@ def refuse_uneven_mesh(recipe: Recipe, world_size: int) -> None:
         )
 
 
+def refuse_uneven(recipe: Recipe, world_size: int) -> None:
+    """ConfigError where `parallel.sequence` does not divide the processes."""
+    size = recipe.parallel.sequence
+    if world_size % size:
+        raise ConfigError(
+            f"parallel.sequence={size}: {world_size} process(es) cannot form groups of {size}; "
+            f"start {-(-world_size // size) * size}, or set another parallel.sequence"
+        )
+
+
 def compute_dtype(recipe: Recipe, device: str) -> str:
     """bfloat16 where the hardware multiplies it faster; a CPU without such units is about ten times slower with it."""
     asked = recipe.precision.compute
@@ -99,6 +115,8 @@ def _learning_rate(recipe: Recipe, facts: Facts) -> float:
     field's full fine-tunes sit. Adapters take ten times that, at most 5e-3 (Hu et al., 2021 use 2e-4 at 7 B)."""
     if recipe.optim.lr != "auto":
         return recipe.optim.lr
+    if recipe.optim.name == "adafactor":
+        return 1e-2  # bounds a step relative to the weights; Shazeer and Stern, 2018
     full = min(2e-3, max(1e-5, 2e-3 * (2.6e5 / facts.num_parameters) ** 0.5))
     lr = full if recipe.tuning.method == "full" else min(5e-3, 10 * full)
     return float(f"{lr:.2g}")
@@ -110,6 +128,8 @@ def _strategy(recipe: Recipe, facts: Facts) -> tuple[str, str]:
     parallel = recipe.parallel
     if parallel.strategy != "auto":
         return parallel.strategy, "as the recipe says"
+    if recipe.run.deterministic == ELASTIC:
+        return "fsdp2", "the engine for run.deterministic=elastic"
     if parallel.dp_replicate > 1:
         return "fsdp2", f"parallel.dp_replicate={parallel.dp_replicate} is a mesh of it"
     if parallel.offload != "none":
@@ -137,7 +157,7 @@ def _activation_checkpointing(recipe: Recipe, facts: Facts) -> str:
         return recipe.memory.activation_checkpointing
     if recipe.memory.activation_offload:
         return "full"
-    return "full" if recipe.data.seq_len * _activation_bytes(facts) > 0.5 * facts.memory_bytes else "none"
+    return "full" if recipe.data.seq_len * _activation_bytes(recipe, facts) > 0.5 * facts.memory_bytes else "none"
 
 
 def _micro_batch_tokens(recipe: Recipe, facts: Facts, checkpointing: str) -> int:
@@ -146,14 +166,14 @@ def _micro_batch_tokens(recipe: Recipe, facts: Facts, checkpointing: str) -> int
         return asked
     if recipe.data.packing == "none":
         return seq_len
-    fits = int(0.3 * facts.memory_bytes / (_activation_bytes(facts) / (10 if checkpointing == "full" else 1)))
+    fits = int(0.3 * facts.memory_bytes / (_activation_bytes(recipe, facts) / (10 if checkpointing == "full" else 1)))
     ceiling = CPU_MICRO_BATCH_TOKENS if facts.device == "cpu" else 4 * CPU_MICRO_BATCH_TOKENS
     tokens = max(seq_len, min(fits, ceiling) // seq_len * seq_len)
     if recipe.batch.tokens_per_step != "auto":  # the step was fixed: give every rank a share of it and divide it evenly
         packs = recipe.batch.tokens_per_step // seq_len
-        share = max(1, min(tokens // seq_len, packs // facts.world_size))
+        share = max(1, min(tokens // seq_len, packs // _num_groups(recipe, facts)))
         return seq_len * max(k for k in range(1, share + 1) if packs % k == 0)
-    per_rank = _aimed_step_tokens(recipe, facts) // facts.world_size // seq_len * seq_len
+    per_rank = _aimed_step_tokens(recipe, facts) // _num_groups(recipe, facts) // seq_len * seq_len
     return max(seq_len, min(tokens, per_rank))
 
 
@@ -166,7 +186,7 @@ def _step_tokens(recipe: Recipe, facts: Facts, micro_tokens: int) -> int:
             )
         return asked
     aimed = _aimed_step_tokens(recipe, facts)
-    return max(1, facts.world_size, aimed // micro_tokens) * micro_tokens
+    return max(_num_groups(recipe, facts), aimed // micro_tokens) * micro_tokens
 
 
 def _aimed_step_tokens(recipe: Recipe, facts: Facts) -> int:
@@ -175,10 +195,16 @@ def _aimed_step_tokens(recipe: Recipe, facts: Facts) -> int:
     return max(recipe.data.seq_len, min(MAX_AUTO_STEP_TOKENS, total // AIM_STEPS))
 
 
-def _activation_bytes(facts: Facts) -> int:
-    """Bytes of activations per token without checkpointing: what autograd keeps of layers with two norms, four
-    projections and a gated MLP when replicas train all of it, which is the most any engine keeps (`estimate.memory`
-    counts it exactly). In bf16 on GPUs that is 59 per layer and hidden unit of an 8 B Llama, in float32 on CPUs 94."""
+def _num_groups(recipe: Recipe, facts: Facts) -> int:
+    """How many micro-batches are worked on at a time: one by each group of `parallel.sequence` processes."""
+    return max(1, facts.world_size // recipe.parallel.sequence)
+
+
+def _activation_bytes(recipe: Recipe, facts: Facts) -> float:
+    """Bytes of activations that a token of the row costs each rank without checkpointing: what autograd keeps of layers
+    with two norms, four projections and a gated MLP when replicas train all of it, which is the most any engine keeps
+    (`estimate.memory` counts exactly). In bf16 on GPUs 59 per layer and hidden unit of an 8 B Llama, in float32 on CPUs
+    94."""
     unit, inner = (31, 8) if facts.device == "cuda" else (38, 16)
     intermediate = facts.intermediate_size or 4 * facts.hidden_size
-    return facts.num_layers * (unit * facts.hidden_size + inner * intermediate)
+    return facts.num_layers * (unit * facts.hidden_size + inner * intermediate) / recipe.parallel.sequence

@@ -12,29 +12,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from sft_dist.config.deepspeed_file import STRATEGIES, adopt_file
 from sft_dist.config.schema import Recipe
+from sft_dist.config.wishes import Wish, adopt
 from sft_dist.errors import ConfigError
 
 PRECISIONS = {"bf16": "bfloat16", "no": "float32"}
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-PARALLEL_SIZES = ("DP_REPLICATE_SIZE", "TP_SIZE", "CP_SIZE", "SP_SIZE")
+PARALLEL_SIZES = ("DP_REPLICATE_SIZE", "TP_SIZE", "CP_SIZE")
 OFF = frozenset({"", "0", "no", "none", "false", "default"})
 REMEDY = (
     "use accelerate launch --multi_gpu --num_processes {n} -m sft_dist.train ..., or sft-dist train ... --nproc {n}"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """One setting of a launcher in our words: `variable=said` means `key=value`."""
-
-    variable: str
-    said: str
-    key: str
-    value: Any
 
 
 def check_launcher(
@@ -50,7 +41,10 @@ def check_launcher(
     _refuse_unavailable(environ)
     notices = []
     for wish in _wishes(environ, launchers):
-        recipe, notice = _adopt(recipe, wish)
+        recipe, notice = adopt(recipe, wish)
+        notices += notice
+    if _is_on(environ, "ACCELERATE_USE_DEEPSPEED"):
+        recipe, notice = adopt_file(recipe)
         notices += notice
     if _is_on(environ, "ACCELERATE_USE_CPU"):
         environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -94,9 +88,32 @@ def _wishes(environ: Mapping[str, str], launchers: Sequence[Sequence[str]]) -> l
     found.append(_flag_wish(environ, "ACCELERATE_USE_FSDP", "parallel.strategy", "fsdp2"))
     if _is_on(environ, "ACCELERATE_USE_FSDP"):
         found.append(_flag_wish(environ, "FSDP_ACTIVATION_CHECKPOINTING", "memory.activation_checkpointing", "full"))
+    size = environ.get("PARALLELISM_CONFIG_SP_SIZE", "1")
+    if _is_on(environ, "ACCELERATE_USE_PARALLELISM_CONFIG") and int(size) > 1:
+        found.append(Wish("PARALLELISM_CONFIG_SP_SIZE", size, "parallel.sequence", int(size)))
     if (clip := environ.get("ACCELERATE_GRADIENT_CLIPPING", "none")).lower() not in OFF:
         found.append(Wish("ACCELERATE_GRADIENT_CLIPPING", clip, "optim.max_grad_norm", float(clip)))
-    return [wish for wish in found if wish is not None]
+    return [wish for wish in found if wish is not None] + _deepspeed_wishes(environ)
+
+
+def _deepspeed_wishes(environ: Mapping[str, str]) -> list[Wish]:
+    """`--use_deepspeed`: its JSON file, or the stage and offloading that stand in accelerate's own words."""
+    if not _is_on(environ, "ACCELERATE_USE_DEEPSPEED"):
+        return []
+    if file := environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        return [Wish("ACCELERATE_DEEPSPEED_CONFIG_FILE", file, "parallel.deepspeed_config", file)]
+    stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if not stage.isdigit() or int(stage) not in STRATEGIES:
+        raise ConfigError(f"ACCELERATE_DEEPSPEED_ZERO_STAGE={stage}: must be one of {', '.join(map(str, STRATEGIES))}")
+    found = [Wish("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage, "parallel.strategy", STRATEGIES[int(stage)])]
+    for what, word in (("PARAM", "params"), ("OPTIMIZER", "optimizer")):
+        name = f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE"
+        device = environ.get(name, "none").lower()
+        if device not in ("cpu", "none"):
+            raise ConfigError(f"{name}={device}: only cpu memory is available; see parallel.offload")
+        if device == "cpu":
+            return [*found, Wish(name, device, "parallel.offload", word)]  # parameters mean the optimizer too
+    return found
 
 
 def _precision_wish(environ: Mapping[str, str], launchers: Sequence[Sequence[str]]) -> Wish | None:
@@ -114,24 +131,6 @@ def _flag_wish(environ: Mapping[str, str], variable: str, key: str, value: Any) 
     return Wish(variable, environ[variable], key, value) if _is_on(environ, variable) else None
 
 
-def _adopt(recipe: Recipe, wish: Wish) -> tuple[Recipe, list[str]]:
-    """Take the wish over where the recipe is silent; nothing to do where they agree; ConfigError where they differ."""
-    section_name, name = wish.key.split(".")
-    section = getattr(recipe, section_name)
-    current = getattr(section, name)
-    if current == wish.value:
-        return recipe, []
-    if name in section.model_fields_set and current != "auto":
-        raise ConfigError(
-            f"{wish.variable}={wish.said} means {wish.key}={wish.value}, but the recipe says {wish.key}={current}: "
-            f"change the launcher's setting or the recipe"
-        )
-    changed = section.model_copy(update={name: wish.value})
-    return recipe.model_copy(update={section_name: changed}), [
-        f"{wish.key}={wish.value} taken from {wish.variable}={wish.said}"
-    ]
-
-
 def _refuse_unavailable(environ: Mapping[str, str]) -> None:
     """Raise ConfigError for what a launcher asks and this version cannot do."""
     for name, reason in _unavailable(environ):
@@ -140,10 +139,6 @@ def _refuse_unavailable(environ: Mapping[str, str]) -> None:
 
 def _unavailable(environ: Mapping[str, str]) -> list[tuple[str, str]]:
     found = []
-    if _is_on(environ, "ACCELERATE_USE_DEEPSPEED"):
-        found.append(
-            ("ACCELERATE_USE_DEEPSPEED", "set parallel.strategy=zero1, zero2 or zero3 here instead of --use_deepspeed")
-        )
     if _is_on(environ, "ACCELERATE_USE_MEGATRON_LM"):
         found.append(
             ("ACCELERATE_USE_MEGATRON_LM", "not available; start with --multi_gpu, parallel.strategy=fsdp2 shards")
@@ -186,9 +181,15 @@ def _unused(environ: Mapping[str, str]) -> list[str]:
         "MIXED_PRECISION",
         "USE_CPU",
         "USE_FSDP",
+        "USE_PARALLELISM_CONFIG",
         "GRADIENT_CLIPPING",
         "GRADIENT_ACCUMULATION_STEPS",
         "DYNAMO_BACKEND",
+        "USE_DEEPSPEED",
+        "DEEPSPEED_ZERO_STAGE",
+        "DEEPSPEED_CONFIG_FILE",
+        "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
+        "DEEPSPEED_OFFLOAD_PARAM_DEVICE",
     )
     names = (name for name in environ if name.startswith("ACCELERATE_"))
     return sorted(n for n in names if n.removeprefix("ACCELERATE_") not in read and environ[n].lower() not in OFF)

@@ -158,10 +158,11 @@ def _number(text: str) -> float | None:
 
 # --- the table -----------------------------------------------------------------------------------------------------
 
-_ADAMW: dict[str, str | Translate] = dict.fromkeys(
-    ("adam", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "paged_adamw", "torch.optim.adamw"),
-    "adamw",
-)
+_ADAMW: dict[str, str | Translate] = {
+    **dict.fromkeys(("adam", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"), "adamw"),
+    **dict.fromkeys(("paged_adamw", "torch.optim.adamw"), "adamw"),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit", "paged_adamw_8bit"), "adamw8bit"),
+}
 _SCHEDULES: dict[str, str | Translate] = {
     "constant_with_warmup": "constant",
     "cosine_with_min_lr": "cosine",
@@ -188,9 +189,7 @@ _PLANNED = _drop("batches come from the pack plan, loaded ahead by one thread")
 _FULL, _LORA = "full", "lora"
 
 _TRAINED_PART = _switch(_set(data__loss_on="all"), _set(data__prompt_loss_weight="0.0"))
-_METHOD = _words(
-    "tuning.method", {"lora": _LORA, "full": _FULL, "none": _FULL, "": _FULL, "qlora": _later("qlora"), "freeze": _FULL}
-)
+_METHOD = _words("tuning.method", {"lora": _LORA, "full": _FULL, "none": _FULL, "": _FULL, "freeze": _FULL})
 
 NAMES: dict[str, Translate] = {
     # model
@@ -224,10 +223,11 @@ NAMES: dict[str, Translate] = {
     "use_peft": _switch(_set(tuning__method=_LORA), _set(tuning__method=_FULL)),
     "use_lora": _switch(_set(tuning__method=_LORA), _set(tuning__method=_FULL)),
     "use_rslora": _switch(_set(tuning__method="rslora"), _set(tuning__method=_LORA)),
-    "use_dora": _switch(_later("dora"), _set(tuning__method=_LORA)),
-    "load_in_4bit": _switch(_later("a quantised base (qlora)"), _drop("weights are never quantised")),
-    "load_in_8bit": _switch(_later("a quantised base (qlora)"), _drop("weights are never quantised")),
-    "quantization_bit": _later("a quantised base (qlora)"),
+    "use_dora": _switch(_set(tuning__method="dora"), _set(tuning__method=_LORA)),
+    "load_in_4bit": _switch(_set(tuning__method="qlora"), _drop("tuning.method=qlora is what quantises")),
+    "load_in_8bit": _switch(_set("in 4 bits", tuning__method="qlora"), _drop("tuning.method=qlora is what quantises")),
+    "quantization_bit": _set("in 4 bits", tuning__method="qlora"),
+    "num_virtual_tokens": _to("tuning.virtual_tokens"),
     "r": _to("tuning.rank"),
     "lora_r": _to("tuning.rank", "beside tuning.method: lora"),
     "lora_rank": _to("tuning.rank", "beside tuning.method: lora"),
@@ -305,8 +305,8 @@ NAMES: dict[str, Translate] = {
     "max_epochs": _epochs,
     "max_steps": _max_steps,
     "max_train_steps": _max_steps,
-    "neftune_noise_alpha": _later("NEFTune noise"),
-    "loraplus_lr_ratio": _later("LoRA+"),
+    "neftune_noise_alpha": _to("optim.neftune_alpha"),
+    "loraplus_lr_ratio": _to("optim.lora_plus_ratio"),
     # memory and processes
     "gradient_checkpointing": _switch(
         _set(memory__activation_checkpointing="full"), _set(memory__activation_checkpointing="none")
@@ -317,11 +317,14 @@ NAMES: dict[str, Translate] = {
     "enable_activation_checkpointing": _switch(
         _set(memory__activation_checkpointing="full"), _set(memory__activation_checkpointing="none")
     ),
+    "sequence_parallel_size": _to("parallel.sequence"),
+    "sequence_parallel_degree": _to("parallel.sequence"),
+    "context_parallel_size": _to("parallel.sequence"),
     "gradient_checkpointing_kwargs": _drop("memory.activation_checkpointing decides"),
     "use_liger_kernel": _switch(_set(kernels__head="auto"), _set(kernels__head="reference")),
     "fsdp": _set(parallel__strategy="fsdp2"),
     "fsdp_config": _set(parallel__strategy="fsdp2"),
-    "deepspeed": _later("DeepSpeed's own files: set parallel.strategy and parallel.offload"),
+    "deepspeed": _to("parallel.deepspeed_config"),
     "num_processes": _drop("it is an option of the command: --nproc N"),
     "nproc_per_node": _drop("it is an option of the command: --nproc N"),
     "ddp_find_unused_parameters": _drop("only trained parameters take part"),
@@ -344,9 +347,22 @@ NAMES: dict[str, Translate] = {
     "logging_steps": _to("log.every_steps"),
     "logging_dir": _drop("logs are in RUN_DIR/logs"),
     "report_to": _words(
-        "log.trackers", {"none": "[]", "[]": "[]", "tensorboard": "[tensorboard]", "all": "[tensorboard]"}
+        "log.trackers",
+        {
+            "none": "[]",
+            "[]": "[]",
+            "tensorboard": "[tensorboard]",
+            "wandb": "[wandb]",
+            "mlflow": "[mlflow]",
+            "all": "[tensorboard]",
+        },
     ),
-    "push_to_hub": _switch(_later("hub upload"), _drop("nothing is uploaded")),
+    "wandb_project": _to("log.project"),
+    "wandb_run_group": _to("log.group"),
+    "mlflow_experiment_name": _to("log.project"),
+    "push_to_hub": _switch(_drop("hub.push_to=owner/name uploads the export"), _drop("nothing is uploaded")),
+    "hub_model_id": _to("hub.push_to"),
+    "hub_private_repo": _to("hub.private"),
     "do_train": _drop("the verb says it: sft-dist train"),
     "do_eval": _EVALS_BY_STEPS,
     "stage": _drop("supervised fine-tuning is all there is"),

@@ -20,6 +20,7 @@ FREE_KEYS = (
     "checkpoint.",
     "eval.",
     "log.",
+    "hub.",
     "resilience.",
     "cluster.",
     "kernels.",

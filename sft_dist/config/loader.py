@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sft_dist.config import keys, overrides, yaml12
+from sft_dist.config.deepspeed_file import adopt_file
 from sft_dist.config.export import dump_recipe, json_schema, settings
 from sft_dist.config.resolve import build_recipe, node_at
 from sft_dist.config.schema import Recipe
@@ -18,7 +19,7 @@ from sft_dist.config.shipped import find_shipped
 from sft_dist.config.yaml12 import Branch, Leaf
 from sft_dist.errors import ConfigError
 
-__all__ = ["dump_recipe", "json_schema", "load_recipe", "load_resolved", "origins"]
+__all__ = ["adoptions", "dump_recipe", "json_schema", "load_recipe", "load_resolved", "origins"]
 
 MAX_BYTES = 1 << 20
 
@@ -28,18 +29,28 @@ def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
 
     Raises ConfigError with one line per mistake: file:line, key, value, rule or remedy.
     """
-    return build_recipe(_read_tree(files, overrides))
+    return adopt_file(build_recipe(_read_tree(files, overrides)))[0]
+
+
+def adoptions(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> list[str]:
+    """One line for each thing that the recipe took from `parallel.deepspeed_config`, and for what has no effect."""
+    return adopt_file(build_recipe(_read_tree(files, overrides)))[1]
 
 
 def load_resolved(path: str | Path) -> Recipe:
-    """The recipe of a run folder's `config.yaml`."""
-    return load_recipe([path])
+    """The recipe of a run folder's `config.yaml`; what it once adopted stands in it."""
+    return build_recipe(_read_tree([path], ()))
 
 
 def origins(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> dict[str, str]:
     """Where each setting of the resolved recipe comes from: `file:line`, `command line` or `default`."""
     tree = _read_tree(files, overrides)
-    return {path: _origin(tree, path) for path in settings(build_recipe(tree))}
+    recipe = build_recipe(tree)
+    adopted = settings(adopt_file(recipe)[0])
+    where = {path: _origin(tree, path) for path in settings(recipe)}
+    return where | {
+        path: str(recipe.parallel.deepspeed_config) for path in where if adopted[path] != settings(recipe)[path]
+    }
 
 
 def _origin(tree: Branch, path: str) -> str:

@@ -8,24 +8,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Auto = Literal["auto"]
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class Section(BaseModel):
-    """A node of the tree: strict types, no extra keys, immutable once resolved."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False)
+from sft_dist.config.cluster import ClusterSection
+from sft_dist.config.compatibility import refusal
+from sft_dist.config.section import Auto, Fraction, Positive, Section
 
 
 class RunSection(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     dir: str = "runs/run"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    deterministic: bool = False
+    deterministic: bool | Literal["elastic"] = False  # elastic: the same bits on 1, 2, 4, 8 ... processes
 
 
 class ModelSection(Section):
@@ -51,6 +45,7 @@ class ModelSection(Section):
 class PrecisionSection(Section):
     compute: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs, float32 on CPUs
     master: Literal["float32", "bfloat16"] = "float32"
+    stochastic_rounding: bool = False  # of bfloat16 masters and moments, so that small updates are not lost
     compile: bool = False  # torch.compile, layer by layer
 
     @model_validator(mode="after")
@@ -59,22 +54,40 @@ class PrecisionSection(Section):
             raise ValueError(
                 "precision.master=bfloat16 needs precision.compute=bfloat16: masters are never narrower than compute"
             )
+        if self.stochastic_rounding and self.master != "bfloat16":
+            raise ValueError(
+                "precision.stochastic_rounding needs precision.master=bfloat16: float32 masters lose no small update"
+            )
         return self
 
 
 class TuningSection(Section):
-    method: Literal["full", "lora", "rslora"] = "full"
+    method: Literal["full", "lora", "rslora", "dora", "qlora", "prefix", "prompt", "bitfit"] = "full"
     rank: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = 32
     dropout: Fraction = 0.0
     targets: str | list[str] = "all-linear"
     modules_to_save: list[str] = []
     freeze: list[str] = []  # patterns of parameter names kept fixed (full)
+    virtual_tokens: Positive = 20  # learned positions before every document (prefix, prompt)
+
+    @property
+    def is_low_rank(self) -> bool:
+        """LoRA or one of its relatives: matrices beside the base's own."""
+        return self.method in ("lora", "rslora", "dora", "qlora")
+
+    @property
+    def adds_adapter(self) -> bool:
+        """What is trained stands beside the base model, in a folder of its own."""
+        return self.method not in ("full", "bitfit")
 
     @model_validator(mode="after")
-    def _freezes_what_is_trained(self) -> TuningSection:
+    def _applies_what_is_set(self) -> TuningSection:
         if self.freeze and self.method != "full":
             raise ValueError(f"tuning.freeze needs tuning.method=full: {self.method} trains only what it adds")
+        for key in ("dropout", "modules_to_save"):
+            if getattr(self, key) and not self.is_low_rank:
+                raise ValueError(f"tuning.{key} needs tuning.method=lora, rslora, dora or qlora, not {self.method}")
         return self
 
 
@@ -103,6 +116,7 @@ class SourceSection(Section):
     split: str | None = None  # of a data set of the hub; train by default
     subset: str | None = None
     revision: str | None = None  # commit or tag of a data set of the hub
+    streaming: bool = False  # too big to index: read while training goes on; needs optim.max_steps
     weight: Annotated[float, Field(gt=0)] = 1.0  # copies per epoch; 0.5 takes half the rows, 2.0 each row twice
     repeat: Positive | None = None  # copies per epoch whatever data.mixture_temperature says; instead of weight
 
@@ -153,6 +167,11 @@ class DataSection(Section):
     cache_dir: str | None = None
     workers: Annotated[int, Field(ge=0)] | Auto = "auto"  # processes that tokenise; 0: none besides this one
 
+    @property
+    def streams(self) -> list[SourceSection]:
+        """The training sources that are streamed: all of them, or none."""
+        return [source for source in self.sources if source.streaming]
+
 
 class BatchSection(Section):
     tokens_per_micro_batch: Positive | Auto = "auto"
@@ -161,7 +180,7 @@ class BatchSection(Section):
 
 
 class OptimSection(Section):
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "adafactor", "muon"] = "adamw"
     lr: Annotated[float, Field(gt=0)] | Auto = "auto"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -169,6 +188,8 @@ class OptimSection(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_fraction: Fraction = 0.03
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    lora_plus_ratio: Annotated[float, Field(gt=0)] | None = None  # learning rate of LoRA's B over that of A
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = None  # noise on embeddings while training
     epochs: Positive = 3
     max_steps: Positive | None = None
     stop_after_step: Positive | None = None
@@ -177,19 +198,9 @@ class OptimSection(Section):
 class ParallelSection(Section):
     strategy: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
     offload: Literal["none", "optimizer", "params"] = "none"  # to CPU memory; `params` offloads the optimizer too
+    sequence: Positive = 1  # processes that share each micro-batch, every one holding that part of its tokens
     dp_replicate: Positive = 1  # HSDP: replicas of the sharded model; the shards of one are neighbouring processes
-
-    @model_validator(mode="after")
-    def _replicates_what_is_sharded(self) -> ParallelSection:
-        if self.dp_replicate > 1 and (self.strategy not in ("auto", "fsdp2") or self.offload != "none"):
-            with_ = (
-                f"parallel.offload={self.offload}" if self.offload != "none" else f"parallel.strategy={self.strategy}"
-            )
-            raise ValueError(
-                f"parallel.dp_replicate={self.dp_replicate} is a mesh of fsdp2, not for {with_}: set "
-                "parallel.strategy=fsdp2 and parallel.offload=none, or dp_replicate=1"
-            )
-        return self
+    deepspeed_config: str | None = None  # a DeepSpeed JSON file whose settings are adopted, or refused
 
     @model_validator(mode="after")
     def _offloads_what_is_partitioned(self) -> ParallelSection:
@@ -206,15 +217,6 @@ class MemorySection(Section):
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     activation_offload: bool = False  # what full checkpointing keeps waits in host memory
 
-    @model_validator(mode="after")
-    def _offloads_what_checkpointing_keeps(self) -> MemorySection:
-        if self.activation_offload and self.activation_checkpointing not in ("auto", "full"):
-            raise ValueError(
-                "memory.activation_offload moves the layers' inputs that full checkpointing keeps, not all that "
-                f"{self.activation_checkpointing} keeps: set memory.activation_checkpointing=full (or auto)"
-            )
-        return self
-
 
 class KernelsSection(Section):
     head: Literal["auto", "reference", "triton"] = "auto"
@@ -223,6 +225,7 @@ class KernelsSection(Section):
 class CheckpointSection(Section):
     every_steps: Positive | Auto = "auto"
     keep: Annotated[int, Field(ge=2)] = 2
+    background: bool = Field(True, alias="async")  # write while training goes on, from a copy in host memory
     resume: Literal["auto", "never"] = "auto"
 
 
@@ -236,17 +239,21 @@ class EvalSection(Section):
 
 class LogSection(Section):
     every_steps: Positive | Auto = "auto"
-    trackers: list[Literal["tensorboard"]] = []
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+    project: str | None = None  # of W&B; of MLflow the experiment
+    group: str | None = None
+
+
+class HubSection(Section):
+    push_to: str | None = Field(None, pattern=r"^[\w][\w.-]*/[\w][\w.-]*$")  # owner/name: the export goes there
+    private: bool = True  # whether a repository that is made for it is private
 
 
 class ResilienceSection(Section):
     hang_seconds: Annotated[float, Field(ge=1.0)] | Auto = "auto"  # without a sign of life inside a step
-    nonfinite: Literal["stop"] = "stop"
+    nonfinite: Literal["stop", "skip"] = "stop"  # skip: at most 3 steps in a row, 10 in all
     max_restarts: Annotated[int, Field(ge=0)] = 3  # by the local launcher, after a hang, a signal or a storage failure
-
-
-class ClusterSection(Section):
-    target: Literal["local"] = "local"
+    audit_every: Positive | None = None  # steps between proofs that all ranks hold and compute the same
 
 
 class Recipe(Section):
@@ -266,6 +273,7 @@ class Recipe(Section):
     eval: EvalSection = EvalSection()
     log: LogSection = LogSection()
     resilience: ResilienceSection = ResilienceSection()
+    hub: HubSection = HubSection()
     cluster: ClusterSection = ClusterSection()
 
     @field_validator("kernels", mode="before")
@@ -273,6 +281,12 @@ class Recipe(Section):
     def _kernels_by_one_word(cls, value: Any) -> Any:
         """`kernels: auto` and `kernels: reference` choose for all kernels at once."""
         return {"head": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _combines_what_works_together(self) -> Recipe:
+        if found := refusal(self):
+            raise ValueError(found)
+        return self
 
     @model_validator(mode="after")
     def _weighs_what_is_trained(self) -> Recipe:
@@ -301,19 +315,17 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _compiles_what_stays_whole(self) -> Recipe:
-        if not self.precision.compile:
-            return self
-        if self.memory.activation_checkpointing == "selective":
+    def _cuts_packed_rows_only(self) -> Recipe:
+        if self.parallel.sequence > 1 and self.data.packing == "padded":
             raise ValueError(
-                "precision.compile decides itself what a layer keeps, memory.activation_checkpointing=selective does "
-                "so by operation: set it to none or full, or precision.compile=false"
+                f"parallel.sequence={self.parallel.sequence} cuts packed rows, and data.packing=padded has none: "
+                "set data.packing=best_fit or none, or parallel.sequence=1"
             )
-        if self.parallel.strategy == "zero3" or self.parallel.offload == "params":
-            raise ValueError(
-                "precision.compile makes one graph of a layer, and zero3 gathers its matrices one by one inside it: "
-                "set parallel.strategy=fsdp2, or precision.compile=false"
-            )
+        return self
+
+    @model_validator(mode="after")
+    def _asks_of_streams_what_they_can(self) -> Recipe:
+        check_streams(self)
         return self
 
     @model_validator(mode="after")
@@ -329,28 +341,40 @@ class Recipe(Section):
         return self
 
 
+def check_streams(recipe: Recipe) -> None:
+    """Raise ValueError, with the remedy, where a recipe asks for what needs a streamed source to be counted first."""
+    data = recipe.data
+    for role in ("eval_sources", "test_sources"):
+        for number, source in enumerate(getattr(data, role)):
+            if source.streaming:
+                raise ValueError(f"data.{role}.{number}.streaming=true: only data.sources are streamed; leave it out")
+    if not data.streams:
+        return
+    whole = [n for n, source in enumerate(data.sources) if not source.streaming]
+    if whole:
+        raise ValueError(f"data.sources.{whole[0]} is not streamed but others are: set streaming=true for all, or none")
+    repeated = [f"data.sources.{n}.repeat" for n, source in enumerate(data.sources) if source.repeat]
+    asked = {
+        "data.eval_fraction": (data.eval_fraction, "set it to 0 and name data.eval_sources"),
+        "data.test_fraction": (data.test_fraction, "set it to 0 and name data.test_sources"),
+        "data.mixture_temperature": (data.mixture_temperature != 1.0, "give the sources a weight"),
+        "data.near_duplicates": (data.near_duplicates != "ignore", "set it to ignore"),
+        "data.filters.min_answer_tokens": (data.filters.min_answer_tokens, "leave it out"),
+        "data.filters.max_repetition": (data.filters.max_repetition != 1.0, "leave it out"),
+        "data.filters.drop_refusals": (data.filters.drop_refusals, "leave it out"),
+        **dict.fromkeys(repeated, (True, "give the sources a weight")),
+    }
+    for key, (is_set, remedy) in asked.items():
+        if is_set:
+            raise ValueError(f"{key} needs all rows at once, and data.sources are streamed: {remedy}")
+    if recipe.optim.max_steps is None:
+        raise ValueError("optim.max_steps is missing: nobody knows how long streamed data.sources are")
+    if recipe.batch.tokens_per_step == "auto" and recipe.batch.examples_per_step is None:
+        raise ValueError(
+            "batch.tokens_per_step=auto depends on the size of the data, and data.sources are streamed: set it, or "
+            "batch.examples_per_step"
+        )
+
+
 # Public keys, and values as `key=word`, that later versions implement; asking for one is refused with this text.
-NOT_YET: dict[str, str] = {
-    "precision.stochastic_rounding": "bf16 masters with stochastic rounding",
-    "optim.lora_plus_ratio": "LoRA+",
-    "optim.neftune_alpha": "NEFTune noise",
-    "parallel.sequence": "sequence parallel",
-    "parallel.deepspeed_config": "DeepSpeed's own files: set parallel.strategy and parallel.offload",
-    "checkpoint.async": "asynchronous checkpoints",
-    "resilience.audit_every": "the silent-corruption audit",
-    "log.project": "hosted trackers",
-    "log.group": "hosted trackers",
-    "hub": "hub upload",
-    "data.sources.*.streaming": "data sets of the hub that are never downloaded whole",
-    "run.deterministic=elastic": "bit-exact runs at any world size",
-    **dict.fromkeys(
-        [f"tuning.method={name}" for name in ("dora", "qlora", "prefix", "prompt", "bitfit")],
-        "other methods than LoRA",
-    ),
-    **dict.fromkeys([f"log.trackers={name}" for name in ("wandb", "mlflow")], "hosted trackers"),
-    **dict.fromkeys([f"cluster.target={name}" for name in ("ssh", "slurm")], "several machines"),
-    **dict.fromkeys(
-        [f"cluster.{name}" for name in ("nodes", "gpus_per_node", "partition", "account", "qos", "time", "container")],
-        "several machines",
-    ),
-}
+NOT_YET: dict[str, str] = {}

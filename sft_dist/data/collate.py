@@ -39,9 +39,9 @@ def collate(
     padding document without labels, so that a rank without work still takes part in every collective.
     """
     examples = [example for pack in micro_batch for example in pack.example_ids]
-    documents = [_shift(store.token_ids(example), store.loss_weights(example)) for example in examples]
+    given = [(store.token_ids(example), store.loss_weights(example)) for example in examples]
     padding = _Padding(pad_token_id, pad_to_multiple_of)
-    return (_padded if packing == "padded" else _packed)(documents, padding)
+    return _padded([_shift([one]) for one in given], padding) if packing == "padded" else _packed(given, padding)
 
 
 def batch_digest(step: StepPlan, store: Documents) -> str:
@@ -52,7 +52,7 @@ def batch_digest(step: StepPlan, store: Documents) -> str:
     digest = hashlib.sha256()
     for pack in step.packs:
         for example in pack.example_ids:
-            digest.update(store.token_ids(example).astype("<i4").tobytes())
+            digest.update(store.token_ids(example).astype("<i4", copy=False).tobytes())
     return digest.hexdigest()
 
 
@@ -83,25 +83,30 @@ class _Padding:
         return -length % self.multiple if length else self.multiple
 
 
-def _shift(input_ids: np.ndarray, loss_weights: np.ndarray) -> _Document:
-    """Position i learns token i + 1, with that token's weight; the last position learns nothing."""
-    targets = np.append(loss_weights[1:], np.float32(0.0))
+def _shift(documents: Sequence[tuple[np.ndarray, np.ndarray]]) -> _Document:
+    """(tokens, weights) of documents in a row: each position learns the next token of its document, with that token's
+    weight; the last of a document learns nothing. All at once: a hundred short ones take no longer than one long."""
+    input_ids, weights = (np.concatenate(column) for column in zip(*documents, strict=True))
+    targets = np.append(weights[1:], np.float32(0.0))
+    targets[np.cumsum([len(ids) for ids, _ in documents]) - 1] = 0.0
     labels = np.where(targets > 0, np.append(input_ids[1:], 0), IGNORE_INDEX)
     return _Document(input_ids.astype(np.int64), labels.astype(np.int64), targets)
 
 
-def _packed(documents: list[_Document], padding: _Padding) -> PackedBatch:
-    num_tokens = sum(map(len, documents))
-    missing = padding.missing(num_tokens)
-    segments = [*documents, padding.document(missing)] if missing else documents
-    lengths = [len(segment) for segment in segments]
-    row = _join(segments)
+def _packed(documents: list[tuple[np.ndarray, np.ndarray]], padding: _Padding) -> PackedBatch:
+    lengths = [len(input_ids) for input_ids, _ in documents]
+    num_tokens = sum(lengths)
+    segments = [_shift(documents)] if documents else []
+    if missing := padding.missing(num_tokens):
+        segments.append(padding.document(missing))
+        lengths.append(missing)
+    row, starts = _join(segments), np.cumsum([0, *lengths])
     return PackedBatch(
         input_ids=torch.from_numpy(row.input_ids)[None],
         labels=torch.from_numpy(row.labels)[None],
         loss_weights=torch.from_numpy(row.loss_weights)[None],
-        position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
-        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        position_ids=torch.from_numpy(np.arange(len(row)) - np.repeat(starts[:-1], lengths))[None],
+        cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         max_seqlen=max(lengths),
         num_tokens=num_tokens,
         num_loss_tokens=int(np.count_nonzero(row.labels != IGNORE_INDEX)),

@@ -53,18 +53,18 @@ def detect_format(record: Mapping[str, Any]) -> str:
     Raises BadRecord when none or several fit, or when the one that fits would drop a field that looks like input.
     """
     fits = [name for name, signature in _SIGNATURES.items() if signature(record)]
+    if len(fits) == 1 and not any(map(record.get, _UNREAD[fits[0]])):
+        return fits[0]
     found = ", ".join(sorted(map(str, record))) or "no fields"
     if not fits:
         raise BadRecord(f"fields ({found}) fit no known format{_hint(record)}; set format= and columns= of the source")
     if len(fits) > 1:
         raise BadRecord(f"fields ({found}) fit {' and '.join(fits)}: say which with format= of the source")
-    dropped = [key for key in sorted(_INPUTS - _READ[fits[0]]) if record.get(key)]
-    if dropped:
-        raise BadRecord(
-            f"fields ({found}) look like {fits[0]}, which has no {dropped[0]!r}: "
-            f"set format={fits[0]} of the source to leave it out, or columns= to use it"
-        )
-    return fits[0]
+    dropped = next(key for key in _UNREAD[fits[0]] if record.get(key))
+    raise BadRecord(
+        f"fields ({found}) look like {fits[0]}, which has no {dropped!r}: "
+        f"set format={fits[0]} of the source to leave it out, or columns= to use it"
+    )
 
 
 def to_conversations(
@@ -128,7 +128,8 @@ def _hint(value: Value) -> str:
 
 
 def _has(*keys: str) -> Callable[[Value], bool]:
-    return lambda value: all(key in value for key in keys)
+    wanted = frozenset(keys)
+    return lambda value: wanted <= value.keys()
 
 
 def _turns_of(value: Value, key: str) -> bool:
@@ -174,6 +175,7 @@ _READ: dict[str, set[str]] = {
     "tokenized": set(),
     "text": set(),
 }
+_UNREAD = {name: sorted(_INPUTS - read) for name, read in _READ.items()}
 
 
 def _read_alpaca(value: Value) -> Turns:
@@ -286,7 +288,7 @@ def _check_all(conversations: Sequence[Sequence[Message]]) -> None:
 def _check(messages: Sequence[Message]) -> None:
     """Something to learn, all of it written out."""
     for number, message in enumerate(messages, 1):
-        if found := _PLACEHOLDER.search(message.content):
+        if "{{" in message.content and (found := _PLACEHOLDER.search(message.content)):
             raise BadRecord(f"message {number} holds the placeholder {found[0]}: put a real name there first")
         answers = message.role in ("assistant", "text") and message.weight != 0
         if answers and not message.content.strip() and not message.extra.get("tool_calls"):

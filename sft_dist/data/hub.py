@@ -30,10 +30,21 @@ def is_hub_id(path: str) -> bool:
 @lru_cache(maxsize=8)
 def load(path: str, subset: str | None, split: str | None, revision: str | None) -> Any:
     """The `datasets.Dataset` of one split, downloaded or found in the cache. Raises ConfigError with the remedy."""
+    return _load(path, subset, split, revision, streaming=False)
+
+
+def stream(path: str, subset: str | None, split: str | None, revision: str | None) -> Any:
+    """The `datasets.IterableDataset` of one split, read from the hub as it is gone through. Raises like `load`."""
+    return _load(path, subset, split, revision, streaming=True)
+
+
+def _load(path: str, subset: str | None, split: str | None, revision: str | None, *, streaming: bool) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(path, name=subset, split=split or DEFAULT_SPLIT, revision=revision)
+        return datasets.load_dataset(
+            path, name=subset, split=split or DEFAULT_SPLIT, revision=revision, streaming=streaming
+        )
     except Exception as error:  # the library and the network below it raise what they like
         what = str(error).strip().partition("\n")[0]
         remedy = _remedy(f"{type(error).__name__} {error}")
@@ -60,7 +71,7 @@ def name_of(path: str, subset: str | None, split: str | None, revision: str | No
 
 
 def read_rows(dataset: Any, name: str, rejects: Rejects) -> Iterator[Record]:
-    """The rows of a `datasets.Dataset`, mapped from disk."""
+    """The rows of a `datasets.Dataset`, mapped from disk, or of an `IterableDataset`."""
     yield from read_batches(dataset.with_format("arrow").iter(_ROWS_AT_ONCE), name, rejects)
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.text import Text
 
-from sft_dist.data.store import TokenStore
+from sft_dist.data.stream_store import AnyStore, Lengths
 from sft_dist.data.templates import spans
 from sft_dist.types import StepPlan, TokenizedExample
 
@@ -140,7 +140,7 @@ def view_example(example: TokenizedExample, *, row: int, tokenizer: PreTrainedTo
     )
 
 
-def view_packs(plan: StepPlan, lengths: np.ndarray, seq_len: int) -> list[PackView]:
+def view_packs(plan: StepPlan, lengths: np.ndarray | Lengths, seq_len: int) -> list[PackView]:
     """All packs of a step, in the order of its micro-batches, counted from 0. `lengths`: of the store's examples."""
     return [
         PackView(
@@ -158,7 +158,7 @@ def view_packs(plan: StepPlan, lengths: np.ndarray, seq_len: int) -> list[PackVi
 
 
 def find_rows(
-    store: TokenStore, tokenizer: PreTrainedTokenizerFast, *, source: str | None = None, grep: str | None = None
+    store: AnyStore, tokenizer: PreTrainedTokenizerFast, *, source: str | None = None, grep: str | None = None
 ) -> Iterator[int]:
     """Rows in order whose file has `source` in its name and whose text has `grep` in it, case aside.
 

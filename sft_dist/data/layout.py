@@ -65,10 +65,7 @@ class PlanSpec:
 
 
 class ExampleNumbers(NamedTuple):
-    """What planning needs to know about N examples. Any integer and float types, mapped files too: never copied whole.
-
-    Iterators of these are the input of a `StreamPlan`.
-    """
+    """What planning needs to know about N examples. Any number types, mapped files too: never copied whole."""
 
     lengths: np.ndarray
     num_loss_tokens: np.ndarray

@@ -6,20 +6,21 @@
 
 Rank r of W takes micro-batches r, W + r, 2W + r ... of the plan. Where W does not divide their number, the last round
 is filled with empty micro-batches: every rank makes the same number of forward passes. Nothing here is state: the
-position is the step number the caller asks for, prefetching is only a cache.
+position is the step number the caller asks for, prefetching is only a cache. Where several processes share each
+micro-batch (sequence parallel), r and W count their groups and `cut` takes this process's tokens out of the row.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from sft_dist.data.collate import batch_digest, collate
-from sft_dist.data.plan import PackPlan
-from sft_dist.data.store import TokenStore
+from sft_dist.data.collate import Documents, batch_digest, collate
 from sft_dist.types import Pack, PackedBatch, StepPlan
 
 _CLOSE_SECONDS = 5.0  # a read that hangs must not keep the process from ending
@@ -35,13 +36,29 @@ class LoadedStep:
     digest: str  # of the global batch
 
 
+class VerifiedDocuments(Documents, Protocol):
+    """What a loader reads of a store."""
+
+    def verify(self, index: int) -> None: ...  # raises DataError when the example is not what was written
+
+
+class Plan(Protocol):
+    """What a loader asks a plan: a `PackPlan` or a `StreamPlan`."""
+
+    num_steps: int
+
+    def step(self, n: int) -> StepPlan: ...
+
+    def reach(self, n: int) -> object: ...  # waits until the examples of step `n` are there
+
+
 class Loader:
     """Turns a plan and a store into one rank's batches on the CPU, pinned when `device` is a CUDA device."""
 
     def __init__(
         self,
-        store: TokenStore,
-        plan: PackPlan,
+        store: VerifiedDocuments,
+        plan: Plan,
         *,
         rank: int,
         world_size: int,
@@ -49,11 +66,12 @@ class Loader:
         pad_token_id: int,
         pad_to_multiple_of: int,
         device: torch.device | str = "cpu",
+        cut: Callable[[PackedBatch], PackedBatch] = lambda whole: whole,
     ) -> None:
         self._store, self._plan = store, plan
         self._rank, self._world_size = rank, world_size
         self._packing, self._pad_token_id, self._multiple = packing, pad_token_id, pad_to_multiple_of
-        self._pinned = torch.device(device).type == "cuda"
+        self._pinned, self._cut = torch.device(device).type == "cuda", cut
         self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[tuple[int, LoadedStep | BaseException]] = queue.SimpleQueue()
         self._closed = False
@@ -68,6 +86,7 @@ class Loader:
         """
         if self._closed:
             raise RuntimeError("this loader is closed")
+        self._plan.reach(n)  # here and not in the thread: only this one's waiting is a sign of life
         loaded = self._take(n)
         if n < self._plan.num_steps:
             self._ask(n + 1)
@@ -99,18 +118,23 @@ class Loader:
         batches = tuple(self._batch(step, index) for index in indices)
         return LoadedStep(step=step, batches=batches, indices=indices, digest=batch_digest(step, self._store))
 
+    def micro_batch(self, n: int, index: int) -> PackedBatch:
+        """Micro-batch `index` of step `n`, whichever rank trains it."""
+        return self._batch(self._plan.step(n), index)
+
     def _batch(self, step: StepPlan, index: int) -> PackedBatch:
         return self.batch_of(step.micro_batches[index] if index < len(step.micro_batches) else ())
 
     def batch_of(self, micro_batch: tuple[Pack, ...]) -> PackedBatch:
         """These packs as one micro-batch of this rank."""
-        batch = collate(
+        whole = collate(
             micro_batch,
             self._store,
             packing=self._packing,
             pad_token_id=self._pad_token_id,
             pad_to_multiple_of=self._multiple,
         )
+        batch = self._cut(whole)
         return _pin(batch) if self._pinned else batch
 
     def _ask(self, n: int) -> None:

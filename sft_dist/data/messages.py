@@ -25,6 +25,7 @@ _ROLES = {
     "tool_response": "tool",
     "function_response": "tool",
 }
+_PLAIN_ROLES = {said: role for said, role in _ROLES.items() if said != "function_call"}
 MAX_WEIGHT = 1_000_000  # sums of larger ones lose the smaller in float32
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
@@ -35,6 +36,10 @@ def read_messages(turns: Iterable[Any], role_key: str, content_key: str) -> list
 
 
 def _message(turn: Any, number: int, role_key: str, content_key: str) -> Message:
+    if type(turn) is dict and len(turn) == 2:  # nothing but a role and a text: most messages
+        role, text = _PLAIN_ROLES.get(turn.get(role_key)), turn.get(content_key)  # type: ignore[arg-type]
+        if role is not None and type(text) is str:
+            return Message(role, text)
     if not isinstance(turn, Mapping) or role_key not in turn:
         raise BadRecord(f"message {number} must be an object with {role_key!r} and {content_key!r}")
     said = turn[role_key]

@@ -156,6 +156,13 @@ class PackPlan:
         packs = self._packs_of_step(epoch, n - 1 - self._epoch_starts[epoch])
         return lay_out_step(self.spec, packs, self._numbers.at(packs.members), n, epoch)
 
+    def reach(self, n: int) -> None:
+        """Wait for the examples of step `n`: they are all there."""
+
+    def digest_up_to(self, n: int) -> str:
+        """What steps 1..n train on: the digest, which covers all steps."""
+        return self.digest
+
     @property
     def num_examples(self) -> int:
         return len(self._numbers.lengths)
@@ -174,6 +181,10 @@ class PackPlan:
     def num_epochs(self) -> int:
         """Epochs that are begun."""
         return self._epoch_of(self.num_steps) + 1
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether no step of the same epoch follows `step`; `max_steps` may end the plan before that."""
+        return step == self._steps_before(self._epoch_of(step) + 1)
 
     @cached_property
     def num_tokens(self) -> int:

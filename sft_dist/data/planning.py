@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol, overload
 
 import numpy as np
 
 from sft_dist.config.auto import Choices
 from sft_dist.config.schema import Recipe
+from sft_dist.data.layout import PlanSpec
 from sft_dist.data.plan import PackPlan, build_plan, eval_plan
+from sft_dist.data.stream_plan import WINDOW_EXAMPLES, Stream, StreamPlan
 
 
 class Counted(Protocol):
@@ -27,8 +29,14 @@ class Counted(Protocol):
     def fingerprint(self) -> str: ...
 
 
-def train_plan(recipe: Recipe, choices: Choices, split: Counted) -> PackPlan:
-    """The run's plan: a pure function of data, recipe and choices."""
+@overload
+def train_plan(recipe: Recipe, choices: Choices, split: Counted) -> PackPlan: ...
+@overload
+def train_plan(recipe: Recipe, choices: Choices, split: Stream) -> StreamPlan: ...
+def train_plan(recipe: Recipe, choices: Choices, split: Any) -> PackPlan | StreamPlan:
+    """The run's plan: a pure function of data, recipe and choices. Streams are planned as they are read."""
+    if recipe.data.streams:
+        return StreamPlan(_stream_spec(recipe, choices, split), split)
     return build_plan(
         lengths=split.lengths,
         num_loss_tokens=split.num_loss_tokens,
@@ -42,6 +50,22 @@ def train_plan(recipe: Recipe, choices: Choices, split: Counted) -> PackPlan:
         epochs=recipe.optim.epochs,
         max_steps=recipe.optim.max_steps,
         store_fingerprint=split.fingerprint,
+    )
+
+
+def _stream_spec(recipe: Recipe, choices: Choices, stream: Stream) -> PlanSpec:
+    return PlanSpec(
+        seq_len=recipe.data.seq_len,
+        packing=recipe.data.packing,
+        packs_per_micro_batch=choices.packs_per_micro_batch,
+        micro_batches_per_step=choices.micro_batches_per_step,
+        examples_per_step=recipe.batch.examples_per_step,
+        seed=recipe.run.seed,
+        epochs=1,
+        max_steps=recipe.optim.max_steps,
+        shuffle=True,
+        store_fingerprint=stream.fingerprint,
+        window_examples=WINDOW_EXAMPLES,
     )
 
 

@@ -17,26 +17,28 @@ import shutil
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from sft_dist.config.schema import Recipe, SourceSection
+from sft_dist.config.schema import DataSection, Recipe, SourceSection
 from sft_dist.data.cache import cache_name, cache_root, only_one, rules_digest
 from sft_dist.data.files import file_digest
 from sft_dist.data.folder import atomic_folder, remove_unfinished
 from sft_dist.data.report import PrepareReport, SourceReport, SplitReport
 from sft_dist.data.selection import ROLES, Origin, Said, select
-from sft_dist.data.shards import Chunk, ShardCache, chunks
+from sft_dist.data.shards import Chunk, ShardCache, bad_records, chunks, placed
 from sft_dist.data.sources import Rejects, source_digests, source_sizes
-from sft_dist.data.store import CORPUS, Corpus, TokenStore, open_store, with_places, write_corpus, write_split
+from sft_dist.data.store import CORPUS, Corpus, TokenStore, open_store, write_corpus, write_split
+from sft_dist.data.stream_store import StreamStore
+from sft_dist.data.streams import open_stream
 from sft_dist.data.templates import ChatTemplate, resolve_template
-from sft_dist.data.tokenise import Event, Rules, Shard
+from sft_dist.data.tokenise import Rules
 from sft_dist.data.workers import Workers
-from sft_dist.errors import BadRecord, DataError
+from sft_dist.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -53,24 +55,47 @@ Progress = Callable[[int, int], None]  # bytes of source files read so far, byte
 class PreparedData:
     """What training reads. A split without examples is None; `train` always has some."""
 
-    train: TokenStore
+    indexed: TokenStore | None
     eval: TokenStore | None
     test: TokenStore | None
     template: ChatTemplate
     report: PrepareReport
     folder: Path  # the cache entry
+    stream: StreamStore | None = None
+
+    @property
+    def train(self) -> TokenStore | StreamStore:
+        """The examples to train on: all of them, or a stream of them."""
+        store = self.stream or self.indexed
+        assert store is not None
+        return store
+
+    def report_now(self) -> PrepareReport:
+        """The report, with the counts of what has been read of a stream so far."""
+        return self.report if self.stream is None else self.report.behind(PrepareReport.from_dict(self.stream.report()))
+
+    def close(self) -> None:
+        """End what reads ahead."""
+        if self.stream is not None:
+            self.stream.close()
 
 
 def prepare(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, notice: Notice, progress: Progress = lambda done, total: None
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    notice: Notice,
+    progress: Progress = lambda done, total: None,
+    reads_streams: bool = True,
 ) -> PreparedData:
-    """Tokenise the recipe's sources into stores, or find them in the cache.
+    """Tokenise the recipe's sources into stores, or find them in the cache. Of streamed sources the first window.
 
-    `notice` gets one line of text at a time. Raises ConfigError (no template), BadRecord (on_bad_record: stop),
+    `notice` gets one line of text at a time. `reads_streams`: another process of this machine does where it is False.
+    Raises ConfigError (no template), BadRecord (on_bad_record: stop),
     DataError (nothing trainable, or too many bad records) and StorageError.
     """
     template = resolve_template(recipe.data.chat_template, tokenizer)
-    sources = [source for role in ROLES for source in getattr(recipe.data, role)]
+    sources = [source for role in ROLES for source in indexed(recipe.data, role)]
     digests = {name: digest for source in sources for name, digest in source_digests(source).items()}
     digests |= {source.template: file_digest(source.template) for source in sources if source.template}
     folder = cache_root(recipe) / cache_name(recipe, tokenizer, template.text, digests)
@@ -81,9 +106,32 @@ def prepare(
             prepared = _find(folder, template) or _make(
                 folder, recipe, tokenizer, template, notice, _Meter(sources, progress)
             )
-    for line in prepared.report.lines():
+    if recipe.data.streams:
+        rules = rules_of(recipe, tokenizer, template)
+        stream = open_stream(recipe, rules, rules_digest(recipe, tokenizer, template.text), progress, reads_streams)
+        prepared = replace(prepared, stream=stream)
+    for line in prepared.report_now().lines():
         notice(line)
     return prepared
+
+
+def indexed(data: DataSection, role: str) -> list[SourceSection]:
+    """The sources of a key of the recipe that are prepared whole."""
+    return [source for source in getattr(data, role) if not source.streaming]
+
+
+def rules_of(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, template: ChatTemplate) -> Rules:
+    """What decides the rows of the recipe's records."""
+    data = recipe.data
+    return Rules(
+        tokenizer=tokenizer,
+        template=template,
+        loss_on=data.loss_on,
+        prompt_loss_weight=data.prompt_loss_weight,
+        seq_len=data.seq_len,
+        long_examples=data.long_examples,
+        score=data.filters.score,
+    )
 
 
 def _make(
@@ -115,7 +163,7 @@ def _find(folder: Path, template: ChatTemplate) -> PreparedData | None:
 def _read(folder: Path, template: ChatTemplate) -> PreparedData:
     report = PrepareReport.read(folder / REPORT_FILE)
     stores = {name: open_store(folder / name) for name in report.splits}
-    return PreparedData(stores["train"], stores.get("eval"), stores.get("test"), template, report, folder)
+    return PreparedData(stores.get("train"), stores.get("eval"), stores.get("test"), template, report, folder)
 
 
 class _Preparation:
@@ -133,15 +181,7 @@ class _Preparation:
         self._recipe, self._meter, self._folder = recipe, meter, folder
         self._tokenizer, self._template = tokenizer, template
         self._report = PrepareReport(template.name, data.seq_len)
-        rules = Rules(
-            tokenizer=tokenizer,
-            template=template,
-            loss_on=data.loss_on,
-            prompt_loss_weight=data.prompt_loss_weight,
-            seq_len=data.seq_len,
-            long_examples=data.long_examples,
-            score=data.filters.score,
-        )
+        rules = rules_of(recipe, tokenizer, template)
         self._cache = ShardCache(cache_root(recipe) / SHARDS, rules, rules_digest(recipe, tokenizer, template.text))
         self._rejects = Rejects(data.on_bad_record)
         self._origins: list[Origin] = []
@@ -171,7 +211,7 @@ class _Preparation:
         """The rows of all sources, counted in the report. Shards that are missing are made on the way."""
         with Workers(self._cache.make, self._num_workers()) as workers:
             for role in ROLES:
-                for source in getattr(self._recipe.data, role):
+                for source in indexed(self._recipe.data, role):
                     counts, first = SourceReport(source.path, role, weight=source.weight), self._num_rows
                     self._report.sources.append(counts)
                     tasks = ((chunk, self._cache.task(chunk)) for chunk in chunks(source, self._rejects))
@@ -184,7 +224,7 @@ class _Preparation:
     ) -> pa.Table:
         """The rows of `chunk` with their places."""
         shard = self._cache.shard(chunk)
-        bad = sorted([*chunk.bad, *_rejected(chunk, shard)], key=lambda one: (one.line, one.byte))
+        bad = bad_records(chunk, shard)
         if bad and self._recipe.data.on_bad_record == "stop":
             raise bad[0]
         for one in bad:
@@ -195,11 +235,7 @@ class _Preparation:
         if chunk.records:
             self._meter(chunk.file, chunk.records[-1].byte)
         self._num_rows += len(shard.table)
-        suffixes = [record.id.removeprefix(record.file) for record in chunk.records]
-        owners, parts = shard.table["record"].to_pylist(), shard.table["part"].to_pylist()
-        places = [suffixes[owner] + part for owner, part in zip(owners, parts, strict=True)]
-        source = files.setdefault(chunk.file, len(files))
-        return with_places(shard.table.drop_columns(["record", "part"]), [source] * len(places), places)
+        return placed(chunk, shard, files)
 
     def _sources(self) -> dict[str, list[Any]]:
         """Names of the sources, told apart where a path comes twice, and where their rows end."""
@@ -226,7 +262,7 @@ class _Preparation:
         for counts, copies, duplicates in zip(self._report.sources, found.copies, found.duplicates, strict=True):
             counts.copies, counts.duplicates = copies, duplicates
         self._report.notices += found.notices
-        if not len(found.rows["train"]):
+        if not len(found.rows["train"]) and indexed(self._recipe.data, "sources"):
             raise DataError(self._nothing_to_train())
         return found.rows
 
@@ -247,12 +283,6 @@ class _Preparation:
             f"data.seq_len={self._recipe.data.seq_len}, {total['no_target']:,} without a supervised token, "
             f"{total['rejected']:,} bad); raise data.seq_len, set data.long_examples=truncate or check data.loss_on"
         )
-
-
-def _rejected(chunk: Chunk, shard: Shard) -> list[BadRecord]:
-    """What was found wrong behind the reading, at its place."""
-    found: Iterable[Event] = (event for event in shard.events if event.kind == "rejected")
-    return [chunk.records[event.record].bad(event.reason) for event in found]
 
 
 class _Meter:

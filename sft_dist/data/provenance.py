@@ -25,7 +25,7 @@ from sft_dist.data.render_budget import BUDGET, PIECE
 
 UNKNOWN, LITERAL, TOOLS = "\x00", "\x01", "\x02"  # letters that belong to no message
 MAX_MESSAGES = (1 << 13) - 2
-_SLOT_BITS, _TAGGED = 6, 1 << 19
+_SLOT_BITS, TAGGED = 6, 1 << 19
 
 # Slots: which part of a message. Names of called functions start at NAMES, one slot for each call: some templates
 # repeat them in the header of the tool's answer, and a name seen a second time is no longer the assistant speaking.
@@ -45,7 +45,7 @@ class Traced(str):
     _origin: str
 
     def __new__(cls, text: str = "", origin: str | None = None) -> Traced:
-        BUDGET.take(len(text))
+        BUDGET.take(len(text))  # refused by an opaque text, which must not become a transparent one
         self = str.__new__(cls, text)
         self._origin = origin_of(text) if origin is None else origin
         return self
@@ -78,7 +78,8 @@ class Traced(str):
         return map(Traced, str.__iter__(self), self._origin)
 
     def join(self, parts: Iterable[str]) -> Traced:
-        return Traced(str.join(self, parts := list(parts)), self._origin.join(map(origin_of, parts)))
+        parts = list(parts)
+        return _joined(str.join(self, parts), self._origin.join(map(origin_of, parts)), parts)
 
     def lstrip(self, chars: str | None = None) -> Traced:
         return self[len(self) - len(str.lstrip(self, chars)) :]
@@ -163,7 +164,7 @@ for _name in ("center", "expandtabs", "ljust", "rjust", "translate", "zfill"):
 
 def origin_of(text: str) -> str:
     """The shadow of any string: UNKNOWN letters for one that is not traced."""
-    return text._origin if type(text) is Traced else UNKNOWN * len(text)
+    return text._origin if isinstance(text, Traced) else UNKNOWN * len(text)
 
 
 def literal(text: str) -> Traced:
@@ -174,7 +175,12 @@ def literal(text: str) -> Traced:
 def concat(parts: Iterable[str]) -> Traced:
     """All parts in one; plain parts become UNKNOWN."""
     parts = list(parts)
-    return Traced("".join(parts), "".join(map(origin_of, parts)))
+    return _joined("".join(parts), "".join(map(origin_of, parts)), parts)
+
+
+def _joined(text: str, origin: str, parts: Iterable[str]) -> Traced:
+    """`text` made of `parts`, opaque when one of them is."""
+    return Opaque(text, origin) if Opaque in map(type, parts) else Traced(text, origin)
 
 
 def same_length(text: str, source: Traced) -> Traced:
@@ -188,6 +194,8 @@ def derive(text: str, *sources: Any, data: bool = False) -> Traced:
     Owned when every source character has one and the same message. `data=True` (JSON): literals beside it, such as
     keys, do not matter. Sources may be nested lists and mappings.
     """
+    if WATCH.on and holds_opaque(sources):
+        raise Looked
     letters = set("".join(origin_of(leaf) for leaf in _strings(sources)))
     owned = letters - {LITERAL}
     messages = {ord(one) >> _SLOT_BITS for one in owned}
@@ -224,7 +232,124 @@ def trace(value: Any, origin: str) -> Any:
 def tag(text: str) -> Traced:
     """`text` marked as lying inside a template's generation tags."""
     letters = np.frombuffer(origin_of(text).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    return Traced(text, (letters | _TAGGED).tobytes().decode("utf-32-le", "surrogatepass"))
+    return _joined(text, (letters | TAGGED).tobytes().decode("utf-32-le", "surrogatepass"), [text])
+
+
+class Looked(BaseException):
+    """A template asked an opaque text what it says. No `Exception`: nothing inside a template may catch it."""
+
+
+class Watch:
+    """What templates ask of opaque texts while one is rendered with them."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self.conditions: list[tuple[int, int, str, str]] = []  # (message, operation, question, what) answered with no
+
+
+WATCH = Watch()
+OPERATIONS: tuple[tuple[str, str | None], ...] = (
+    ("strip", None), ("lstrip", None), ("rstrip", None), ("strip", "\n"), ("lstrip", "\n"), ("rstrip", "\n")
+)  # fmt: skip
+FIRST_OPERATION = MAX_SLOT - len(OPERATIONS)  # slots of contents that went through one of them
+
+
+class Opaque(Traced):
+    """A text, or what was made of one, that goes where the template puts it, whatever it says.
+
+    It can be joined to others, stripped at its ends, and asked whether it holds, begins or ends with a given text or
+    equals it: the answer is no, and the question is noted. It is never empty. Anything else raises `Looked`: a
+    rendering that comes to an end did the same for any text to which all noted questions have that answer.
+    """
+
+    __slots__ = ("_part",)
+    _part: tuple[int, int] | None  # (message, slot) of a whole content
+
+    def __new__(cls, text: str, origin: str, part: tuple[int, int] | None = None) -> Opaque:
+        self = str.__new__(cls, text)
+        self._origin, self._part = origin, part
+        return self
+
+    def __str__(self) -> str:
+        return self
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __add__(self, other: Any) -> Traced:
+        return concat([self, other]) if isinstance(other, str) else NotImplemented
+
+    def __radd__(self, other: Any) -> Traced:
+        return concat([other, self]) if isinstance(other, str) else NotImplemented
+
+    def __contains__(self, what: object) -> bool:
+        return self._ask("__contains__", what)
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or self._ask("__eq__", other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def startswith(self, prefix: Any, *args: Any) -> bool:
+        return self._ask("startswith", prefix, *args)
+
+    def endswith(self, suffix: Any, *args: Any) -> bool:
+        return self._ask("endswith", suffix, *args)
+
+    def strip(self, chars: str | None = None) -> Traced:
+        return self._cut("strip", chars)
+
+    def lstrip(self, chars: str | None = None) -> Traced:
+        return self._cut("lstrip", chars)
+
+    def rstrip(self, chars: str | None = None) -> Traced:
+        return self._cut("rstrip", chars)
+
+    def _ask(self, question: str, what: object, *args: Any) -> bool:
+        if args or self._part is None or not isinstance(what, str) or isinstance(what, Opaque) or not what:
+            raise Looked
+        WATCH.conditions.append((*self._part, question, str.__str__(what)))
+        return False
+
+    def _cut(self, name: str, chars: str | None) -> Traced:
+        if self._part is None or self._part[1] != CONTENT or (name, chars) not in OPERATIONS:
+            raise Looked
+        slot = FIRST_OPERATION + OPERATIONS.index((name, chars))
+        return Opaque(str.__str__(self), letter(self._part[0], slot) * str.__len__(self), (self._part[0], slot))
+
+
+def holds_opaque(value: Any) -> bool:
+    """Whether an opaque text stands anywhere in `value`."""
+    if isinstance(value, Mapping):
+        return any(map(holds_opaque, value.keys())) or any(map(holds_opaque, value.values()))
+    if isinstance(value, (list, tuple, set)):
+        return any(map(holds_opaque, value))
+    return type(value) is Opaque
+
+
+def opaque_text(text: str) -> str:
+    """What an opaque text says: for those who do not render."""
+    return str.__str__(text)[:] if type(text) is not Opaque else "".join(["", text])
+
+
+def unlooked(value: Any) -> Any:
+    """`value`, which may not be opaque."""
+    if type(value) is Opaque:
+        raise Looked
+    return value
+
+
+def _refuse(*args: Any, **kwargs: Any) -> Any:
+    raise Looked
+
+
+_HARMLESS = {"__new__", "__init__", "__init_subclass__", "__subclasshook__", "__class__", "__doc__", "__getattribute__",
+             "__setattr__", "__delattr__"}  # fmt: skip
+for _name in {*dir(str), *vars(Traced)} - _HARMLESS - set(vars(Opaque)):
+    if callable(getattr(Traced, _name)):
+        setattr(Opaque, _name, _refuse)
+Opaque.__hash__ = _refuse  # type: ignore[method-assign]
 
 
 class Run(NamedTuple):
@@ -253,6 +378,6 @@ def runs(text: str) -> list[Run]:
     found = []
     for match in _RUN.finditer(origin_of(text)):
         code = ord(match[1])
-        message = ((code & (_TAGGED - 1)) >> _SLOT_BITS) - 1
-        found.append(Run(*match.span(), message, code & MAX_SLOT, code >= _TAGGED))
+        message = ((code & (TAGGED - 1)) >> _SLOT_BITS) - 1
+        found.append(Run(*match.span(), message, code & MAX_SLOT, code >= TAGGED))
     return found

@@ -11,7 +11,21 @@ import jinja2
 import numpy as np
 
 from sft_dist.data import provenance
-from sft_dist.data.provenance import ARGUMENTS, CONTENT, HEADER, NAMES, REASONING, ROLE, TOOLS, Run, letter, trace
+from sft_dist.data.provenance import (
+    ARGUMENTS,
+    CONTENT,
+    HEADER,
+    NAMES,
+    REASONING,
+    ROLE,
+    TOOLS,
+    WATCH,
+    Opaque,
+    Run,
+    Traced,
+    letter,
+    trace,
+)
 from sft_dist.data.render_budget import BUDGET
 from sft_dist.errors import BadRecord
 from sft_dist.types import Conversation, Message
@@ -79,6 +93,38 @@ def render(
         kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
         raise BadRecord(f"the chat template refuses the conversation: {kind}{error}") from error
     return Rendered(text)
+
+
+def render_opaque(
+    template: jinja2.Template, conversation: Conversation, special_tokens: Mapping[str, str]
+) -> tuple[Traced, list[tuple[int, int, str, str]]] | None:
+    """The text with opaque contents, and what the template asked about them; None where it looked at one.
+
+    Only for messages without extras and without tools. See `provenance.Opaque`.
+    """
+    contents = [
+        Opaque(message.content, letter(number, CONTENT) * len(message.content), (number, CONTENT))
+        for number, message in enumerate(conversation.messages)
+    ]
+    messages = [
+        {"role": trace(message.role, letter(number, ROLE)), "content": contents[number]}
+        for number, message in enumerate(conversation.messages)
+    ]
+    variables = {
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": False,
+        **{name: provenance.literal(token) for name, token in special_tokens.items()},
+    }
+    BUDGET.start()
+    WATCH.on, WATCH.conditions = True, []
+    try:
+        text = template.render(messages=messages, **variables)
+    except (provenance.Looked, *_TEMPLATE_FAILURES):
+        return None
+    finally:
+        WATCH.on = False
+    return (text, WATCH.conditions) if isinstance(text, Traced) else None
 
 
 def _run(template: jinja2.Template, conversation: Conversation, variables: Mapping[str, Any]) -> str:

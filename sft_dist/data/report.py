@@ -8,7 +8,7 @@ Kept in the cache entry beside the stores, so that a cached run tells the same s
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -163,6 +163,16 @@ class PrepareReport:
                 f"{num_bad:,} of {num_all:,} records are bad ({num_bad / max(num_all, 1):.1%}), more than "
                 f"data.max_bad_fraction={allowed}; the first: {first}"
             )
+
+    def behind(self, streamed: PrepareReport) -> PrepareReport:
+        """This report behind the one of the streamed sources."""
+        return replace(
+            self,
+            sources=[*streamed.sources, *self.sources],
+            rejects=[*streamed.rejects, *self.rejects],
+            dropped=[*streamed.dropped, *self.dropped],
+            notices=["streamed sources: what was read so far", *self.notices],
+        )
 
     def lines(self) -> list[str]:
         """What a user reads at the start of a run."""

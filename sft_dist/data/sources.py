@@ -10,13 +10,14 @@ Records stream: memory does not grow with the file. What is wrong is named with 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sft_dist.config.schema import SourceSection
 from sft_dist.data import hub
-from sft_dist.data.files import file_digest, find_files, open_bytes, open_text, unpacked_bytes
+from sft_dist.data.files import file_digest, file_version, find_files, open_bytes, open_text, unpacked_bytes
 from sft_dist.data.json_records import read_json
 from sft_dist.data.records import Record, Rejects
 from sft_dist.data.tables import Cells, read_arrow, read_cells, read_parquet
@@ -27,6 +28,7 @@ __all__ = ["SUFFIXES", "Record", "Rejects", "read_records", "source_digests", "s
 _JSON, _PACKED = (".json", ".jsonl", ".ndjson"), (".gz", ".zst")
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _PARQUET, _ARROW = ".parquet", ".arrow"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 SUFFIXES = (
     *(kind + packing for kind in (*_JSON, *_SEPARATORS) for packing in ("", *_PACKED)),
     _PARQUET,
@@ -41,9 +43,35 @@ def read_records(source: SourceSection | str, rejects: Rejects) -> Iterator[Reco
         name = hub.name_of(source.path, source.subset, source.split, source.revision)
         yield from hub.read_rows(_dataset(source), name, rejects)
         return
-    cells = Cells(names=not _are_numbered(source), quotes=source.quotes, escapes=source.escapes)
     for file in source_files(source):
-        yield from read_file(file, cells, rejects)
+        yield from read_file(file, source, rejects)
+
+
+def stream_versions(source: SourceSection) -> dict[str, str]:
+    """Name of each file that a streamed source stands for -> what tells one version of it from another without
+    reading it; of a data set of the hub, its commit. Raises ConfigError where that is not pinned."""
+    if not _is_on_hub(source):
+        return {file: stream_version(file, source) for file in source_files(source)}
+    if not _COMMIT.fullmatch(source.revision or ""):
+        raise ConfigError(
+            f"data.sources path={source.path}: streaming reads the hub again after an interruption: set revision= to "
+            "the 40 digits of a commit"
+        )
+    name = hub.name_of(source.path, source.subset, source.split, source.revision)
+    return {name: stream_version(name, source)}
+
+
+def stream_version(name: str, source: SourceSection) -> str:
+    """Of one name of `stream_versions`, as it is now."""
+    return str(source.revision) if _is_on_hub(source) else file_version(name)
+
+
+def stream_file(name: str, source: SourceSection, rejects: Rejects) -> Iterator[Record]:
+    """The records of one name of `stream_versions`."""
+    if _is_on_hub(source):
+        rows = hub.stream(source.path, source.subset, source.split, source.revision)
+        return hub.read_rows(rows, name, rejects)
+    return read_file(name, source, rejects)
 
 
 def source_files(source: SourceSection | str) -> list[str]:
@@ -81,8 +109,8 @@ def source_sizes(source: SourceSection) -> dict[str, int]:
     return {file: unpacked_bytes(file) for file in source_files(source)}
 
 
-def read_file(file: str, cells: Cells, rejects: Rejects) -> Iterator[Record]:
-    """The records of one file, by the kind that its name says."""
+def read_file(file: str, source: SourceSection, rejects: Rejects) -> Iterator[Record]:
+    """The records of one file of a source, by the kind that its name says."""
     if file.endswith((_PARQUET, _ARROW)):
         with open_bytes(file) as stored:
             yield from (read_parquet if file.endswith(_PARQUET) else read_arrow)(stored, file, rejects)
@@ -90,6 +118,7 @@ def read_file(file: str, cells: Cells, rejects: Rejects) -> Iterator[Record]:
     separator = _SEPARATORS.get(Path(file.removesuffix(".gz").removesuffix(".zst")).suffix)
     with open_text(file) as text:
         if separator:
+            cells = Cells(names=not _are_numbered(source), quotes=source.quotes, escapes=source.escapes)
             yield from read_cells(text, file, separator, cells, rejects)
         else:
             yield from read_json(text, file, rejects)

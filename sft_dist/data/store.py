@@ -16,9 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -255,10 +256,10 @@ class _Ragged:
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         self._chunks = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in column.chunks]
-        self._starts = np.cumsum([0] + [len(chunk) for chunk in column.chunks])
+        self._starts = list(accumulate((len(chunk) for chunk in column.chunks), initial=0))
 
     def __getitem__(self, index: int) -> np.ndarray:
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        number = bisect_right(self._starts, index) - 1
         offsets, values = self._chunks[number]
         row = index - self._starts[number]
         return values[offsets[row] : offsets[row + 1]]
@@ -317,7 +318,7 @@ def _digest(input_ids: np.ndarray, run_lengths: np.ndarray, run_weights: np.ndar
     """64 bits over one example's tokens and weights."""
     digest = hashlib.sha256()
     for array, dtype in ((input_ids, "<i4"), (run_lengths, "<i4"), (run_weights, "<f4")):
-        digest.update(len(array).to_bytes(8, "little") + array.astype(dtype).tobytes())
+        digest.update(len(array).to_bytes(8, "little") + array.astype(dtype, copy=False).tobytes())
     return int.from_bytes(digest.digest()[:8], "little")
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import lru_cache, wraps
 from itertools import count
@@ -30,7 +30,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 
 from sft_dist.data import provenance
-from sft_dist.data.provenance import Traced
+from sft_dist.data.provenance import WATCH, Looked, Traced, holds_opaque
 from sft_dist.data.render_budget import BUDGET, CALL, check_arguments, check_binary, check_form
 from sft_dist.errors import ConfigError
 
@@ -84,6 +84,19 @@ class _TracingCode(CodeGenerator):
         self.visit(node.expr, frame)
         self.write(")")
 
+    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
+        """What is looked for in another text may not be opaque: the other one would look at it."""
+        if any(operand.op in ("in", "notin") for operand in node.ops):
+            sought: list[Any] = [node, *node.ops[:-1]]
+            for one in sought:
+                one.expr = nodes.MarkSafeIfAutoescape(one.expr).set_lineno(node.lineno)
+        super().visit_Compare(node, frame)
+
+    def visit_MarkSafeIfAutoescape(self, node: nodes.MarkSafeIfAutoescape, frame: Frame) -> None:
+        self.write("environment.unlooked(")
+        self.visit(node.expr, frame)
+        self.write(")")
+
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.concat(map(str, (")
         for part in node.nodes:
@@ -105,15 +118,18 @@ class TracingEnvironment(ImmutableSandboxedEnvironment):
     code_generator_class = _TracingCode
     concat = staticmethod(provenance.concat)
     counted = staticmethod(BUDGET.counted)
+    unlooked = staticmethod(provenance.unlooked)
     intercepted_binops = frozenset(["%", "+", "*", "**"])
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.literals = _Literals()
-        self.filters = {name: _reporting(function) for name, function in self.filters.items()} | _FILTERS
+        filters = {name: _reporting(function) for name, function in self.filters.items()} | _FILTERS
+        self.filters = {name: _blind(filters[name], name in _BLIND_FILTERS) for name in filters}
+        self.tests = {name: _blind_test(name, test) for name, test in self.tests.items()}
         self.globals |= {
             "raise_exception": _raise_exception,
-            "strftime_now": lambda form: provenance.literal(datetime.now().strftime(form)),
+            "strftime_now": _strftime_now,
             "dict": lambda *pairs, **items: dict(*pairs, **items),
             "namespace": _Namespace,
         }
@@ -124,13 +140,20 @@ class TracingEnvironment(ImmutableSandboxedEnvironment):
             return _percent(left, right)
         if operator == "+" and type(left) is Traced and isinstance(right, str):
             return left + right  # by far the most frequent
+        if WATCH.on and operator != "+" and (holds_opaque(left) or holds_opaque(right)):
+            raise Looked
         check_binary(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         BUDGET.step(CALL)
         check_arguments((*args, *kwargs.values()))
+        if WATCH.on and not isinstance(__obj, _BLIND_CALLS) and __obj is not _Namespace:
+            _check_blind(__obj, args, kwargs)
         return super().call(__context, __obj, *args, **kwargs)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return super().getitem(obj, provenance.unlooked(argument))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """`str.format` and `format_map`, sandboxed as always, filling traced values into their places."""
@@ -141,6 +164,47 @@ class TracingEnvironment(ImmutableSandboxedEnvironment):
         if name == "format_map":
             return lambda mapping: formatter.vformat(text, (), mapping)
         return lambda *args, **kwargs: formatter.vformat(text, args, kwargs)
+
+
+_BLIND_CALLS = (jinja2.runtime.Macro,)  # they run code that was compiled with the same guards
+_BLIND_FILTERS = ("trim", "join", "first", "last", "length", "count", "default", "d", "string")
+_BLIND_TESTS = ("defined", "undefined", "none", "string", "mapping", "number", "integer", "float", "boolean", "true",
+                "false", "callable")  # fmt: skip
+
+
+def _check_blind(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse a call that could look at an opaque text. Its own methods answer for themselves."""
+    if isinstance(getattr(function, "__self__", None), str) and type(function.__self__) is provenance.Opaque:
+        return
+    if function in _IMPURE or holds_opaque((args, kwargs)):
+        raise Looked
+
+
+def _blind(function: Callable[..., Any], is_blind: bool) -> Callable[..., Any]:
+    """A filter that refuses opaque texts unless it is known not to look at them."""
+
+    @wraps(function)
+    def filtered(*args: Any, **kwargs: Any) -> Any:
+        if WATCH.on and not is_blind and (function.__name__ == "do_random" or holds_opaque((args, kwargs))):
+            raise Looked
+        return function(*args, **kwargs)
+
+    return filtered
+
+
+def _blind_test(name: str, function: Any) -> Callable[..., Any]:
+    """A test that refuses opaque texts unless it asks for their type alone."""
+
+    @wraps(function)
+    def tested(*args: Any, **kwargs: Any) -> Any:
+        if WATCH.on and holds_opaque((args, kwargs)):
+            if name in ("sequence", "iterable"):
+                return True  # of any text, and of a list that holds one
+            if name not in _BLIND_TESTS:
+                raise Looked
+        return function(*args, **kwargs)
+
+    return tested
 
 
 class _TracingFormatter(SandboxedFormatter):
@@ -182,6 +246,12 @@ def _check_name(name: Any) -> None:
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(str(message))
 
+
+def _strftime_now(form: str) -> Traced:
+    return provenance.literal(datetime.now().strftime(form))
+
+
+_IMPURE = (_strftime_now,)
 
 _PERCENT = re.compile(r"%(?:\((?P<key>[^)]*)\))?(?P<form>[#0\- +]*(?:\d+)?(?:\.\d+)?)(?P<kind>[diouxXeEfFgGcrsa%])")
 

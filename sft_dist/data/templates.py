@@ -9,7 +9,7 @@ one supervised character. A template is text; bound to a tokenizer it also knows
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sft_dist.data.builtin_templates import BUILTIN
-from sft_dist.data.rendering import Rendered, render
+from sft_dist.data.rendering import Rendered, render, render_opaque
+from sft_dist.data.skeleton import CHECKED, FEW, NoSkeleton, Shape, Skeleton, learn, shape_of
 from sft_dist.data.supervision import Span, Stops, Turn, find_turns, header_start, literal_after, supervise
 from sft_dist.data.template_engine import compile_template
 from sft_dist.errors import BadRecord, ConfigError
@@ -28,6 +29,7 @@ from sft_dist.types import Conversation, Message, TokenizedExample
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_MOST_SHAPES = 4096
 PLAIN_TEXT = "{{ messages[0].content }}{{ eos_token }}"  # conversations of format `text`: role "text", no template
 
 
@@ -183,6 +185,18 @@ class SupervisedBatch:
         return [one if isinstance(one, BadRecord) else self.bound.example(one, *next(tokens)) for one in self.frames]
 
 
+@dataclass(slots=True)
+class _Known:
+    """A shape of conversations: how many of it came, and its skeleton once it was learned."""
+
+    seen: int = 0
+    skeleton: Skeleton | None = None
+
+
+def _no_skeleton(turn: Turn) -> int:
+    raise NoSkeleton
+
+
 class BoundTemplate:
     """A template together with the tokenizer it writes for: special tokens, stop texts, where headers end."""
 
@@ -194,6 +208,7 @@ class BoundTemplate:
         self.eos_token: str = tokenizer.eos_token or ""
         bos = tokenizer.bos_token if getattr(tokenizer, "add_bos_token", False) else None
         self.bos_to_prepend: str | None = bos
+        self._shapes: dict[tuple[Shape, str, float], _Known] = {}
         self.knows_thoughts = any(name in template.text for name in ("reasoning_content", "thinking"))
 
     @cached_property
@@ -238,9 +253,45 @@ class BoundTemplate:
             raise BadRecord(
                 "the chat template leaves out the reasoning: use one that knows reasoning_content, or data without it"
             )
-        rendered = self._render(conversation)
         if _is_plain_text(conversation):
+            rendered = self._render(conversation)
             return rendered.text, [Span(0, len(rendered.text), 1.0, answer=0)]
+        shape = shape_of(conversation)
+        if shape is None:
+            return self._supervised(self._render(conversation), conversation, loss_on, prompt_loss_weight)
+        if len(self._shapes) > _MOST_SHAPES:
+            self._shapes.clear()
+        known = self._shapes.setdefault((shape, loss_on, prompt_loss_weight), _Known())
+        known.seen += 1
+        if known.seen == FEW:
+            known.skeleton = self._learn(shape, loss_on, prompt_loss_weight)
+        filled = known.skeleton and known.skeleton.fill(conversation.messages)
+        if filled and known.seen > 2 * FEW and known.seen % CHECKED:
+            return filled
+        whole = self._supervised(self._render(conversation), conversation, loss_on, prompt_loss_weight)
+        assert not filled or filled == whole, f"{self.template.name}: the skeleton of {shape} is wrong"
+        return whole
+
+    def _learn(self, shape: Shape, loss_on: str, prompt_loss_weight: float) -> Skeleton | None:
+        """What the template writes around messages of this shape, if it writes the same whatever they say."""
+        template = compile_template(self.template.text)
+        return learn(
+            shape,
+            lambda conversation: render_opaque(template, conversation, self.special_tokens),
+            lambda rendered, conversation: self._supervised(
+                rendered, conversation, loss_on, prompt_loss_weight, header_end=_no_skeleton
+            ),
+        )
+
+    def _supervised(
+        self,
+        rendered: Rendered,
+        conversation: Conversation,
+        loss_on: str,
+        prompt_loss_weight: float,
+        header_end: Callable[[Turn], int] | None = None,
+    ) -> tuple[str, list[Span]]:
+        """The text, with the end token where the template ends with nothing, and the spans."""
         if self._ends_without_stop(rendered, conversation):
             if not self.eos_token:
                 raise ConfigError(
@@ -254,7 +305,7 @@ class BoundTemplate:
             stops=self.stops,
             loss_on=loss_on,
             prompt_loss_weight=prompt_loss_weight,
-            header_end=lambda turn: self._header_end(conversation, rendered, turn),
+            header_end=header_end or (lambda turn: self._header_end(conversation, rendered, turn)),
         )
         return rendered.text, found
 
@@ -331,6 +382,9 @@ def ranges_by_offsets(offsets: Sequence[tuple[int, int]], spans: Sequence[Span])
 def token_weights(num_tokens: int, ranges: Sequence[tuple[int, int]], spans: Sequence[Span]) -> np.ndarray:
     """float32[num_tokens]: the largest weight among the spans that a token is in, 0 for none."""
     weights = np.zeros(num_tokens, dtype=np.float32)
+    if len(spans) == 1:
+        weights[slice(*ranges[0])] = max(spans[0].weight, 0.0)
+        return weights
     for (first, end), span in zip(ranges, spans, strict=True):
         np.maximum(weights[first:end], np.float32(span.weight), out=weights[first:end])
     return weights

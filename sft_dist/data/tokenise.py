@@ -194,12 +194,19 @@ def trim(example: TokenizedExample) -> TokenizedExample:
 
     The first token of a document is never a target: nothing stands before it.
     """
-    return keep(example, int(np.flatnonzero(example.loss_weights > 0).max(initial=0)) + 1)
+    backwards = example.loss_weights[::-1] > 0
+    last = int(backwards.argmax()) if len(backwards) else 0  # place of the last target, from the end
+    return keep(example, len(backwards) - last if len(backwards) and backwards[last] else 1)
 
 
 def keep(example: TokenizedExample, length: int, start: int = 0) -> TokenizedExample:
     """The tokens from `start` on, at most `length` of them."""
     end = start + length
+    if not start and end >= len(example.input_ids):
+        return example
+    if not start and all(b <= end for _, b in example.answers):
+        ids, weights = example.input_ids[:end], example.loss_weights[:end]
+        return TokenizedExample(ids, weights, example.source, example.id, example.answers)
     answers = tuple((max(a, start) - start, min(b, end) - start) for a, b in example.answers if a < end and b > start)
     ids, weights = example.input_ids[start:end], example.loss_weights[start:end]
     return replace(example, input_ids=ids, loss_weights=weights, answers=answers)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sft_dist.config.auto import Choices, Facts, choose
+from sft_dist.config.auto import Choices, Facts, choose, refuse_uneven
 from sft_dist.config.schema import Recipe
 from sft_dist.estimate.architecture import Architecture, read
 from sft_dist.estimate.hardware import GIB, Device
@@ -54,7 +55,8 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, device: Device, num_devices: int, efficiency: float | None = None) -> Estimate:
-    """Raises ConfigError when the architecture is unknown or nothing would be trained."""
+    """Raises ConfigError when the architecture is unknown, nothing would be trained, or devices form no groups."""
+    refuse_uneven(recipe, num_devices)
     architecture, prepared = read(recipe.model), find_prepared(recipe)
     found = _compare(recipe, architecture, device, num_devices, prepared, efficiency)
     if any(option.fits for option in found.options):
@@ -126,15 +128,16 @@ def _layout(
 ) -> Layout:
     micro_tokens = choices.packs_per_micro_batch * recipe.data.seq_len
     micro_batches = choices.micro_batches_per_step or -(-work.step_tokens // micro_tokens)
+    shared_by = recipe.parallel.sequence
     return Layout(
         strategy=strategy,
         world_size=num_devices,
         device=device.kind,
         compute=BYTES[choices.compute],
         master=BYTES[recipe.precision.master],
-        micro_tokens=micro_tokens,
-        micro_loss_tokens=round(micro_tokens * work.supervised),
-        rounds=-(-micro_batches // num_devices),
+        micro_tokens=micro_tokens // shared_by,
+        micro_loss_tokens=round(micro_tokens / shared_by * work.supervised),
+        rounds=-(-micro_batches * shared_by // num_devices),
         checkpointing=choices.activation_checkpointing == "full",
         offload=recipe.parallel.offload,
         dp_replicate=recipe.parallel.dp_replicate if strategy == "fsdp2" else 1,
@@ -173,7 +176,7 @@ def _remedies(
 ) -> Iterator[tuple[str, int]]:
     """Settings under which something fits, each computed like the estimate itself; the mildest first."""
     found_kinds = set()
-    for kind, text, changed, devices in _changes(recipe, num_devices):
+    for kind, text, changed, devices in _changes(recipe, architecture, num_devices):
         if kind in found_kinds:
             continue
         data = prepared if changed.data.seq_len == recipe.data.seq_len else None
@@ -183,7 +186,7 @@ def _remedies(
             yield f"{text} ({found.recommended})", found.option(found.recommended).peak
 
 
-def _changes(recipe: Recipe, num_devices: int) -> Iterator[tuple[str, str, Recipe, int]]:
+def _changes(recipe: Recipe, architecture: Architecture, num_devices: int) -> Iterator[tuple[str, str, Recipe, int]]:
     """(kind, as the user writes it, the recipe changed so, devices); of each kind the mildest first."""
     checkpointed = _set(recipe, "memory", activation_checkpointing="full")
     seq_len = recipe.data.seq_len
@@ -191,6 +194,11 @@ def _changes(recipe: Recipe, num_devices: int) -> Iterator[tuple[str, str, Recip
     text = f"memory.activation_checkpointing=full batch.tokens_per_micro_batch={seq_len}"
     yield "activations", "memory.activation_checkpointing=full", checkpointed, num_devices
     yield "activations", text, small, num_devices
+    shared_by = recipe.parallel.sequence
+    while recipe.data.packing != "padded" and math.gcd(num_devices, architecture.num_heads) % (2 * shared_by) == 0:
+        shared_by *= 2
+        shared = _set(small, "parallel", sequence=shared_by)
+        yield "sequence", f"parallel.sequence={shared_by} {text}", shared, num_devices
     while (seq_len := seq_len // 2) >= SHORTEST:
         shorter = _set(_set(small, "data", seq_len=seq_len), "batch", tokens_per_micro_batch=seq_len)
         yield "length", f"data.seq_len={seq_len} memory.activation_checkpointing=full", shorter, num_devices

@@ -2,7 +2,8 @@
 
     loss     forward is done: all activations, the loss head, what stays gathered
     backward gradients are complete or being reduced, one layer's activations are left
-    save     a checkpoint is written; export: the whole model is put together (host memory; a CPU's own memory)
+    save     a checkpoint is written; export: the model is written tensor by tensor, and the folder re-opened layer by
+             layer (host memory; a CPU's own memory)
 
 What each engine keeps is read off `sft_dist.parallel` and PyTorch; `benchmarks/estimate_check.py` compares with
 measured peaks. ZeRO (Rajbhandari et al., 2020) is as DeepSpeed's defaults leave it. Activations count what autograd
@@ -22,7 +23,9 @@ ZERO_BUCKET_BYTES = 50_000_000 * FP32  # parallel.zero.BUCKET_ELEMENTS
 ZERO3_LIVE_ELEMENTS = 10**9  # stage3_max_live_parameters
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 1280 * 2**20}  # logits of one chunk: sft_kernels.one_pass.CHUNK_BYTES
 SAVE_FILE_BYTES = 2 * 2**30  # checkpoint.shards.FILE_BYTES
-EXPORT_FILE_BYTES = 5 * 2**30  # checkpoint.export.SHARD_BYTES
+NF4_BYTES = (
+    0.5 + 1 / 64 + 4 / (64 * 256)
+)  # of a weight: its code, an 8-bit scale for 64, and one in fp32 for 256 scales
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 Parts = dict[str, int]
@@ -95,9 +98,10 @@ def memory(architecture: Architecture, tuned: Tuned, layout: Layout) -> Memory:
 
 
 def weight_bytes(tuned: Tuned, layout: Layout) -> int:
-    """All weights: a frozen base in the compute dtype, what is trained in the master dtype."""
+    """All weights: a frozen base in the compute dtype or in 4 bits, what is trained in the master dtype."""
     base = layout.master if tuned.trains_all else layout.compute
-    return tuned.base * base + tuned.added * layout.master
+    in_layers = (tuned.base - tuned.root.base) * (NF4_BYTES if tuned.quantised else base)
+    return int(in_layers) + tuned.root.base * base + tuned.added * layout.master
 
 
 def activation_bytes(architecture: Architecture, tuned: Tuned, layout: Layout) -> int:
@@ -185,7 +189,8 @@ def _fsdp2(architecture: Architecture, tuned: Tuned, layout: Layout, states: Par
     """Shards. The root group (embedding, last norm, head) stays gathered from forward to backward; a layer is gathered
     for its turn while the next one arrives. Sums of earlier micro-batches are sharded too."""
     world, c = layout.shards, layout.compute
-    root, layer = (c * (group.base + group.added) for group in (tuned.root, tuned.layer))
+    root = c * (tuned.root.base + tuned.root.added)
+    layer = int(tuned.layer.base * (NF4_BYTES if tuned.quantised else c)) + c * tuned.layer.added
     moved_root, moved_layer = tuned.root.trained, tuned.layer.trained
     held = {"weights": states["weights"], "optimizer": states["optimizer"]}
     before = tuned.trained * FP32 // world if layout.rounds > 1 else 0
@@ -243,15 +248,14 @@ def _stream_bytes(tuned: Tuned, layout: Layout) -> int:
 
 
 def _writing(tuned: Tuned, layout: Layout) -> dict[str, Parts]:
-    """What saving and exporting add in host memory: a file is built twice before it
-    is written (as tensors and as bytes), sharded weights are gathered."""
+    """What saving and exporting add in host memory: a checkpoint's file is built twice before it is written (as tensors
+    and as bytes); an export goes out tensor by tensor, and rank 0 re-opens it."""
     weights, world = weight_bytes(tuned, layout), layout.world_size
     state = 3 * tuned.trained * layout.master
-    exported = weights if tuned.trains_all else tuned.added * layout.master
-    gathers = layout.strategy in ("fsdp2", "zero3") or layout.device == "cuda"
+    one_by_one = layout.master * (2 * tuned.root.base + tuned.layer.base)  # a tensor; embedding, head and a layer again
     return {
         "save": {"save": 2 * min(SAVE_FILE_BYTES, state // world)},
-        "export": {"export": (weights if gathers else 0) + min(EXPORT_FILE_BYTES, exported)},
+        "export": {"export": one_by_one if tuned.trains_all else weights},  # an adapter is proven on its base
     }
 
 

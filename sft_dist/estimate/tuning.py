@@ -1,4 +1,4 @@
-"""How many weights stand still and how many are moved, for full fine-tuning and LoRA: counts only.
+"""How many weights stand still and how many are moved, for each tuning method: counts only.
 
 The same rules as `models.adapters` and PEFT: `all-linear` is every matrix but embedding and head, a list names modules
 by the end of their names, a word is a regular expression over whole names.
@@ -35,19 +35,25 @@ class Tuned:
     root: Group
     trains_head: bool
     trains_all: bool  # no frozen base below
+    quantised: bool = False  # matrices of the layers in 4 bits
 
 
 def tuned(architecture: Architecture, tuning: TuningSection) -> Tuned:
     """Raises ConfigError when nothing would be trained."""
-    adapted = _adapted(architecture, tuning) if tuning.method != "full" else []
+    adapted = _adapted(architecture, tuning) if tuning.is_low_rank else []
     copies = [t for t in architecture.tensors if any(_ends(_module(t), name) for name in tuning.modules_to_save)]
     added: dict[int | None, int] = {}
     for tensor in adapted:
-        added[tensor.layer] = added.get(tensor.layer, 0) + tuning.rank * sum(tensor.shape)
+        magnitude = tensor.shape[0] if tuning.method == "dora" else 0
+        added[tensor.layer] = added.get(tensor.layer, 0) + tuning.rank * sum(tensor.shape) + magnitude
+    if virtual := _virtual(architecture, tuning):
+        added[None] = virtual
     for tensor in copies:
         added[tensor.layer] = added.get(tensor.layer, 0) + tensor.numel
-    moved = [t for t in architecture.tensors if tuning.method == "full" and not _frozen(t, tuning)]
+    moved = [t for t in architecture.tensors if _is_moved(t, tuning)]
     if not moved and not added:
+        if tuning.method == "bitfit":
+            raise ConfigError(f"tuning.method=bitfit: {architecture.model_type} has no biases: use tuning.method=lora")
         raise ConfigError(f"tuning.targets={tuning.targets}: matches no matrix of {architecture.model_type}")
     layers = [_group(architecture, moved, added, number) for number in range(architecture.num_layers)]
     head = "model.embed_tokens" if architecture.tied else "lm_head"
@@ -60,6 +66,7 @@ def tuned(architecture: Architecture, tuning: TuningSection) -> Tuned:
         root=_group(architecture, moved, added, None),
         trains_head=any(_module(t) == head for t in [*moved, *copies]),
         trains_all=tuning.method == "full",
+        quantised=tuning.method == "qlora",
     )
 
 
@@ -79,8 +86,17 @@ def _adapted(architecture: Architecture, tuning: TuningSection) -> list[Tensor]:
     return [t for t in matrices if any(_ends(_module(t), name) for name in tuning.targets)]
 
 
-def _frozen(tensor: Tensor, tuning: TuningSection) -> bool:
-    return any(fnmatch.fnmatch(tensor.name, pattern) for pattern in tuning.freeze)
+def _virtual(architecture: Architecture, tuning: TuningSection) -> int:
+    """What prompt tuning learns (embeddings) and prefix tuning (keys and values of every layer)."""
+    a = architecture
+    width = {"prompt": a.hidden_size, "prefix": a.num_layers * 2 * a.num_kv_heads * a.head_dim}.get(tuning.method, 0)
+    return tuning.virtual_tokens * width
+
+
+def _is_moved(tensor: Tensor, tuning: TuningSection) -> bool:
+    if tuning.method == "bitfit":
+        return tensor.name.endswith(".bias")
+    return tuning.method == "full" and not any(fnmatch.fnmatch(tensor.name, pattern) for pattern in tuning.freeze)
 
 
 def _module(tensor: Tensor) -> str:

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from sft_dist.data.store import TokenStore
+from sft_dist.data.stream_store import AnyStore
 from sft_dist.data.templates import spans
 from sft_dist.evaluate.stopping import stopping_criteria
-from sft_dist.models.packed import causal_lm
+from sft_dist.models.packed import carries_virtual_tokens, causal_lm
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Prompt:
 
 
 def prompts_from_store(
-    store: TokenStore, tokenizer: PreTrainedTokenizerBase, num: int, seed: int, stop_strings: Sequence[str] = ()
+    store: AnyStore, tokenizer: PreTrainedTokenizerBase, num: int, seed: int, stop_strings: Sequence[str] = ()
 ) -> list[Prompt]:
     """At most `num` prompts, the same choice for the same (store, seed), in store order.
 
@@ -68,6 +68,8 @@ def generate(
         pad_token_id=pad_id,
         use_cache=True,
     )
+    if carries_virtual_tokens(model):
+        batch_size = 1  # padding on the left would stand between them and the question
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))  # like lengths waste little padding
     with stock_attention(lm):
@@ -104,7 +106,7 @@ def stock_attention(lm: nn.Module) -> Iterator[None]:
         config.use_cache = used_cache
 
 
-def _prompt(store: TokenStore, tokenizer: PreTrainedTokenizerBase, index: int, stop_strings: Sequence[str]) -> Prompt:
+def _prompt(store: AnyStore, tokenizer: PreTrainedTokenizerBase, index: int, stop_strings: Sequence[str]) -> Prompt:
     example = store.example(index)
     start, end = example.answers[-1] if example.answers else spans(example.loss_weights)[-1]
     ids = example.input_ids.tolist()

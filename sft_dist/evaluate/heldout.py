@@ -41,14 +41,20 @@ def heldout_loss(engine: Engine, loader: Loader, num_steps: int, device: torch.d
 
     No random number is drawn, so evaluating changes nothing in the training that follows.
     """
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    divisor, num_loss_tokens = 0.0, 0
+    divisor, num_loss_tokens, num_before = 0.0, 0, 0
+    sums: dict[int, torch.Tensor] = {}  # by number of the micro-batch in the split
     with engine.evaluating():
         for n in range(1, num_steps + 1):
             loaded = loader.step(n)
             divisor += loaded.step.loss_weight_sum
             num_loss_tokens += loaded.step.num_loss_tokens
-            for batch in loaded.batches:
-                total += engine.packed(batch.to(device)).double()
-    dist.all_reduce(total)
-    return Measured(total.item(), divisor, num_loss_tokens)
+            for index, batch in zip(loaded.indices, loaded.batches, strict=True):
+                loss_sum = engine.packed(batch.to(device))
+                if index < len(loaded.step.micro_batches):
+                    sums[num_before + index] = loss_sum
+            num_before += len(loaded.step.micro_batches)
+    total = torch.zeros(num_before, dtype=torch.float64, device=device)
+    for number, loss_sum in sums.items():
+        total[number] = loss_sum
+    dist.all_reduce(total)  # then summed in the plan's order, whoever computed them
+    return Measured(total.sum().item(), divisor, num_loss_tokens)

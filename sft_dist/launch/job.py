@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft_dist.errors import ConfigError
+from sft_dist.launch.nodes import ALONE, Nodes
+from sft_dist.resilience.lease import LEASE_VARIABLE
 from sft_dist.resilience.run_folder import attempt_dir
 
 RESOLVED_NAME = "config.yaml"
@@ -19,12 +21,25 @@ _FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """`num_processes` copies of `command` that write into `run_dir`, whose attempt folder exists already."""
+    """`num_processes` copies of `command` that write into `run_dir`, whose attempt folder exists already.
+
+    Processes are counted on this machine, by index; with several nodes their ranks go on from node to node.
+    """
 
     command: tuple[str, ...]
     num_processes: int
     run_dir: Path
     attempt: int
+    nodes: Nodes = ALONE
+    lease: str = ""  # token of the run folder's lease
+
+    @property
+    def world_size(self) -> int:
+        return self.num_processes * self.nodes.count
+
+    def rank(self, index: int) -> int:
+        """The rank of the worker that is `index` on this machine."""
+        return self.nodes.index * self.num_processes + index
 
     @property
     def attempt_dir(self) -> Path:
@@ -38,19 +53,30 @@ class Job:
         """Where the Python stacks of `rank` go when the run hangs."""
         return self.attempt_dir / f"rank_{rank:05d}.stacks.txt"
 
-    def environment(self, rank: int, base: Mapping[str, str]) -> dict[str, str]:
-        """What worker `rank` finds: its place, and a file as the meeting point, so that no port is opened."""
+    def environment(self, index: int, base: Mapping[str, str]) -> dict[str, str]:
+        """What worker `index` finds: its place, and where the ranks meet."""
         kept = {name: value for name, value in base.items() if name not in _FOREIGN}
-        return kept | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(self.num_processes),
-            "LOCAL_WORLD_SIZE": str(self.num_processes),
-            "SFT_RENDEZVOUS": f"file://{(self.attempt_dir / 'rendezvous').absolute()}",
-            "SFT_ATTEMPT": str(self.attempt),
-            "SFT_EXIT_CODE_FILE": str((self.attempt_dir / "exit_code").absolute()),
-            "SFT_RUN_LOCKED": "1",
-        }
+        return (
+            kept
+            | self._meeting_point()
+            | {
+                "RANK": str(self.rank(index)),
+                "LOCAL_RANK": str(index),
+                "WORLD_SIZE": str(self.world_size),
+                "LOCAL_WORLD_SIZE": str(self.num_processes),
+                "SFT_ATTEMPT": str(self.attempt),
+                "SFT_EXIT_CODE_FILE": str((self.attempt_dir / "exit_code").absolute()),
+                "SFT_RUN_LOCKED": "1",
+                LEASE_VARIABLE: self.lease,
+            }
+        )
+
+    def _meeting_point(self) -> dict[str, str]:
+        """A file on one machine, so that no port is opened; over several, rank 0's address."""
+        if self.nodes.are_several:
+            address = {"MASTER_ADDR": self.nodes.address, "MASTER_PORT": str(self.nodes.port)}
+            return address | {"SFT_RENDEZVOUS": "env://"}
+        return {"SFT_RENDEZVOUS": f"file://{(self.attempt_dir / 'rendezvous').absolute()}"}
 
 
 def worker_command(run_dir: Path) -> tuple[str, ...]:

@@ -6,27 +6,33 @@
       -> exit code from logs/attempt_N/exit_code
       -> after a hang, a storage failure or a death by signal: the next attempt, under the same lock
 
+With several nodes each runs this for its own workers (launch/nodes.py); the first one claims the folder.
+
 Workers die with this process (parent-death signal) and hold the run folder's lock open, so the folder is free exactly
 when the last of them is gone. No torch here.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Literal
 
 from sft_dist import errors
+from sft_dist.config.auto import refuse_uneven
 from sft_dist.config.loader import dump_recipe, load_recipe
 from sft_dist.config.schema import Recipe
 from sft_dist.errors import EXIT_DONE, EXIT_HANG, EXIT_NO_PROGRESS, StorageError
 from sft_dist.launch.job import RESOLVED_NAME, Job, choose_num_processes, worker_command
+from sft_dist.launch.nodes import hosting, join, read_nodes
 from sft_dist.launch.restarts import Ending, Restarts, newest_step
 from sft_dist.launch.workers import Workers
 from sft_dist.resilience.run_folder import (
@@ -70,17 +76,35 @@ def run(recipe_files: Sequence[str | Path], overrides: Sequence[str], nproc: int
     """
     recipe = load_recipe(recipe_files, overrides)
     num_processes = choose_num_processes(nproc)
+    refuse_uneven(recipe, num_processes)
     run_dir = Path(recipe.run.dir)
-    command = worker_command(run_dir)
+    command, nodes = worker_command(run_dir), read_nodes(os.environ)
     if dry_run:
         print(dump_recipe(recipe), end="")
         print(f"# {num_processes} x {shlex.join(command)}")
         return EXIT_DONE
+    if nodes.index > 0:
+        attempt = join(run_dir, nodes, num_processes)
+        return run_share(Job(command, num_processes, run_dir, attempt, nodes), recipe)
     taken = claim(run_dir, sys.argv)
     try:
+        if nodes.are_several:
+            write_resolved(taken, recipe)
+            with hosting(run_dir, nodes, num_processes, taken.attempt):
+                lease = taken.lock.lease
+                job = Job(command, num_processes, run_dir, taken.attempt, nodes, lease.token)
+                return run_share(job, recipe, (taken.lock.fd,), lease.kept())
         return keep_running(taken, recipe, command, num_processes)
     finally:
         taken.lock.release()
+
+
+def run_share(
+    job: Job, recipe: Recipe, inherited: tuple[int, ...] = (), meanwhile: AbstractContextManager[None] | None = None
+) -> int:
+    """One node's workers of a run over several, once; who started the nodes decides about another attempt."""
+    with Stops() as stops:
+        return supervise(job, stops, inherited, recipe.resilience.hang_seconds, meanwhile=meanwhile).code
 
 
 def keep_running(
@@ -91,8 +115,10 @@ def keep_running(
     with Stops() as stops:
         while True:
             write_resolved(taken, recipe)
-            job = Job(command, num_processes, taken.run_dir, taken.attempt)
-            ending = supervise(job, stops, (taken.lock.fd,), recipe.resilience.hang_seconds, grace_seconds)
+            lease = taken.lock.lease
+            job = Job(command, num_processes, taken.run_dir, taken.attempt, lease=lease.token)
+            inherited, hang_seconds = (taken.lock.fd,), recipe.resilience.hang_seconds
+            ending = supervise(job, stops, inherited, hang_seconds, grace_seconds, meanwhile=lease.kept())
             if not ending.may_pass or stops.asked or (taken.run_dir / STOP_NAME).exists():
                 return ending.code
             step = newest_step(taken.run_dir)
@@ -144,10 +170,14 @@ def supervise(
     inherited: tuple[int, ...] = (),
     hang_seconds: float | Literal["auto"] = "auto",
     grace_seconds: float = GRACE_SECONDS,
+    meanwhile: AbstractContextManager[None] | None = None,
 ) -> Ending:
-    """Start the job's workers and stay until all have ended: in order, with one that failed, or for a hang."""
-    append_event(job.attempt_dir, "start", processes=job.num_processes, command=list(job.command))
-    with Workers(job, inherited) as workers:
+    """Start the job's workers and stay until all have ended: in order, with one that failed, or for a hang.
+
+    `meanwhile` is entered once they run: it may start threads, which must not exist before the last fork.
+    """
+    append_event(job.attempt_dir, "start", processes=job.num_processes, node=job.nodes.index, command=list(job.command))
+    with Workers(job, inherited) as workers, meanwhile or nullcontext():
         stops.pass_to(workers)
         watchdog = Watchdog(hang_seconds, time.monotonic())
         failed, is_stuck = None, False
@@ -172,11 +202,13 @@ def end_hang(job: Job, workers: Workers, silence_seconds: float) -> Ending:
     workers.kill()
     while workers.are_running:
         workers.wait()
-    witnesses = [Witness(rank, beat, main_thread(stacks.get(rank, ""))) for rank, beat in beats.items()]
+    witnesses = [Witness(job.rank(i), beat, main_thread(stacks.get(i, ""))) for i, beat in beats.items()]
     line = accuse(witnesses, silence_seconds)
     try:
-        for rank, text in stacks.items():
-            job.stacks_path(rank).write_text(text or "no answer: the process was stopped, or stuck in the kernel\n")
+        for index, text in stacks.items():
+            job.stacks_path(job.rank(index)).write_text(
+                text or "no answer: the process was stopped, or stuck in the kernel\n"
+            )
         write_exit_code(job.attempt_dir, EXIT_HANG)
     except OSError as error:
         _say(f"warning: {job.attempt_dir}: the stacks cannot be written ({error.strerror})")
@@ -201,24 +233,28 @@ def how_it_ended(job: Job, workers: Workers, failed: int | None) -> Ending:
     code = exit_code(job, returncodes, failed)
     if failed > 0 or returncode != code:
         print(obituary(job, failed, returncode), file=sys.stderr, flush=True)
-    return Ending(code, f"rank {failed} died {_cause(returncode)}", -returncode if returncode < 0 else None)
+    return Ending(code, f"rank {job.rank(failed)} died {_cause(returncode)}", -returncode if returncode < 0 else None)
 
 
 def exit_code(job: Job, returncodes: Sequence[int | None], failed: int | None = None) -> int:
     """The worker's word in `exit_code`, unless it says done and yet a worker failed; else the code of the worker that
-    `failed` first, if it is one of ours; else 1."""
+    `failed` first, or of any other, if it is one of ours (a full disk leaves no file, and a peer may be noticed first);
+    else 1. The word is rank 0's: on other nodes none is needed."""
     left = read_exit_code(job.attempt_dir)
+    if left is None and job.nodes.index > 0:
+        left = EXIT_DONE
     if left is not None and (left != EXIT_DONE or not any(returncodes)):
         return left
-    code = None if failed is None else returncodes[failed]
-    return code if code in EXIT_CODES else 1
+    candidates = [] if failed is None else [returncodes[failed], *returncodes]
+    return next((code for code in candidates if code in EXIT_CODES), 1)
 
 
-def obituary(job: Job, rank: int, returncode: int) -> str:
+def obituary(job: Job, index: int, returncode: int) -> str:
     """Which worker died first, of what, and, where the terminal has not shown it, the end of its log."""
+    rank = job.rank(index)
     log = job.log_path(rank)
-    head = f"rank {rank} of {job.num_processes} died {_cause(returncode)} and the others were ended; see {log}"
-    lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:] if rank > 0 else []
+    head = f"rank {rank} of {job.world_size} died {_cause(returncode)} and the others were ended; see {log}"
+    lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:] if index > 0 else []
     return "\n".join([f"sft-dist: error: {head}", *(f"  | {line}" for line in lines)])
 
 

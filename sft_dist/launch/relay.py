@@ -64,8 +64,10 @@ class _Channel:
         while chunk := _read(self.outer):
             is_read = is_read and _write(self.target, chunk)
             lines, newline, pending = (pending + chunk).rpartition(b"\n")
-            log.write(lines + newline)
-        log.write(pending)
+            with suppress(OSError):  # a full disk costs lines of the log; not reading on would stop rank 0
+                log.write(lines + newline)
+        with suppress(OSError):
+            log.write(pending)
 
 
 def _read(descriptor: int) -> bytes:

@@ -32,7 +32,7 @@ class Workers:
         self._killed: set[int] = set()  # ranks that ended, or were ended, by our SIGKILL
 
     def __enter__(self) -> Workers:
-        self._relay = Relay(self._job.log_path(0))
+        self._relay = Relay(self._job.log_path(self._job.rank(0)))
         self._heartbeats = Heartbeats(self._job.num_processes)
         self._stacks = [StackMemory() for _ in range(self._job.num_processes)]
         try:
@@ -138,10 +138,10 @@ class Workers:
         return sorted(ended)
 
     def _start(self, rank: int) -> subprocess.Popen[bytes]:
-        """Rank 0 gets our terminal (by way of the relay), the others write to their log files."""
+        """The first gets our terminal (by way of the relay), the others write to their log files."""
         if rank == 0:
             return self._spawn(rank, *self._relay.outputs)
-        with self._job.log_path(rank).open("wb") as log:
+        with self._job.log_path(self._job.rank(rank)).open("wb") as log:
             return self._spawn(rank, log.fileno(), log.fileno())
 
     def _spawn(self, rank: int, out: int, err: int) -> subprocess.Popen[bytes]:

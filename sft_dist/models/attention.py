@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 
 from sft_dist.errors import ConfigError
+from sft_dist.models.virtual_tokens import Prefix
 
 Kernel = Callable[..., Tensor]
 
@@ -217,6 +218,7 @@ INTERFACE_NAMES = {
     "flex": "sft_segment_fx",
     "sdpa": "sft_segment_sd",
 }
+SLICED = "_sliced"  # is added to the name of a kernel that works on slices: both kinds can live in one process
 
 
 def unavailable_reason(name: str, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -258,13 +260,16 @@ def choose_backend(requested: str, config: PretrainedConfig, device: torch.devic
     raise AssertionError("sdpa is always available")
 
 
-def install(model: nn.Module, backend: str) -> None:
+def install(model: nn.Module, backend: str, across: Callable[[Kernel], Kernel] | None = None) -> None:
     """Make every attention layer of `model` call `backend` with the batch's explicit segments.
 
+    `across` turns the kernel for whole rows into one for a rank's slice of them (sequence parallel).
     Raises ConfigError for architectures that cannot change their attention (Falcon, OPT: code of their own).
     """
-    name = INTERFACE_NAMES[backend]
-    AttentionInterface.register(name, partial(segment_attention, BACKENDS[backend]))
+    name, kernel = INTERFACE_NAMES[backend], BACKENDS[backend]
+    if across is not None:
+        name, kernel = name + SLICED, across(kernel)
+    AttentionInterface.register(name, partial(segment_attention, kernel))
     try:
         model.set_attn_implementation(name)  # type: ignore[operator]
     except ValueError as error:
@@ -290,6 +295,7 @@ def segment_attention(
     cu_seq_lens_q: Any = None,
     max_length_q: int | None = None,
     segments: Segments | None = None,
+    prefix: Prefix | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer. Refuses to run without explicit segments: a silent plain-causal
@@ -301,6 +307,8 @@ def segment_attention(
     if not getattr(module, "is_causal", True):
         raise RuntimeError(f"{type(module).__name__}: only causal attention can be packed")
     query, key = query.to(value.dtype), key.to(value.dtype)  # norms on q and k leave float32 behind under autocast
+    if prefix is not None:
+        query, key, value = prefix.widen(module.layer_idx, query, key, value)  # type: ignore[arg-type]
     out = kernel(
         query,
         key,
@@ -314,7 +322,7 @@ def segment_attention(
         sinks=s_aux,
         dropout=dropout if module.training else 0.0,
     )
-    return out.contiguous(), None
+    return (out if prefix is None else prefix.narrow(out)).contiguous(), None
 
 
 @cache

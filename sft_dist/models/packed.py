@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 
 from sft_dist.errors import ConfigError
 from sft_dist.models.attention import INTERFACE_NAMES, Segments
+from sft_dist.models.entry import enter
+from sft_dist.models.virtual_tokens import kind_of
 from sft_dist.types import PackedBatch
 from sft_kernels import KernelUnavailableError, choose_head
 
@@ -28,11 +30,19 @@ Head = Callable[..., Tensor]
 class PackedCausalLM(nn.Module):
     """`forward(batch)` returns the fp32 sum of weight x cross-entropy over the batch's supervised positions."""
 
-    def __init__(self, model: nn.Module, head: Head, *, autocast_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        head: Head,
+        *,
+        autocast_dtype: torch.dtype | None = None,
+        neftune_alpha: float | None = None,
+    ) -> None:
         super().__init__()
         self.model = model  # a PreTrainedModel, or a PeftModel around one
         self._head = head
         self._autocast_dtype = autocast_dtype
+        self._noise_alpha = neftune_alpha or 0.0
         self._logit_scale, self._logit_softcap = logit_transform(causal_lm(model).config)
 
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -52,17 +62,23 @@ class PackedCausalLM(nn.Module):
             )
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """The decoder's last hidden states: [1, T, D] packed, [B, S, D] padded."""
+        """The decoder's last hidden states of the batch's tokens: [1, T, D] packed, [B, S, D] padded."""
         lm = causal_lm(self.model)
-        arguments = attention_arguments(batch, lm.config._attn_implementation)
         with self._autocast(batch.input_ids.device.type):
-            return lm.base_model(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **arguments
-            ).last_hidden_state
+            entry = enter(self.model, lm, batch, self._noise_alpha if self.training else 0.0)
+            arguments = attention_arguments(entry.batch, lm.config._attn_implementation)
+            output = lm.base_model(use_cache=False, **entry.inputs, **arguments, **entry.extra)
+            return entry.narrow(output.last_hidden_state)
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """The Hugging Face `generate`, reached through the wrapper so that engines can gather sharded weights first."""
-        return causal_lm(self.model).generate(*args, **kwargs)
+        speaker = self.model if kind_of(self.model) else causal_lm(self.model)  # PEFT puts virtual tokens in front
+        return speaker.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """[B, S, V] of plain token ids [B, S], as a user's forward call gives them; reached as `generate` is."""
+        with self._autocast(input_ids.device.type):
+            return self.model(input_ids=input_ids, use_cache=False).logits
 
     def _autocast(self, device_type: str) -> torch.autocast:
         enabled = self._autocast_dtype is not None
@@ -79,7 +95,7 @@ def attention_arguments(batch: PackedBatch, implementation: str) -> dict[str, An
         "cu_seq_lens_k": batch.cu_seqlens,
         "max_length_q": batch.max_seqlen,
         "max_length_k": batch.max_seqlen,
-        "segments": Segments.of(batch.cu_seqlens) if implementation == INTERFACE_NAMES["sdpa"] else None,
+        "segments": Segments.of(batch.cu_seqlens) if implementation.startswith(INTERFACE_NAMES["sdpa"]) else None,
     }
 
 
@@ -94,6 +110,11 @@ def pick_head(requested: str, device: torch.device) -> tuple[str, Head, str]:
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The PreTrainedModel inside a PeftModel, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def carries_virtual_tokens(model: nn.Module) -> bool:
+    """Whether `model` (or the one inside a PackedCausalLM) was tuned by prompt or prefix."""
+    return kind_of(model.model if isinstance(model, PackedCausalLM) else model) is not None
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -6,15 +6,18 @@ from collections.abc import Sequence
 
 
 def batch_equation(
-    packs_per_micro_batch: int, seq_len: int, micro_batches_per_step: int | None, world_size: int
+    packs_per_micro_batch: int, seq_len: int, micro_batches_per_step: int | None, world_size: int, shared_by: int = 1
 ) -> str:
-    """The step in the field's words: per-device batch x accumulation x world size."""
-    micro = f"{packs_per_micro_batch} x {seq_len} tokens per device"
+    """The step in the field's words: per-device batch x accumulation x world size; groups of `shared_by` processes
+    stand for devices under sequence parallel."""
+    holder, num_holders = ("device", world_size) if shared_by == 1 else ("group", world_size // shared_by)
+    holders = f"{num_holders} {'process(es)' if shared_by == 1 else f'group(s) of {shared_by} processes'}"
+    micro = f"{packs_per_micro_batch} x {seq_len} tokens per {holder}"
     if micro_batches_per_step is None:
-        return f"{micro}, as many micro-batches as the step's examples fill, {world_size} process(es)"
-    accumulation = -(-micro_batches_per_step // world_size)
+        return f"{micro}, as many micro-batches as the step's examples fill, {holders}"
+    accumulation = -(-micro_batches_per_step // num_holders)
     tokens = micro_batches_per_step * packs_per_micro_batch * seq_len
-    return f"{micro} x {accumulation} accumulation x {world_size} process(es) = {tokens:,} token slots per step"
+    return f"{micro} x {accumulation} accumulation x {holders} = {tokens:,} token slots per step"
 
 
 def certificate_line(checks: Sequence[tuple[str, float, float]]) -> str:

@@ -7,44 +7,59 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sft_dist.observe.run_files import append_lines, keep_lines, read_lines
+from sft_dist.observe.trackers import Trackers
 from sft_dist.types import StepMetrics
 
 
 class MetricsLog:
-    """Appends to RUN_DIR/metrics.jsonl (and TensorBoard when asked). One writer: rank 0."""
+    """Appends to RUN_DIR/metrics.jsonl, and hands each line to the trackers. One writer: rank 0.
 
-    def __init__(self, run_dir: Path, trackers: Iterable[str]) -> None:
-        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = _tensorboard(run_dir) if "tensorboard" in trackers else None
+    Lines that a full disk refuses wait in memory, and every later line tries them again; `settle` insists.
+    """
+
+    def __init__(self, run_dir: Path, trackers: Trackers) -> None:
+        self._path, self._waiting = run_dir / "metrics.jsonl", b""
+        self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._trackers = trackers
 
     def step(self, metrics: StepMetrics) -> None:
         values = asdict(metrics)
         if values["tokens_by_source"] is None:
             del values["tokens_by_source"]
-        self._write({"kind": "step", **values})
+        is_update = math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)
+        if not is_update:  # JSON has no NaN
+            values |= {"loss": str(metrics.loss), "grad_norm": str(metrics.grad_norm)}
+        self._write({"kind": "step" if is_update else "skipped", **values})
 
     def evaluation(self, step: int, eval_loss: float, num_loss_tokens: int, **named: Any) -> None:
         self._write({"kind": "eval", "step": step, "eval_loss": eval_loss, "num_loss_tokens": num_loss_tokens, **named})
 
+    def settle(self) -> None:
+        """Write what waits; raises OSError."""
+        while self._waiting:
+            self._waiting = self._waiting[os.write(self._fd, self._waiting) :]
+
     def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        os.close(self._fd)
+        self._trackers.close()
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for key, value in line.items():
-                for name, number in value.items() if isinstance(value, dict) else [("", value)]:
-                    if isinstance(number, int | float) and key not in ("step", "attempt"):
-                        self._board.add_scalar("/".join(filter(None, (line["kind"], key, name))), number, line["step"])
+        is_first = not self._waiting
+        self._waiting += json.dumps(line).encode() + b"\n"
+        try:
+            self.settle()
+        except OSError as error:
+            if is_first:
+                print(f"sft-dist: warning: {self._path}: cannot be written ({error.strerror})", file=sys.stderr)
+        self._trackers.log(line["step"], _numbers(line))
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -80,7 +95,11 @@ def best_step(lines: Iterable[dict[str, Any]]) -> int | None:
     return min(scored)[1] if scored else None
 
 
-def _tensorboard(run_dir: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run_dir / "tensorboard"))
+def _numbers(line: dict[str, Any]) -> dict[str, float]:
+    """`step/loss`, `eval/by_source/NAME` ... -> number."""
+    return {
+        "/".join(filter(None, (line["kind"], key, name))): number
+        for key, value in line.items()
+        for name, number in (value.items() if isinstance(value, dict) else [("", value)])
+        if isinstance(number, int | float) and key not in ("step", "attempt")
+    }

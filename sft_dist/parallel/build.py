@@ -10,6 +10,7 @@ from torch import nn
 
 from sft_dist.parallel.ddp import assert_replicated, build_ddp
 from sft_dist.parallel.engine import Engine, MakeOptimizer
+from sft_dist.parallel.exact import with_exact_sums
 from sft_dist.parallel.fsdp import assert_sharded, build_fsdp
 from sft_dist.parallel.runtime import Runtime
 
@@ -27,11 +28,12 @@ def build_engine(
     offload: str = "none",
     dp_replicate: int = 1,
     fill: Callable[[nn.Module], None] | None = None,
+    exact: bool = False,
 ) -> Engine:
     """`strategy` is ddp, fsdp2, zero1, zero2 or zero3. The model must sit on the CPU or the device, with equal weights
     on every rank. `make_optimizer` is called with the trained parameters and leaves the moments to the engine.
-    `dp_replicate` replicas of the sharded model (fsdp2): it divides the number of ranks. `fill` gives a
-    model without memory its values once it is sharded (fsdp2)."""
+    Of fsdp2: `dp_replicate` replicas of the sharded model, a divisor of the number of ranks; `fill` gives a model
+    without memory its values once it is sharded; `exact`: the bits of every sum are those of any number of ranks."""
     if strategy.startswith("zero"):
         os.environ["DS_ACCELERATOR"] = place.device.type  # DeepSpeed decides about its devices while it is imported
         os.environ["LOCAL_RANK"] = str(place.device.index or 0)  # and from here takes the number of its own
@@ -41,7 +43,7 @@ def build_engine(
     if strategy == "fsdp2":
         engine = build_fsdp(packed, layers, place, compute_dtype, make_optimizer, dp_replicate, fill)
         assert_sharded(engine, place, dp_replicate)
-        return engine
+        return with_exact_sums(engine) if exact else engine
     packed.to(place.device)
     engine = build_ddp(packed, place.world_size, make_optimizer)
     assert_replicated(engine)

@@ -14,13 +14,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from sft_dist.types import PackedBatch
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
-MakeOptimizer = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
+class RunOptimizer(torch.optim.Optimizer):
+    """An optimizer whose whole state exists before the first step: `step`, and tensors of at least one dimension."""
+
+    def allocate(self, parameters: Iterable[Tensor]) -> None:
+        """The state of each tensor, now rather than at the first step: a checkpoint can fill it, and a run that does
+        not fit fails at once."""
+        raise NotImplementedError
+
+
+MakeOptimizer = Callable[[Mapping[str, nn.Parameter]], RunOptimizer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +47,7 @@ class Engine:
     shards_parameters: bool  # ranks must then run the same forwards, also when generating
     reshard: Callable[[], None]  # give back what forwards without a backward have gathered
     trained: dict[str, nn.Parameter]  # by name in the Hugging Face (or PEFT) model
-    state: Callable[[], dict[str, Tensor]]  # `model.NAME` fp32 or as trained, `optim.NAME.MOMENT`; global shapes
+    state: Callable[[], dict[str, Tensor]]  # `model.NAME` fp32 or as trained, `optim.NAME.KEY`; global shapes
     adopt: Callable[[Mapping[str, Tensor]], None]  # what `state` gave and a checkpoint has filled becomes the run's
     discard_gradients: Callable[[], None]  # of a step that is not taken
     whole: Callable[[Tensor], Tensor]  # an entry of the model's state dict, gathered; collective
@@ -60,13 +68,6 @@ class Engine:
             self.packed.train()
             self.reshard()
 
-    def full_state(self) -> dict[str, Tensor]:
-        """Every tensor of the model, gathered, on the CPU. All ranks call; all ranks receive."""
-        return {name: self.whole(tensor).detach().cpu() for name, tensor in self._state_dict().items()}
-
-    def _state_dict(self) -> dict[str, Tensor]:
-        return self.model.state_dict(keep_vars=True)
-
 
 def live_engine(
     name: str,
@@ -81,19 +82,20 @@ def live_engine(
     """An engine whose parameters and moments are tensors in place (whole or DTensors): nothing to copy for a save."""
     trained = trained_parameters(packed)
     optimizer = make_optimizer(trained)
-    allocate_moments(optimizer, trained.values())
+    optimizer.allocate(trained.values())
 
     def clip_grad_norm(max_norm: float) -> Tensor:
         return full_tensor(torch.nn.utils.clip_grad_norm_(trained.values(), max_norm)).float()
 
     def state() -> dict[str, Tensor]:
         weights = {f"model.{name}": parameter.detach() for name, parameter in trained.items()}
-        moments = {
-            f"optim.{name}.{moment}": optimizer.state[parameter][moment]
+        kept = {
+            f"optim.{name}.{key}": tensor
             for name, parameter in trained.items()
-            for moment in MOMENTS
+            for key, tensor in optimizer.state[parameter].items()
+            if key != "step"
         }
-        return weights | moments
+        return weights | kept
 
     return Engine(
         name=name,
@@ -116,14 +118,6 @@ def _already_in_place(tensors: Mapping[str, Tensor]) -> None:
     """`state` showed the run's own tensors: filling them was all."""
 
 
-def allocate_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Adam's moments (zeros) and step counter of each tensor, now rather than at the first step: a checkpoint can fill
-    them, and a run that does not fit fails at once."""
-    for parameter in parameters:
-        moments: dict[str, Tensor] = {name: torch.zeros_like(parameter) for name in MOMENTS}
-        optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device), **moments}
-
-
 def trained_parameters(packed: nn.Module) -> dict[str, nn.Parameter]:
     """What the optimizer moves, by name in the Hugging Face (or PEFT) model."""
     model: nn.Module = packed.model  # type: ignore[assignment]
@@ -133,6 +127,20 @@ def trained_parameters(packed: nn.Module) -> dict[str, nn.Parameter]:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor; a plain tensor as it is. Collective for DTensors."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's piece of a sharded tensor, sharing its memory; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like_sharded(whole: Tensor, model: Tensor) -> Tensor:
+    """`whole`, equal on every rank, sharded as `model` is; without any communication."""
+    if not isinstance(model, DTensor):
+        return whole
+    mesh = model.device_mesh
+    everywhere = DTensor.from_local(whole.contiguous(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=model.placements)
 
 
 def global_numel(parameter: nn.Parameter) -> int:

@@ -46,6 +46,7 @@ def build_fsdp(
         fill(packed)
     register_fsdp_forward_method(packed, "generate")
     register_fsdp_forward_method(packed, "hidden_states")
+    register_fsdp_forward_method(packed, "logits")
     groups = [module for module in packed.modules() if isinstance(module, FSDPModule)]
     for group in groups:
         group.set_gradient_divide_factor(1.0)

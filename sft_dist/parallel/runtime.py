@@ -41,11 +41,8 @@ class Runtime:
 
 
 def read_place() -> tuple[int, int, int, int]:
-    """(rank, world size, local rank, local world size) from the launcher's or srun's environment, or (0, 1, 0, 1)."""
+    """(rank, world size, local rank, local world size) from the launcher's environment, or (0, 1, 0, 1)."""
     environment = os.environ
-    if "RANK" not in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
-        rank, local_rank = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
-        return rank, int(environment["SLURM_NTASKS"]), local_rank, int(environment["SLURM_NTASKS_PER_NODE"])
     rank, world_size = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
     local_rank = int(environment.get("LOCAL_RANK", rank))
     local_world_size = int(environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", world_size)))
@@ -53,12 +50,14 @@ def read_place() -> tuple[int, int, int, int]:
 
 
 @contextmanager
-def runtime() -> Iterator[Runtime]:
+def runtime(num_threads: int | None = None) -> Iterator[Runtime]:
     """Join the process group; leave it at the end. The last reference to a DDP wrapper must be gone before that:
-    its reducer would join gloo's thread while holding the interpreter lock and hang."""
+    its reducer would join gloo's thread while holding the interpreter lock and hang.
+
+    `num_threads` None: this process's share of the processors."""
     rank, world_size, local_rank, local_world_size = read_place()
     device = _device(local_rank)
-    num_threads = _fix_threads(local_world_size)
+    num_threads = _fix_threads(local_world_size, num_threads)
     rendezvous = os.environ.get("SFT_RENDEZVOUS")
     if rendezvous is None and "MASTER_ADDR" not in os.environ:
         if world_size > 1:
@@ -73,7 +72,7 @@ def runtime() -> Iterator[Runtime]:
         _backend(device),
         rank=rank,
         world_size=world_size,
-        timeout=WATCHED_TIMEOUT if WATCHED_VARIABLE in os.environ else COLLECTIVE_TIMEOUT,
+        timeout=collective_timeout(),
         device_id=device if device.type == "cuda" else None,
         **meeting,
     )
@@ -81,6 +80,11 @@ def runtime() -> Iterator[Runtime]:
         yield Runtime(rank, world_size, local_rank, local_world_size, device, num_threads)
     finally:
         dist.destroy_process_group()
+
+
+def collective_timeout() -> timedelta:
+    """How long a rank waits for the others, in every process group."""
+    return WATCHED_TIMEOUT if WATCHED_VARIABLE in os.environ else COLLECTIVE_TIMEOUT
 
 
 def seed_for(*parts: int | str) -> int:
@@ -102,8 +106,8 @@ def _backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
-def _fix_threads(local_world_size: int) -> int:
+def _fix_threads(local_world_size: int, asked: int | None) -> int:
     """The same thread count whatever launched us: launchers set OMP_NUM_THREADS differently, and sums depend on it."""
-    num_threads = max(1, (os.cpu_count() or 1) // local_world_size)
+    num_threads = asked or max(1, (os.cpu_count() or 1) // local_world_size)
     torch.set_num_threads(num_threads)
     return num_threads

@@ -42,10 +42,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from sft_dist.parallel.engine import (
-    MOMENTS,
     Engine,
     MakeOptimizer,
-    allocate_moments,
     full_tensor,
     global_numel,
     trained_parameters,
@@ -60,6 +58,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # It also calls collectives by names that PyTorch 2.13 renames, once per gather.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's: what DeepSpeed's flat partitions have room for
 BUCKET_ELEMENTS = 50_000_000  # of one collective: 200 MB in fp32
 
 
@@ -83,7 +82,7 @@ def build_zero(
         model=packed, optimizer=make_optimizer(trained), config=settings, dist_init_required=False
     )
     assert_partitioned(made, stage, place.world_size, place.device)
-    allocate_moments(wrapper.optimizer, partitions(wrapper))
+    wrapper.optimizer.allocate(partitions(wrapper))
     for name, weight in finer.items():
         _write_partition(trained[name], weight, None)  # DeepSpeed has made the masters from the narrower copy
     if stage < 3:

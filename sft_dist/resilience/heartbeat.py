@@ -4,7 +4,8 @@
     launcher    Heartbeats(2).read(rank)      the newest record of a rank
 
 The memory is an anonymous file (memfd) that workers inherit: nothing to name or to clean up, and no full or stuck disk
-can hold up a beat. Under torchrun, accelerate and deepspeed nobody reads; a worker then beats into memory of its own.
+can hold up a beat. Under torchrun, accelerate and deepspeed nobody watches; a worker then beats into memory of its own.
+Either way `launch/where.py` finds the memory through /proc, for an operator who asks where each rank is.
 
 A record is written field by field, so a reader may see one half of it. That does no harm: what the watchdog looks for
 is a record that stays the same.
@@ -21,6 +22,7 @@ from functools import cache
 
 HEARTBEATS_VARIABLE = "SFT_HEARTBEATS"  # number of the inherited descriptor
 PHASES = ("start", "prepare", "build", "evaluate", "data", "train", "save", "finish")
+MEMORY_NAME = "sft-heartbeats"  # as /proc shows it
 _NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
 _RECORD = struct.Struct("=qqqd")  # first step, step, phase, seconds
 _STRIDE = 64  # one cache line per rank
@@ -47,28 +49,38 @@ class Heart:
         self._first_step = self._first_step or step
         _RECORD.pack_into(self._memory, self._offset, self._first_step, step, _NUMBERS[phase], time.monotonic())
 
+    def stay(self, phase: str) -> None:
+        """Say that the step of the last beat goes on, in `phase`."""
+        _, step, _, _ = _RECORD.unpack_from(self._memory, self._offset)
+        self.beat(step, phase)
+
 
 @cache
 def heart() -> Heart:
     """This process's heart: in the launcher's memory where one was inherited."""
     inherited = os.environ.get(HEARTBEATS_VARIABLE)
     if inherited is None:
-        return Heart(mmap.mmap(-1, _STRIDE), 0)
-    return Heart(mmap.mmap(int(inherited), 0), int(os.environ["RANK"]))
+        return Heart(Heartbeats(1).memory, 0)
+    return Heart(mmap.mmap(int(inherited), 0), int(os.environ["LOCAL_RANK"]))
+
+
+def decode(memory: mmap.mmap, slot: int) -> Beat:
+    """The record in place `slot` of a heartbeat memory."""
+    first_step, step, phase, seconds = _RECORD.unpack_from(memory, slot * _STRIDE)
+    return Beat(step, PHASES[phase], seconds, first_step)
 
 
 class Heartbeats:
-    """The reading side: records of `num_ranks` workers that inherit `fd`."""
+    """The reading side: records of this machine's `num_ranks` workers, which inherit `fd`."""
 
     def __init__(self, num_ranks: int) -> None:
-        self.fd = os.memfd_create("heartbeats")
+        self.fd = os.memfd_create(MEMORY_NAME)
         os.ftruncate(self.fd, num_ranks * _STRIDE)
         self.memory = mmap.mmap(self.fd, 0)
 
     def read(self, rank: int) -> Beat:
         """The newest sign of `rank`."""
-        first_step, step, phase, seconds = _RECORD.unpack_from(self.memory, rank * _STRIDE)
-        return Beat(step, PHASES[phase], seconds, first_step)
+        return decode(self.memory, rank)
 
     def close(self) -> None:
         """Give the memory back; workers that still run keep theirs."""

@@ -3,7 +3,8 @@
 The kernel frees the lock when the last process that holds the open file is gone, so a dead job's folder is free at
 once, with no lease to wait for and no stale file to delete. The launcher hands the open file on to its workers: the
 folder then stays taken until the last process that could still write into it has ended. The file's text names the
-holder, for the message of the one who comes second.
+holder, for the message of the one who comes second. Between machines, where `flock` may not be seen, a lease decides
+(resilience/lease.py); a held lock has both.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from sft_dist.errors import LockedError, StorageError
+from sft_dist.resilience.lease import Lease
 
 LOCK_NAME = "lock"
 WAIT_SECONDS = 10.0
@@ -24,10 +27,10 @@ _POLL_SECONDS = 0.05
 
 
 class RunLock:
-    """A held lock. `fd` may be inherited by children that write into the folder too."""
+    """A held lock. `fd` may be inherited by children that write into the folder too, `lease.token` fences them."""
 
-    def __init__(self, path: Path, fd: int) -> None:
-        self.path, self.fd = path, fd
+    def __init__(self, path: Path, fd: int, lease: Lease) -> None:
+        self.path, self.fd, self.lease = path, fd, lease
 
     @classmethod
     def acquire(cls, run_dir: str | Path, *, wait_seconds: float = WAIT_SECONDS) -> RunLock:
@@ -48,8 +51,15 @@ class RunLock:
                 holder = describe_holder(run_dir)
                 raise LockedError(f"run.dir={run_dir}: held by {holder}: wait for it, stop it, or choose another")
             time.sleep(_POLL_SECONDS)
-        lock = cls(path, fd)
-        lock._sign()
+        try:
+            lock = cls(path, fd, Lease.take(path.parent))
+            lock._sign()
+        except OSError as error:
+            os.close(fd)
+            raise StorageError(f"run.dir={run_dir}: cannot be written ({error.strerror}): choose another") from error
+        except LockedError:
+            os.close(fd)
+            raise
         return lock
 
     def _sign(self) -> None:
@@ -60,6 +70,8 @@ class RunLock:
     def release(self) -> None:
         """Give the folder back; a child that inherited the file keeps it taken until it ends."""
         if self.fd >= 0:
+            with suppress(OSError):  # a lease that cannot be removed ends by itself
+                self.lease.release()
             os.close(self.fd)
             self.fd = -1
 

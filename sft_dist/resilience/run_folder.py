@@ -27,6 +27,7 @@ from sft_dist.errors import StorageError
 from sft_dist.resilience.lock import WAIT_SECONDS, RunLock
 
 EXIT_CODE_VARIABLE = "SFT_EXIT_CODE_FILE"  # where launchers of ours wait for the code: worker.sh knows no run folder
+RESULT_VARIABLE = "SFT_RESULT_FILE"  # where a scheduler's script looks for it, on a file system that all nodes share
 STOP_NAME = "stop"
 BEGUN_ANEW_NAME = "begun_anew"
 RESULTS = (  # of attempts; the checkpoints go last, so that a half-moved run still has its state
@@ -38,6 +39,9 @@ RESULTS = (  # of attempts; the checkpoints go last, so that a half-moved run st
     "samples.jsonl",
     "exact_match.jsonl",
     "tensorboard",
+    "trackers.json",
+    "wandb",
+    "mlflow",
     "fingerprint.json",
     "checkpoints",
 )
@@ -123,13 +127,16 @@ def write_exit_code(folder: str | Path | None, code: int) -> None:
 
     `folder` is None when the run ended before it had one.
     """
-    named = os.environ.get(EXIT_CODE_VARIABLE)
-    places = [*([Path(folder) / "exit_code"] if folder else []), *([Path(named)] if named else [])]
+    named = [os.environ[name] for name in (EXIT_CODE_VARIABLE, RESULT_VARIABLE) if os.environ.get(name)]
+    places = {Path(place).absolute() for place in (Path(folder) / "exit_code" if folder else None, *named) if place}
     for path in places:
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(f"{code}\n")
-        partial.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(f"{code}\n")
+            partial.replace(path)
+        except OSError as error:  # our launcher then goes by the process's own code
+            print(f"sft-dist: warning: {path}: cannot be written ({error.strerror})", file=sys.stderr, flush=True)
 
 
 def read_exit_code(folder: str | Path) -> int | None:

@@ -16,6 +16,7 @@ from pathlib import PurePath
 
 STACKS_VARIABLE = "SFT_STACKS"  # number of the inherited descriptor
 STACKS_SIGNAL = signal.SIGUSR2
+MEMORY_NAME = "sft-stacks"  # as /proc shows it
 _FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)')
 
 
@@ -23,15 +24,15 @@ def answer_with_stacks() -> None:
     """Worker: write stacks when the launcher asks, and to stderr on a fatal signal (a crash in native code)."""
     faulthandler.enable()
     inherited = os.environ.get(STACKS_VARIABLE)
-    if inherited is not None:
-        faulthandler.register(STACKS_SIGNAL, file=int(inherited), all_threads=True)
+    file = StackMemory().fd if inherited is None else int(inherited)  # its own, where no launcher of ours asks
+    faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True)
 
 
 class StackMemory:
     """Launcher: where one worker, which inherits `fd`, leaves its stacks."""
 
     def __init__(self) -> None:
-        self.fd = os.memfd_create("stacks")
+        self.fd = os.memfd_create(MEMORY_NAME)
 
     def read(self) -> str:
         """What was written so far; empty while there was no answer."""

@@ -23,6 +23,7 @@ from sft_dist.checkpoint.catalog import folders, set_aside
 from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.checkpoint.manifest import read_manifest
 from sft_dist.errors import CheckpointError, NonFiniteError, SftError, StorageError
+from sft_dist.resilience.ending import run_and_end
 from sft_dist.resilience.run_folder import write_exit_code
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -189,7 +190,8 @@ def flip_a_byte(folder: Path, shard: str) -> None:
 
 SCENARIOS = {"all": (replicated, sharded, agreement, fallback), "resharded": (resharded,), "sharded": (sharded,)}
 
-if __name__ == "__main__":
+
+def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=os.environ["SFT_RENDEZVOUS"], rank=RANK, world_size=WORLD_SIZE)
     for scenario in SCENARIOS[sys.argv[1]]:
@@ -198,3 +200,7 @@ if __name__ == "__main__":
     dist.destroy_process_group()
     if RANK == 0:
         write_exit_code(Path(sys.argv[2]) / "logs" / f"attempt_{int(os.environ['SFT_ATTEMPT']):04d}", 0)
+
+
+if __name__ == "__main__":
+    run_and_end(main)

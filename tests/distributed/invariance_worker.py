@@ -24,6 +24,7 @@ from sft_dist.optim import build_optimizer
 from sft_dist.parallel.build import build_engine
 from sft_dist.parallel.engine import Engine, full_tensor
 from sft_dist.parallel.runtime import Runtime, runtime
+from sft_dist.resilience.ending import run_and_end
 from sft_dist.types import TokenizedExample
 from sft_kernels import choose_head
 
@@ -91,4 +92,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_and_end(lambda: main(Path(sys.argv[1])))

@@ -34,14 +34,18 @@ from sft_dist.parts import spread
 Fault = Callable[[], Any]
 TWO = [("ddp", "none"), ("fsdp2", "none"), ("zero1", "none"), ("zero2", "optimizer"), ("zero3", "params")]
 
+METHODS = ("qlora", "dora", "prompt")  # in bf16, as a 4-bit base needs it
 
-def recipe(strategy: str, method: str = "full", offload: str = "none", dp_replicate: int = 1) -> Recipe:
+
+def recipe(
+    strategy: str, method: str = "full", offload: str = "none", dp_replicate: int = 1, sequence: int = 1
+) -> Recipe:
     return Recipe.model_validate(
         {
             "model": {"path": "x"},
             "data": {"sources": [{"path": "d.json"}]},
             "tuning": {"method": method, **({"rank": 3, "dropout": 0.1} if method == "lora" else {})},
-            "parallel": {"strategy": strategy, "offload": offload, "dp_replicate": dp_replicate},
+            "parallel": {"strategy": strategy, "offload": offload, "dp_replicate": dp_replicate, "sequence": sequence},
         }
     )
 
@@ -243,6 +247,11 @@ def main(folder: Path) -> None:
                 found["sound"][name] = figures(recipe(strategy, method, offload, replicas), place)
         if place.world_size == 2:
             for strategy in ("ddp", "fsdp2", "zero3"):
+                for method in METHODS:
+                    found["sound"][f"{strategy}-{method}-bfloat16"] = figures(
+                        recipe(strategy, method), place, "bfloat16"
+                    )
+                found["sound"][f"{strategy}-sequence"] = figures(recipe(strategy, sequence=2), place)
                 found["sound"][f"{strategy}-bfloat16"] = figures(recipe(strategy), place, "bfloat16")
                 found["sound"][f"{strategy}-selective"] = figures(recipe(strategy), place, keep="selective")
                 found["sound"][f"{strategy}-lora-full"] = figures(recipe(strategy, "lora"), place, keep="full")
@@ -253,6 +262,8 @@ def main(folder: Path) -> None:
                     found["faults"][name] = figures(recipe(strategy), place)
             found["faults"]["loop: mean of means"] = figures(recipe("ddp"), place, step=wrong_divisor)
         if place.world_size == 4:
+            both = recipe("fsdp2", dp_replicate=2, sequence=2)
+            found["sound"]["hsdp-sequence"] = figures(both, place)
             for name, fault in FAULTS_OF_FOUR.items():
                 with fault():
                     found["faults"][name] = figures(recipe("fsdp2", dp_replicate=2), place)

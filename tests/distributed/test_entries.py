@@ -6,6 +6,7 @@ trajectory, half from before the kill and half from after, must equal that of on
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -239,9 +240,40 @@ def test_worker_sh_stops_on_a_signal_and_translates_the_exit_code(
 ) -> None:
     run = start(f"worker-{launcher}", worker_sh(launcher, monkeypatch))
     run.wait_for_step(20)
+    if launcher in ("local", "torchrun"):  # ours to arrange; the others open a port for their own store
+        assert {address for pid in run.descendants() for address in listening(pid)} <= {"127.0.0.1", "::1"}
     run.process.send_signal(signal.SIGTERM)
     assert run.wait() == 75, run.output.read_text()[-4000:]
     assert 20 <= len(steps(run.run_dir)) < NUM_STEPS
+
+
+def listening(pid: int) -> set[str]:
+    """Addresses on which a process listens."""
+    owned = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            owned.add(os.readlink(descriptor))
+    found = set()
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for row in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = row.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in owned:
+                words = bytes.fromhex(fields[1].partition(":")[0])
+                swapped = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+                found.add(socket.inet_ntop(family, swapped))
+    return found
+
+
+def test_the_ready_accelerate_file_gives_the_steps_of_its_strategy(start: Callable[..., Run]) -> None:
+    """launch/accelerate/fsdp2.yaml beside parallel.strategy=fsdp2; no other word of the recipe is said."""
+    short = ("optim.max_steps=6", "checkpoint.every_steps=6")
+    ready = ["--config_file", str(ROOT / "launch" / "accelerate" / "fsdp2.yaml"), "--num_processes", "2"]
+    by_hand = start("ready", ["-m", "accelerate.commands.launch", *ready, "-m", "sft_dist.train"], *short)
+    assert by_hand.wait() == 0, by_hand.output.read_text()[-4000:]
+    ours = start("fsdp2", local(), "parallel.strategy=fsdp2", *short, nproc=True)
+    assert ours.wait() == 0, ours.output.read_text()[-4000:]
+    assert "parallel.strategy=fsdp2 taken from ACCELERATE_USE_FSDP" in by_hand.output.read_text()
+    assert len(trajectory(by_hand.run_dir)) == 6 and trajectory(by_hand.run_dir) == trajectory(ours.run_dir)
 
 
 @pytest.mark.parametrize("launcher", ["local", "torchrun"])

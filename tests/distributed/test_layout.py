@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from harness import ROOT, run_ranks
-from layout_worker import FAULTS, FAULTS_OF_FOUR, TWO
+from layout_worker import FAULTS, FAULTS_OF_FOUR, METHODS, TWO
 from tiny_run import environment, write_recipe
 
 from sft_dist.layout_certificate import TOLERANCES
@@ -20,6 +20,8 @@ WORKER = Path(__file__).with_name("layout_worker.py")
 SOUND = [f"ddp-none-{m}-1" for m in ("full", "lora")]
 SOUND += [f"{s}-{o}-{m}-2" for s, o in TWO for m in ("full", "lora")] + [f"fsdp2-none-{m}-4" for m in ("full", "lora")]
 SOUND += [f"{s}-{how}" for s in ("ddp", "fsdp2", "zero3") for how in ("bfloat16", "selective", "lora-full")]
+SOUND += [f"{s}-{m}-bfloat16" for s in ("ddp", "fsdp2", "zero3") for m in METHODS]
+SOUND += [*(f"{s}-sequence" for s in ("ddp", "fsdp2", "zero3")), "hsdp-sequence"]
 # Which figure has to tell of a fault.
 TELLS = {
     "not exchanged": "gradient norm",

@@ -22,11 +22,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from sft_dist.certify import Documents
-from sft_dist.checkpoint.export import export_model
+from sft_dist.checkpoint.export import export_model, package_of, probe_limit
+from sft_dist.checkpoint.export_certificate import Base, Words
 from sft_dist.checkpoint.manager import CheckpointManager
+from sft_dist.checkpoint.weights import live_weights
 from sft_dist.config.schema import OptimSection, TuningSection
 from sft_dist.data.collate import collate
 from sft_dist.data.loader import LoadedStep
+from sft_dist.milestones import trained_probe
 from sft_dist.models import attention
 from sft_dist.models.adapters import apply_tuning, is_adapter
 from sft_dist.models.load import DTYPES, build_random
@@ -35,6 +38,7 @@ from sft_dist.optim import build_optimizer, set_step
 from sft_dist.parallel.build import CASTS_ITSELF, build_engine
 from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.runtime import Runtime, runtime
+from sft_dist.resilience.ending import run_and_end
 from sft_dist.train import StepResult, train_step
 from sft_dist.types import StepPlan, TokenizedExample
 from sft_kernels import choose_head
@@ -124,7 +128,8 @@ def resumed(case: str, path: Path, manager: CheckpointManager, accumulation: int
 
 
 def run(case: str, folder: Path, place: Runtime) -> dict[str, list[float]]:
-    """Twenty steps, a checkpoint on the way. Accumulation 1: resumed from it too, also by replicas; else exported."""
+    """Twenty steps, a checkpoint on the way. Accumulation 1: resumed from it too, also by replicas; else,
+    and in bf16, exported."""
     _, _, method, accumulation, compute = case.split("-")
     made, rounds = build(case, place), int(accumulation)
     manager = CheckpointManager(folder / f"{case}-{place.world_size}")
@@ -135,7 +140,7 @@ def run(case: str, folder: Path, place: Runtime) -> dict[str, list[float]]:
     if rounds == 1:
         found["resumed"] = resumed(case, path, manager, rounds, place)
         found["replicas"] = resumed(f"ddp-none-{method}-1-{compute}", path, manager, rounds, place)
-    elif place.world_size > 1:
+    if place.world_size > 1 and (rounds > 1 or compute == "bfloat16"):
         export(made, folder / "exports" / case, place)
     return {
         f"{name}_{figure}": [getattr(result, figure) for result in results]
@@ -146,12 +151,15 @@ def run(case: str, folder: Path, place: Runtime) -> dict[str, list[float]]:
 
 def export(made: Engine, out: Path, place: Runtime) -> None:
     """The Hugging Face or adapter folder, and the logits that it has to give when it is loaded again."""
-    expected, state = logits(made), made.full_state()
+    expected = logits(made)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(write_tokenizer(out.parent / f"tokenizer-{place.rank}"))
+    dtype = DTYPES[out.name.split("-")[-1]]
+    base = Base(0, partial(build_random, tiny_config("llama"), dtype=dtype, seed=0)) if is_adapter(made.model) else None
+    package = package_of(made.model, Words(tokenizer, ""), base)
+    probe = trained_probe(made, place.device, probe_limit(dtype, "cpu"))
+    certificate = export_model(package, live_weights(made, torch.float32), out, probe, file_bytes=40_000)
     if place.is_main:
-        lm = causal_lm(made.model)
-        peft_config = made.model.peft_config["default"] if is_adapter(made.model) else None
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(write_tokenizer(out.parent / "tokenizer"))
-        export_model(state, lm.config, tokenizer, "", lm.generation_config, out, peft_config=peft_config)
+        assert certificate is not None
         save_file({"logits": expected}, out / "expected.safetensors")
 
 
@@ -169,4 +177,4 @@ def main(folder: Path, cases: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    run_and_end(lambda: main(Path(sys.argv[1]), sys.argv[2:]))

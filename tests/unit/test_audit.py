@@ -41,9 +41,8 @@ def make_plan(store: TokenStore, **changes: Any) -> PackPlan:
         loss_weight_sums=store.loss_weight_sums,
         seq_len=32,
         packing="best_fit",
-        max_steps=None,
         store_fingerprint=store.fingerprint,
-        **given | changes,
+        **given | {"max_steps": None} | changes,
     )
 
 
@@ -90,6 +89,14 @@ def test_a_run_in_progress_is_proven_as_far_as_it_went(plan, store, steps):
     )
 
 
+def test_a_plan_that_ends_inside_an_epoch_is_proven(store):
+    whole = make_plan(store)
+    plan = make_plan(store, max_steps=whole.steps_per_epoch + 1)
+    found = audited(plan, store, plan.num_steps)
+    assert not found.faults
+    assert [epoch.finished for epoch in found.epochs] == [True, False]
+
+
 def test_another_ledger_is_named_by_its_checkpoint(plan, store):
     lines, ledgers = history(plan, store, plan.num_steps)
     for wrong in ("0" * 64, None):
@@ -128,7 +135,7 @@ def test_a_plan_that_loses_or_repeats_an_example_is_caught(plan, store):
     """The audit does not believe the plan either."""
 
     class Broken:
-        num_steps, num_examples = plan.num_steps, plan.num_examples
+        num_steps, num_examples, ends_epoch = plan.num_steps, plan.num_examples, plan.ends_epoch
 
         def step(self, n: int) -> StepPlan:
             step = plan.step(n)

@@ -131,6 +131,6 @@ def test_loss_that_forgets_the_logit_scale_is_caught(monkeypatch: pytest.MonkeyP
 
 def test_refusal_is_one_line_with_figure_and_remedy() -> None:
     config = tiny_config("llama")
-    text = module.refusal(Check("boundaries: hidden states", 0.5, 1e-5), config, "sdpa", "best_fit")
+    text = module.refusal(Check("boundaries: hidden states", 0.5, 1e-5), config, "sdpa", "best_fit", "set it to padded")
     assert "\n" not in text
-    assert all(word in text for word in ("5.0e-01", "1e-05", "llama", "sdpa", "data.packing=padded"))
+    assert all(word in text for word in ("5.0e-01", "1e-05", "llama", "sdpa", "set it to padded"))

@@ -77,8 +77,11 @@ def test_train_inside_a_launcher_is_a_worker(
     seen: list[list[str]] = []
     worker = SimpleNamespace(main=lambda argv: seen.append(list(argv)) or 0)
     monkeypatch.setattr(sft_dist, "train", worker, raising=False)  # the real one imports torch
+    monkeypatch.setattr(cli_train, "run_and_end", lambda main: sys.exit(main()))  # the real one would end pytest
     monkeypatch.setenv("RANK", "0")
-    assert cli.main(["train", "--local_rank=0", "r.yaml", "--optim.lr", "1e-4"]) == 0
+    with pytest.raises(SystemExit) as left:
+        cli.main(["train", "--local_rank=0", "r.yaml", "--optim.lr", "1e-4"])
+    assert left.value.code == 0
     assert seen == [["r.yaml", "optim.lr=1e-4"]] and started == []
 
 
@@ -87,9 +90,10 @@ def test_train_inside_a_launcher_is_a_worker(
     [
         ({}, False),
         ({"RANK": "0"}, True),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, True),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),
-        ({"SLURM_PROCID": "0"}, False),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, True),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, False),  # a batch script, no step
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SFT_NNODES": "2"}, False),  # a node's launcher
     ],
 )
 def test_launchers_are_known_by_their_environment(environ: dict[str, str], inside: bool) -> None:

@@ -56,6 +56,10 @@ def answer(*overrides: str) -> str:
         ("attn_implementation=flash_attention_2", "model.attention=flash"),
         ("datasets=[{path: a.json, type: alpaca}, {path: b.json}]", "'data.sources=[{path: a.json}, {path: b.json}]'"),
         ("report_to=none", "log.trackers=[]"),
+        ("report_to=wandb", "log.trackers=[wandb]"),
+        ("wandb_project=p", "log.project=p"),
+        ("hub_model_id=o/n", "hub.push_to=o/n"),
+        ("deepspeed=z3.json", "parallel.deepspeed_config=z3.json"),
         ("optim.learning_rate=1e-3", "optim.lr=1e-3"),
         ("model.torch_dtype=float16", "precision.compute=bfloat16"),
     ],
@@ -80,7 +84,7 @@ def test_values_are_computed_from_their_neighbours(settings: list[str], line: st
 
 
 @pytest.mark.parametrize(
-    "setting", ["dataloader_num_workers=4", "max_steps=-1", "do_train=true", "push_to_hub=false", "deepspeed=z3.json"]
+    "setting", ["dataloader_num_workers=4", "max_steps=-1", "do_train=true", "push_to_hub=false", "push_to_hub=true"]
 )
 def test_what_has_no_counterpart_is_to_be_left_out_with_the_reason(setting: str) -> None:
     assert re.search(r"is the name of another tool: leave it out \(.+\)", answer(setting))

@@ -5,6 +5,7 @@ The environments are those that accelerate 1.15 and deepspeed 0.19 were seen to 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,6 +97,46 @@ def test_fsdp_is_adopted_with_its_checkpointing() -> None:
     ]
 
 
+ZERO = {  # accelerate launch --use_deepspeed --zero_stage 3 --offload_optimizer_device cpu --offload_param_device cpu
+    "ACCELERATE_CONFIG_DS_FIELDS": "zero_stage,offload_optimizer_device",
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+    "ACCELERATE_GRADIENT_CLIPPING": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+}
+
+
+def test_deepspeed_stage_and_offloading_are_adopted() -> None:
+    own = {"precision": {"compute": "float32"}}
+    adopted, notices = check_launcher(recipe(**own), ACCELERATE | STARTED_TWO | ZERO)
+    assert (adopted.parallel.strategy, adopted.parallel.offload) == ("zero3", "params")
+    assert [notice for notice in notices if "no effect" not in notice] == [
+        "parallel.strategy=zero3 taken from ACCELERATE_DEEPSPEED_ZERO_STAGE=3",
+        "parallel.offload=params taken from ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE=cpu",
+    ]
+    assert sum("no effect" in notice for notice in notices) == 3  # the rest of ZERO, each by name
+    with pytest.raises(ConfigError, match=r"means parallel\.strategy=zero3, but the recipe says .*fsdp2"):
+        check_launcher(recipe(parallel={"strategy": "fsdp2"}), ACCELERATE | STARTED_TWO | ZERO)
+
+
+def test_deepspeeds_own_file_is_adopted_through_accelerate(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5}')
+    environ = ACCELERATE | STARTED_TWO | {
+        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file),
+    }  # fmt: skip
+    adopted, notices = check_launcher(recipe(precision={"compute": "float32"}), dict(environ))
+    assert (adopted.parallel.strategy, adopted.optim.max_grad_norm) == ("zero2", 0.5)
+    assert notices[0].startswith("parallel.deepspeed_config=")
+    file.write_text('{"zero_optimization": {"stage": 2, "stage4": 1}}')
+    with pytest.raises(ConfigError, match=r"zero_optimization\.stage4: unknown here"):
+        check_launcher(recipe(), dict(environ))
+
+
 def test_fsdp_against_a_ddp_recipe_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"means parallel\.strategy=fsdp2, but the recipe says parallel\.strategy=ddp"
@@ -108,7 +149,8 @@ def test_fsdp_against_a_ddp_recipe_is_refused() -> None:
     [
         {"ACCELERATE_MIXED_PRECISION": "fp16"},
         {"ACCELERATE_MIXED_PRECISION": "fp8"},
-        {"ACCELERATE_USE_DEEPSPEED": "true"},
+        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "4"},
+        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"},
         {"ACCELERATE_USE_MEGATRON_LM": "true"},
         {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
         {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
@@ -192,3 +234,13 @@ def test_the_scripts_own_words_are_not_accelerates() -> None:
 def test_mpirun_without_ranks_is_refused() -> None:
     with pytest.raises(ConfigError, match="OMPI_COMM_WORLD_SIZE=4 but RANK is not set"):
         check_world({"OMPI_COMM_WORLD_SIZE": "4"})
+
+
+def test_sequence_parallel_is_adopted_or_contradicted() -> None:
+    asked = ACCELERATE | STARTED_TWO | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_SP_SIZE": "2"}
+    adopted, told = check_launcher(recipe(), dict(asked))
+    assert adopted.parallel.sequence == 2
+    assert "parallel.sequence=2 taken from PARALLELISM_CONFIG_SP_SIZE=2" in told
+    assert not any("no effect" in line for line in told)
+    with pytest.raises(ConfigError, match=r"means parallel\.sequence=2, but the recipe says parallel\.sequence=1"):
+        check_launcher(recipe(parallel={"sequence": 1}), dict(asked))

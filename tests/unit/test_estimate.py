@@ -29,13 +29,14 @@ from sft_dist.errors import ConfigError
 from sft_dist.estimate.architecture import FAMILIES, Architecture, config_path, derive
 from sft_dist.estimate.compare import Estimate, estimate
 from sft_dist.estimate.hardware import GIB, GPUS, Device, find_device
-from sft_dist.estimate.memory import STRATEGIES, Layout, activation_bytes, memory
+from sft_dist.estimate.memory import STRATEGIES, Layout, activation_bytes, memory, weight_bytes
 from sft_dist.estimate.pace import step_flops
 from sft_dist.estimate.tuning import tuned
 from sft_dist.models import attention
 from sft_dist.models.adapters import apply_tuning
 from sft_dist.models.load import build_random
 from sft_dist.models.packed import PackedCausalLM, pick_head
+from sft_dist.models.quantise import quantise, scales
 from sft_dist.observe import perf
 from sft_dist.types import TokenizedExample
 
@@ -71,7 +72,7 @@ def test_a_model_of_a_known_size_is_counted() -> None:
     assert derive(EIGHT_B, "x").num_parameters == 8_030_261_248  # Llama 3.1 8B, as its model card says
 
 
-@pytest.mark.parametrize("method", ["lora", "rslora"])
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], r".*\.(gate|up)_proj"])
 @pytest.mark.parametrize("saved", [[], ["lm_head"]])
 def test_adapters_are_counted_as_peft_makes_them(method: Any, targets: Any, saved: list[str]) -> None:
@@ -81,6 +82,27 @@ def test_adapters_are_counted_as_peft_makes_them(method: Any, targets: Any, save
     found = tuned(derive({"model_type": "llama", **values}, "x"), tuning)
     assert found.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert found.base + found.added == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "bitfit"])
+def test_what_other_methods_move_is_counted(method: Any) -> None:
+    tuning = TuningSection(method=method, virtual_tokens=7)
+    values = small("qwen2")
+    model = apply_tuning(build_random(AutoConfig.for_model("qwen2", **values), dtype=torch.float32, seed=0), tuning, 0)
+    found = tuned(derive({"model_type": "qwen2", **values}, "x"), tuning)
+    assert found.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert not found.trains_all
+
+
+def test_a_base_in_four_bits_takes_what_bitsandbytes_makes_of_it() -> None:
+    values = small("llama") | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    model = build_random(AutoConfig.for_model("llama", **values), dtype=torch.bfloat16, seed=0)
+    architecture = derive({"model_type": "llama", **values}, "x")
+    found = tuned(architecture, TuningSection(method="qlora", rank=1))
+    expected = weight_bytes(found, Layout("ddp", 1, "cuda", 2, 4, 16, 16, 1, False)) - 4 * found.added
+    held = quantise(model, torch.bfloat16)
+    tensors = [*held.parameters(), *(t for name, t in scales(held) if "absmax" in name)]
+    assert expected == pytest.approx(sum(t.numel() * t.element_size() for t in tensors), rel=0.02)
 
 
 def test_frozen_parameters_are_not_trained() -> None:
@@ -224,6 +246,21 @@ def test_what_would_fit_is_computed_and_really_fits() -> None:
     lora = next(text for text in texts if "lora" in text)
     words = [word for word in lora.split() if "=" in word]
     assert on(recipe_of(EIGHT_B, *words), "H100", 1).recommended == "ddp"
+
+
+def test_long_documents_fit_when_their_rows_are_cut() -> None:
+    long = ("memory.activation_checkpointing=full", "batch.tokens_per_micro_batch=1048576")
+    whole = on(recipe_of(EIGHT_B, *long, seq_len=1048576), "H100", 8)
+    assert whole.recommended is None
+    remedy = next(text for text, _ in whole.remedies if "parallel.sequence" in text)
+    words = [word for word in remedy.split() if "=" in word]
+    cut = on(recipe_of(EIGHT_B, *long, *words, seq_len=1048576), "H100", 8)
+    assert cut.recommended == "fsdp2"
+    shared_by = int(remedy.split("parallel.sequence=")[1].split()[0])
+    kept = [found.option("fsdp2").memory.device["loss"]["activations"] for found in (cut, whole)]
+    assert kept[0] * shared_by == pytest.approx(kept[1], rel=1e-6)
+    with pytest.raises(ConfigError, match="cannot form groups of 8"):
+        on(recipe_of(EIGHT_B, "parallel.sequence=8"), "H100", 4)
 
 
 def test_accumulating_shards_keeps_sharded_sums() -> None:

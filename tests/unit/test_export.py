@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sft_dist.checkpoint import export as export_module
-from sft_dist.checkpoint.export import adapter_tensors, export_from_checkpoint, export_model, model_tensors
+from sft_dist.checkpoint import export_certificate as certificate_module
+from sft_dist.checkpoint import weights as weights_module
+from sft_dist.checkpoint.export import (
+    LIMITS,
+    adapter_tensors,
+    export_from_checkpoint,
+    export_model,
+    model_tensors,
+    package_of,
+)
+from sft_dist.checkpoint.export_certificate import RECORD, Base, Probe, Words, probe_ids
 from sft_dist.checkpoint.manager import CheckpointManager
+from sft_dist.checkpoint.weights import FILE_BYTES, Weight, plain_weights, write_weights
 from sft_dist.config.schema import Recipe
-from sft_dist.errors import CheckpointError, ConfigError, StorageError
+from sft_dist.errors import CertificateError, CheckpointError, ConfigError, StorageError
 from sft_dist.models.adapters import apply_tuning
 from sft_dist.models.load import load_model
 
@@ -54,30 +73,39 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=torch.tensor([[1, 4, 5, 6, 4]]), use_cache=False).logits
 
 
-def export(model: nn.Module, tokenizer: PreTrainedTokenizerFast, out: Path, **options: object) -> Path:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return export_model(
-        model.state_dict(),
-        base.config,
-        tokenizer,
-        TEMPLATE,
-        base.generation_config,
-        out,
-        **options,  # type: ignore[arg-type]
-    )
+def probe_of(model: nn.Module, limit: float = 0.0) -> Probe:
+    ids = probe_ids(len(WORDS))
+    with torch.no_grad():
+        return Probe(ids, model.eval()(input_ids=ids, use_cache=False).logits.float(), None, limit)
+
+
+def export(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    out: Path,
+    *,
+    stops: Sequence[int] = (),
+    change: Callable[[dict[str, Weight]], None] = lambda weights: None,
+    file_bytes: int = FILE_BYTES,
+) -> Path:
+    """Export and certify, in bf16 too bit for bit: both sides run on the same CPU. `change` spoils the weights."""
+    package = package_of(model, Words(tokenizer, TEMPLATE, stops), Base(0, tiny))
+    weights = plain_weights(model.state_dict())
+    probe = probe_of(model)
+    change(weights)
+    certificate = export_model(package, weights, out, probe, file_bytes=file_bytes)
+    assert certificate is not None and certificate.difference == 0
+    return out
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shard_bytes", [None, 1500], ids=["one file", "shards"])
+@pytest.mark.parametrize("file_bytes", [FILE_BYTES, 1500], ids=["one file", "shards"])
 def test_a_full_export_loads_in_transformers_with_the_same_logits(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, tied: bool, dtype: torch.dtype,
-    shard_bytes: int | None,
-) -> None:  # fmt: skip
-    if shard_bytes:
-        monkeypatch.setattr(export_module, "SHARD_BYTES", shard_bytes)
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, tied: bool, dtype: torch.dtype, file_bytes: int
+) -> None:
     model = tiny(tie_word_embeddings=tied).to(dtype)
-    out = export(model, tokenizer, tmp_path / "export", stop_token_ids=[3])
+    out = export(model, tokenizer, tmp_path / "export", stops=[3], file_bytes=file_bytes)
     loaded, problems = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(problems.values()), problems
     assert loaded.dtype == dtype
@@ -87,7 +115,8 @@ def test_a_full_export_loads_in_transformers_with_the_same_logits(
     assert loaded.generation_config.pad_token_id == 0
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"] and config["tie_word_embeddings"] is tied
-    assert (len(list(out.glob("*.safetensors"))) > 1) is bool(shard_bytes)
+    assert (len(list(out.glob("*.safetensors"))) > 1) is (file_bytes == 1500)
+    assert json.loads((out / RECORD).read_text())["difference"] == 0
     reloaded = AutoTokenizer.from_pretrained(out)
     assert reloaded.apply_chat_template([{"role": "user", "content": "one"}], tokenize=False) == "one<|end|>"
     assert tokenizer.chat_template is None and model.config.use_cache is False  # the caller's objects stay as they were
@@ -121,7 +150,7 @@ def test_an_adapter_export_loads_in_peft_with_the_same_logits(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, changes: dict[str, object]
 ) -> None:
     model = adapted(**changes)
-    out = export(model, tokenizer, tmp_path / "export", peft_config=model.peft_config["default"])
+    out = export(model, tokenizer, tmp_path / "export")
     assert not list(out.glob("model*.safetensors"))
     loaded = PeftModel.from_pretrained(tiny(), out)
     assert torch.equal(logits(loaded), logits(model))
@@ -145,10 +174,10 @@ def test_a_failed_export_leaves_the_older_one(
     out = export(tiny(), tokenizer, tmp_path / "export")
     before = (out / "model.safetensors").read_bytes()
 
-    def full(*_: object, **__: object) -> None:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_module, "save_file", full)
+    monkeypatch.setattr(weights_module, "_put", full)
     with pytest.raises(StorageError, match="No space left on device"):
         export(tiny(), tokenizer, out)
     assert (out / "model.safetensors").read_bytes() == before
@@ -189,9 +218,11 @@ def test_a_checkpoint_exports_to_the_model_it_holds(
     state = {f"model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
     CheckpointManager(tmp_path / "run").save(4, state, {"step": 4})
     for merge in (False, True) if "method" in tuning else (False,):
-        out = export_from_checkpoint(
-            tmp_path / "run", run, tokenizer, TEMPLATE, tmp_path / f"out-{merge}", merge=merge, stop_token_ids=[2, 3]
+        out = tmp_path / f"out-{merge}"
+        certificate = export_from_checkpoint(
+            tmp_path / "run", run, Words(tokenizer, TEMPLATE, [2, 3]), out, merge=merge
         )
+        assert merge or certificate.difference == 0
         if "method" in tuning and not merge:
             base = load_model(run.model, dtype=torch.float32, seed=7, vocab_size=len(WORDS))
             assert torch.equal(logits(PeftModel.from_pretrained(base, out)), logits(model))
@@ -207,9 +238,211 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path, tokenizer: PreTrainedTo
     state = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     manager = CheckpointManager(tmp_path / "run")
     with pytest.raises(CheckpointError, match="no checkpoint yet"):
-        export_from_checkpoint(tmp_path / "run", run, tokenizer, TEMPLATE, tmp_path / "out")
+        export_from_checkpoint(tmp_path / "run", run, Words(tokenizer, TEMPLATE), tmp_path / "out")
     manager.save(4, state | {"model.stranger": torch.zeros(1)}, {})
     with pytest.raises(ConfigError, match="there is no adapter to merge"):
-        export_from_checkpoint(tmp_path / "run", run, tokenizer, TEMPLATE, tmp_path / "out", merge=True)
+        export_from_checkpoint(tmp_path / "run", run, Words(tokenizer, TEMPLATE), tmp_path / "out", merge=True)
     with pytest.raises(CheckpointError, match=r"model\.stranger does not fit"):
-        export_from_checkpoint(tmp_path / "run", run, tokenizer, TEMPLATE, tmp_path / "out")
+        export_from_checkpoint(tmp_path / "run", run, Words(tokenizer, TEMPLATE), tmp_path / "out")
+
+
+def swap_reads(weights: dict[str, Weight]) -> None:
+    """The engine hands out two tensors under each other's name."""
+    first, second = (f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1))
+    weights[first], weights[second] = weights[second], weights[first]
+
+
+def narrow(weights: dict[str, Weight]) -> None:
+    """One tensor is announced, and so stored, in a narrower dtype."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights[name] = replace(weights[name], dtype=torch.bfloat16)
+
+
+def rename(weights: dict[str, Weight]) -> None:
+    weights["model.layers.0.mlp.over_proj.weight"] = weights.pop("model.layers.0.mlp.up_proj.weight")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(swap_reads, "logits are .* they must be equal"), (narrow, "logits are"), (rename, "transformers reports")],
+    ids=["swapped", "narrowed", "renamed"],
+)
+def test_weights_that_are_not_the_models_are_refused(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    change: Callable[[dict[str, Weight]], None],
+    message: str,
+) -> None:
+    out = export(tiny(), tokenizer, tmp_path / "export")
+    (out / "mark").write_text("older")
+    with pytest.raises(CertificateError, match=rf"{message}.*; the older export stays as it is"):
+        export(tiny(), tokenizer, out, change=change)
+    assert (out / "mark").read_text() == "older"
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+FIRST = "model.layers.0.self_attn.q_proj.weight"
+SECOND = "model.layers.1.self_attn.q_proj.weight"
+
+
+def swap_on_disk(folder: Path) -> None:
+    """As a writer that lost its place: same names and shapes, exchanged values."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if FIRST in tensors and SECOND in tensors:
+            tensors[FIRST], tensors[SECOND] = tensors[SECOND].clone(), tensors[FIRST].clone()
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+def widen_on_disk(folder: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        save_file({name: t.double() for name, t in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+def flip_one_bit(folder: Path) -> None:
+    path = next(iter(folder.glob("*.safetensors")))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def lose_a_file(folder: Path) -> None:
+    sorted(folder.glob("*-00002-of-*.safetensors"))[0].unlink()
+
+
+def lose_a_name(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"][FIRST]
+    path.write_text(json.dumps(index))
+
+
+def set_json(file: str, key: str, value: object) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        path = folder / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+
+    return spoil
+
+
+def other_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "file_bytes", "message"),
+    [
+        (swap_on_disk, FILE_BYTES, "q_proj.weight: its values are not the model's"),
+        (widen_on_disk, FILE_BYTES, r"is float64\[.*\], the model holds float32"),
+        (flip_one_bit, FILE_BYTES, "its values are not the model's"),
+        (lose_a_file, 6000, "model-00002-of-.*safetensors.*is missing"),
+        (lose_a_name, 6000, f"{FIRST}: is missing"),
+        (set_json("generation_config.json", "eos_token_id", 2), FILE_BYTES, r"stops at \[2\], the training at \[3\]"),
+        (
+            set_json("config.json", "dtype", "bfloat16"),
+            FILE_BYTES,
+            "config.json says bfloat16, the tensors are float32",
+        ),
+        (set_json("config.json", "rope_parameters", {"rope_type": "default", "rope_theta": 5.0}), FILE_BYTES, "logits"),
+        (other_template, FILE_BYTES, "chat template: differs"),
+    ],
+    ids=["swapped", "wrong dtype", "bit", "no file", "no name", "stop token", "config dtype", "rope", "template"],
+)
+def test_a_folder_spoiled_while_it_was_written_is_refused(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Path], None],
+    file_bytes: int,
+    message: str,
+) -> None:
+    describe = export_module._describe
+    monkeypatch.setattr(export_module, "_describe", lambda folder, *rest: (describe(folder, *rest), spoil(folder)))
+    with pytest.raises(CertificateError, match=rf"{message}.*; nothing was published"):
+        export(tiny(), tokenizer, tmp_path / "export", stops=[3], file_bytes=file_bytes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_spoiled_adapter_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swap(weights: dict[str, Weight]) -> None:
+        first, second = (f"base_model.model.model.layers.{n}.self_attn.q_proj.lora_B.default.weight" for n in (0, 1))
+        weights[first], weights[second] = weights[second], weights[first]
+
+    with pytest.raises(CertificateError, match="logits are"):
+        export(adapted(), tokenizer, tmp_path / "export", change=swap)
+    monkeypatch.setattr(certificate_module, "_free_bytes", lambda: -1)
+    model = adapted()
+    package = package_of(model, Words(tokenizer, TEMPLATE), Base(1, tiny))
+    certificate = export_model(package, plain_weights(model.state_dict()), tmp_path / "export", probe_of(model))
+    assert certificate is not None and certificate.difference is None
+    assert "peft was not asked: its base needs" in certificate.line()
+
+
+def test_a_merge_has_a_limit_that_tells_rounding_from_a_wrong_matrix(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = recipe(tmp_path, tuning={"method": "lora", "rank": 2})
+    model = trained(run)
+    state = {f"model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    CheckpointManager(tmp_path / "run").save(4, state, {"step": 4})
+    arguments = (tmp_path / "run", run, Words(tokenizer, TEMPLATE), tmp_path / "merged")
+    certificate = export_from_checkpoint(*arguments, merge=True)
+    assert certificate.difference is not None and certificate.difference <= LIMITS[torch.float32] / 10
+    merge = export_module._merged
+    monkeypatch.setattr(export_module, "_merged", lambda layer: layer.get_base_layer().weight.detach())
+    with pytest.raises(CertificateError, match="at most 1e-04 is allowed; the older export stays"):
+        export_from_checkpoint(*arguments, merge=True)
+    monkeypatch.setattr(export_module, "_merged", merge)
+    assert export_from_checkpoint(*arguments, merge=True) == certificate
+
+
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=6),
+    dtypes=st.lists(st.sampled_from([torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.int64]), min_size=6,
+                    max_size=6),
+    file_bytes=st.integers(1, 600),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_any_tensors_are_written_as_the_library_reads_them(
+    shapes: list[list[int]], dtypes: list[torch.dtype], file_bytes: int
+) -> None:
+    tensors = {f"t{n}": torch.randn(shape).to(dtypes[n]) for n, shape in enumerate(shapes)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        written = write_weights(folder, "model", plain_weights(tensors), file_bytes=file_bytes)
+        assert weights_module.weights_fault(folder, "model", written) is None
+        read = {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+        assert read.keys() == tensors.keys()
+        assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+        assert all(read[name].dtype == tensors[name].dtype for name in tensors)
+
+
+def test_ranks_that_do_not_write_read_the_same_tensors_in_the_same_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the writer's disk is full in the middle: reading is collective, the others would wait for ever."""
+    tensors = {f"t{n}": torch.full((4,), float(n)) for n in range(9)}
+
+    def reads(writes: bool) -> list[str]:
+        order: list[str] = []
+        weights = {
+            name: replace(weight, read=lambda name=name, read=weight.read: (order.append(name), read())[1])
+            for name, weight in plain_weights(tensors).items()
+        }
+        with suppress(OSError):
+            write_weights(tmp_path, "model", weights, file_bytes=48, writes=writes)
+        return order
+
+    expected = reads(writes=False)
+    assert sorted(expected) == sorted(tensors) and not list(tmp_path.iterdir())
+    put = weights_module._put
+
+    def full_after_four(out: BinaryIO, file: str, name: str, *rest: Any) -> Any:
+        if name == "t4":
+            raise OSError(28, "No space left on device")
+        return put(out, file, name, *rest)
+
+    monkeypatch.setattr(weights_module, "_put", full_after_four)
+    assert reads(writes=True) == expected

@@ -48,7 +48,7 @@ def test_the_first_step_is_that_of_the_attempt() -> None:
 def test_a_worker_beats_into_the_inherited_memory_and_elsewhere_into_its_own() -> None:
     program = "from sft_dist.resilience.heartbeat import heart; heart().beat(5, 'evaluate')"
     shared = Heartbeats(2)
-    environment = os.environ | {"SFT_HEARTBEATS": str(shared.fd), "RANK": "1"}
+    environment = os.environ | {"SFT_HEARTBEATS": str(shared.fd), "LOCAL_RANK": "1"}
     subprocess.run([sys.executable, "-c", program], env=environment, pass_fds=(shared.fd,), check=True)
     assert (shared.read(1).step, shared.read(1).phase) == (5, "evaluate")
     assert shared.read(0).step == 0

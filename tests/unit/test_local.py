@@ -224,6 +224,7 @@ def test_workers_find_their_place_and_a_file_to_meet_at(
         found = json.loads((started.folder / f"environment_{rank}").read_text())
         shared = [int(found.pop(name)) for name in ("SFT_HEARTBEATS", "SFT_STACKS")]  # descriptors
         assert min(shared) > 2
+        assert len(found.pop("SFT_LEASE")) == 32  # the token that fences them
         assert found == {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),

@@ -6,8 +6,12 @@ import json
 import math
 from pathlib import Path
 
+from sft_dist.config.schema import Recipe
 from sft_dist.observe.metrics import MetricsLog, best_step, read_metrics, rises, roll_back
+from sft_dist.observe.trackers import Trackers
 from sft_dist.types import StepMetrics
+
+RECIPE = Recipe.model_validate({"model": {"path": "m"}, "data": {"sources": [{"path": "d"}]}})
 
 
 def step(number: int, loss: float = 0.1) -> StepMetrics:
@@ -15,7 +19,7 @@ def step(number: int, loss: float = 0.1) -> StepMetrics:
 
 
 def write(run_dir: Path, last: int) -> None:
-    log = MetricsLog(run_dir, [])
+    log = MetricsLog(run_dir, Trackers(run_dir, RECIPE, print))
     log.evaluation(0, 3.0, 7)
     for number in range(1, last + 1):
         log.step(step(number, loss=math.pi / number))

@@ -144,19 +144,29 @@ def recipe(**sections: Any) -> Recipe:
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"memory": {"activation_offload": True, "activation_checkpointing": "none"}}, "full checkpointing keeps"),
-        ({"memory": {"activation_offload": True, "activation_checkpointing": "selective"}}, "full checkpointing keeps"),
+        (
+            {"memory": {"activation_offload": True, "activation_checkpointing": "none"}},
+            "all that full checkpointing keeps",
+        ),
+        (
+            {"memory": {"activation_offload": True, "activation_checkpointing": "selective"}},
+            "all that full checkpointing keeps",
+        ),
         (
             {"precision": {"compile": True}, "memory": {"activation_checkpointing": "selective"}},
-            r"precision\.compile decides itself",
+            r"a compiled layer decides itself",
         ),
-        ({"precision": {"compile": True}, "parallel": {"strategy": "zero3"}}, "one graph of a layer"),
-        ({"precision": {"compile": True}, "parallel": {"offload": "params"}}, "one graph of a layer"),
+        ({"precision": {"compile": True}, "parallel": {"strategy": "zero3"}}, "zero3 gathers the matrices"),
     ],
 )
 def test_what_cannot_be_combined_is_refused(sections: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         recipe(**sections)
+
+
+def test_what_auto_becomes_is_asked_too() -> None:
+    with pytest.raises(ConfigError, match="zero3 gathers the matrices"):
+        choose(recipe(precision={"compile": True}, parallel={"offload": "params"}), FACTS)
 
 
 def test_offloading_turns_full_checkpointing_on() -> None:

@@ -16,7 +16,9 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sft_dist.checkpoint.export import export_model
+from sft_dist.checkpoint.export import export_model, package_of
+from sft_dist.checkpoint.export_certificate import Base, Probe, Words, probe_ids
+from sft_dist.checkpoint.weights import plain_weights
 from sft_dist.cli import main as cli
 from sft_dist.config.loader import load_recipe
 from sft_dist.data.prepare import prepare
@@ -68,6 +70,16 @@ def network() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+def exported(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, out: Path, base: Base | None = None) -> Path:
+    """A folder as a run leaves it, certified."""
+    ids = probe_ids(len(WORDS))
+    with torch.no_grad():
+        probe = Probe(ids, model(input_ids=ids).logits, None, limit=0.0)
+    package = package_of(model, Words(tokenizer, TEMPLATE, [2]), base)
+    export_model(package, plain_weights(model.state_dict()), out, probe)
+    return out
+
+
 @pytest.fixture
 def export(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A full export beside a recipe and 24 conversations; the test runs in that folder."""
@@ -80,10 +92,7 @@ def export(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pyte
             turns = [("user", " ".join(words)), ("assistant", " ".join(reversed(words)))]
             file.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
     Path("r.yaml").write_text(RECIPE)
-    state = model.state_dict()
-    return export_model(
-        state, model.config, tokenizer, TEMPLATE, model.generation_config, Path("export"), stop_token_ids=[2]
-    )
+    return exported(model.eval(), tokenizer, Path("export"))
 
 
 @pytest.fixture
@@ -96,10 +105,7 @@ def adapter(export: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.5)
     tuned.peft_config["default"].base_model_name_or_path = str(export)
-    return export_model(
-        tuned.state_dict(), base.config, tokenizer, TEMPLATE, base.generation_config, Path("adapter"),
-        peft_config=tuned.peft_config["default"], stop_token_ids=[2],
-    )  # fmt: skip
+    return exported(tuned.eval(), tokenizer, Path("adapter"), Base(0, network))
 
 
 def expected_loss(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) -> tuple[float, int]:

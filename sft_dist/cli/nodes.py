@@ -1,0 +1,38 @@
+"""`sft-dist doctor --cluster RECIPE.yaml CLUSTER.yaml`: the preflight alone, on the nodes that the run would get."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from sft_dist.cli.submit import submit
+from sft_dist.config.schema import Recipe
+from sft_dist.errors import EXIT_DONE, EXIT_HARDWARE, ConfigError
+from sft_dist.launch import scheduler
+from sft_dist.launch.submission import check_cluster
+
+_POLL_SECONDS = 1.0
+_REPORT = "report.json"  # as sft_dist.preflight writes it
+
+
+def examine_nodes(recipe: Recipe, *, as_json: bool) -> int:
+    """Submit the preflight, wait for it, tell what it found. Exits 77 when a node is bad."""
+    check_cluster(recipe)
+    (job,) = submit(recipe, "preflight")
+    print(f"preflight: job {job} on {recipe.cluster.nodes} nodes", file=sys.stderr, flush=True)
+    while not all(scheduler.has_ended(record) for record in scheduler.records(job)):
+        time.sleep(_POLL_SECONDS)
+    path = Path(recipe.run.dir) / "logs" / f"preflight-{job}.0" / _REPORT
+    if not path.is_file():
+        raise ConfigError(f"preflight: job {job} left no report: see {recipe.run.dir}/slurm/{job}.out")
+    report = json.loads(path.read_text())
+    if as_json:
+        print(json.dumps(report, indent=2))
+    for node in () if as_json else report["nodes"]:
+        rate = node["gigabytes_per_second"]
+        print(f"{node['name']}: {node['same']['GPUs']} GPUs, torch {node['same']['torch']}, {rate or 0:.2f} GB/s")
+    for complaint in report["complaints"]:
+        print(f"sft-dist: error: node {complaint['name']}: {complaint['what']}", file=sys.stderr)
+    return EXIT_HARDWARE if report["complaints"] else EXIT_DONE

@@ -1,0 +1,95 @@
+"""A base model in 4 bits (QLoRA, Dettmers et al., 2023): NF4 codes with doubly quantised scales, through bitsandbytes.
+
+Every matrix inside the decoder becomes 4-bit codes, one scale per 64 weights, themselves in 8 bits; embeddings, norms
+and the output head keep their dtype. Quantising is a pure function of the weights, so all ranks hold the same codes.
+`dequantise` goes back to plain matrices with the values that the codes stand for: what a merge has to be made from.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sft_dist.errors import ConfigError
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # while imported it tells of kernels that it did not find
+
+REMEDY = "install it with `pip install 'sft_dist[quantised]'`, or use tuning.method=lora"
+
+
+def quantise(model: PreTrainedModel, compute: torch.dtype) -> PreTrainedModel:
+    """`model` with every decoder matrix in NF4, multiplied in `compute`. Raises ConfigError without bitsandbytes.
+
+    Codes are stored under the dtype `compute`, because FSDP2 would cast bytes of any other.
+    """
+    bitsandbytes = _library()
+
+    def four_bits(linear: nn.Linear) -> nn.Module:
+        made = bitsandbytes.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            compute_dtype=compute,
+            compress_statistics=True,
+            quant_type="nf4",
+            quant_storage=compute,
+            device="meta",
+        )
+        made.weight = bitsandbytes.nn.Params4bit(
+            linear.weight.data, quant_type="nf4", compress_statistics=True, quant_storage=compute, module=made
+        ).to(linear.weight.device)
+        made.bias = linear.bias
+        # On some CPUs it would repack the codes in place for inference, under the feet of engines that shard them.
+        made.support_avx512bf16_for_cpu = False
+        return made
+
+    _replace(model, nn.Linear, four_bits)
+    model.is_loaded_in_4bit = True  # by which PEFT knows
+    return model
+
+
+def dequantise(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The 4-bit matrices of `model` as plain ones of `dtype` with the same values."""
+    bitsandbytes = _library()
+
+    def plain(linear: Any) -> nn.Module:
+        state = linear.weight.quant_state
+        values = bitsandbytes.functional.dequantize_4bit(linear.weight.data, state)
+        made = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+        made.weight = nn.Parameter(values.to(dtype))
+        made.bias = linear.bias
+        return made
+
+    _replace(model, bitsandbytes.nn.Linear4bit, plain)
+    del model.is_loaded_in_4bit
+    return model
+
+
+def scales(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What the codes of `model` are multiplied with, by name: part of the frozen weights, though no parameter."""
+    for name, module in model.named_modules():
+        state = getattr(module, "quant_state", None)
+        if state is not None:
+            yield from ((f"{name}.{key}", tensor) for key, tensor in sorted(state.as_dict(packed=True).items()))
+
+
+def _replace(model: PreTrainedModel, kind: type[nn.Module], make: Callable[[Any], nn.Module]) -> None:
+    """Exchange the modules of exactly `kind` inside the decoder, one by one: the model never stands there twice."""
+    found = [(name, module) for name, module in model.base_model.named_modules() if type(module) is kind]
+    for name, module in found:
+        parent, _, child = name.rpartition(".")
+        setattr(model.base_model.get_submodule(parent), child, make(module))
+
+
+def _library() -> ModuleType:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ConfigError(f"tuning.method=qlora needs the package bitsandbytes ({error}); {REMEDY}") from error
+    return bitsandbytes

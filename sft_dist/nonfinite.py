@@ -1,0 +1,173 @@
+"""A loss or gradient norm that is no number: one verdict for all ranks, a bundle that shows where it came from.
+
+The verdict falls on reduced values, so every rank comes to the same one, and no update was applied. The step's forward
+and backward passes are then done once more, on unchanged weights: a finite result means that the machine, not the run,
+is at fault (exit code 77). The same one is written down, and the run stops (70) or, with `resilience.nonfinite: skip`,
+goes on with the next step; which steps were skipped is part of the checkpointed state, so a resumed run skips the same.
+
+    logs/attempt_0001/nonfinite-step-00000012/
+        report.json          losses of the micro-batches with their examples, norms of all gradients and weights, recipe
+        batch.safetensors    tokens and loss weights of every example of the step
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from sft_dist.data.loader import LoadedStep
+from sft_dist.errors import HardwareError, NonFiniteError
+from sft_dist.job import Job
+from sft_dist.observe.run_files import write_json
+from sft_dist.parallel.engine import Engine
+from sft_dist.parallel.messages import gather_json
+from sft_dist.parts import Parts
+from sft_dist.resilience.run_folder import attempt_dir
+from sft_dist.types import StepResult
+
+IN_A_ROW, IN_ALL = 3, 10  # steps that may be skipped: by then it is not the data
+MAX_LISTED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What the second pass over the step found; equal on every rank."""
+
+    losses: list[float]  # sum of each micro-batch
+    gradients: dict[str, float]  # name -> 2-norm; empty under ZeRO, which gives no gradients out
+    weights: dict[str, float]
+
+    @property
+    def is_finite(self) -> bool:
+        return all(map(math.isfinite, [*self.losses, *self.gradients.values()]))
+
+    @property
+    def culprits(self) -> list[int]:
+        """Micro-batches whose own loss is no number; all of them when only a gradient is."""
+        found = [number for number, loss in enumerate(self.losses) if not math.isfinite(loss)]
+        return found or list(range(len(self.losses)))
+
+
+def skip_or_stop(
+    parts: Parts,
+    job: Job,
+    loaded: LoadedStep,
+    result: StepResult,
+    skipped: tuple[int, ...],
+    again: Callable[[], Tensor],
+) -> tuple[int, ...]:
+    """The steps that are skipped so far: `skipped`, and this one if it has to be. Collective.
+
+    `again` does the step's forward and backward passes and returns this rank's loss sums by micro-batch. Raises
+    NonFiniteError and HardwareError.
+    """
+    if result.is_finite:
+        return skipped
+    step = loaded.step.step
+    found = examine(parts.engine, again, len(loaded.step.micro_batches))
+    if found.is_finite and found.gradients:
+        raise HardwareError(
+            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}, but done again both are finite: "
+            f"a processor or its memory fails on one of {', '.join(sorted(set(_hosts())))}; run elsewhere to continue"
+        )
+    folder = attempt_dir(job.run_dir, job.attempt) / f"nonfinite-step-{step:08d}"
+    if parts.place.is_main:
+        write_bundle(folder, parts, loaded, result, found)
+    rows = [row for number in found.culprits for pack in loaded.step.micro_batches[number] for row in pack.example_ids]
+    told = (
+        f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}, the same when done again; no update was "
+    )
+    told += f"applied. Examples: {rows[:MAX_LISTED]}. Losses, norms and tokens are in {folder}"
+    so_far = (*skipped, step)
+    if parts.recipe.resilience.nonfinite == "stop":
+        raise NonFiniteError(f"{told}. Lower optim.lr, look at the examples, or set resilience.nonfinite=skip")
+    if len(so_far) > IN_ALL or so_far[-IN_A_ROW - 1 :] == tuple(range(step - IN_A_ROW, step + 1)):
+        raise NonFiniteError(
+            f"{told}. {len(so_far)} steps would be skipped, at most {IN_A_ROW} in a row and {IN_ALL} may"
+        )
+    job.console.say(f"warning: {told}; the step is skipped")
+    return so_far
+
+
+def examine(engine: Engine, again: Callable[[], Tensor], num_micro_batches: int) -> Findings:
+    """Do the step's passes again and measure every tensor. Leaves no gradients behind."""
+    losses = again()
+    dist.all_reduce(losses)
+    gradients = {} if engine.name.startswith("zero") else {n: p.grad for n, p in engine.trained.items()}
+    found = Findings(
+        losses=losses[:num_micro_batches].tolist(),
+        gradients=norms({name: gradient for name, gradient in gradients.items() if gradient is not None}),
+        weights=norms({name: t for name, t in engine.state().items() if name.startswith("model.")}),
+    )
+    engine.optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+def norms(tensors: dict[str, Tensor]) -> dict[str, float]:
+    """2-norm of each whole tensor, the mean of the replicas' where they are whole on every rank. Collective."""
+    if not tensors:
+        return {}
+    squares = []
+    for tensor in tensors.values():
+        piece, share = (tensor.to_local(), 1) if isinstance(tensor, DTensor) else (tensor, 1 / dist.get_world_size())
+        squares.append(piece.detach().double().square().sum() * share)
+    sums = torch.stack(squares)
+    dist.all_reduce(sums)
+    return dict(zip(tensors, sums.sqrt().tolist(), strict=True))
+
+
+def write_bundle(folder: Path, parts: Parts, loaded: LoadedStep, result: StepResult, found: Findings) -> None:
+    """Everything needed to look into the step elsewhere. Nothing of the environment: no secret can be in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    step, store = loaded.step, parts.inputs.data.train
+    examples = {row: store.example(row) for pack in step.packs for row in pack.example_ids}
+    report = {
+        "step": step.step,
+        "epoch": step.epoch,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "batch_digest": loaded.digest,
+        "engine": parts.engine.name,
+        "world_size": parts.place.world_size,
+        "micro_batches": [
+            {
+                "number": number,
+                "loss_sum": loss,
+                "examples": {row: examples[row].id for pack in step.micro_batches[number] for row in pack.example_ids},
+            }
+            for number, loss in enumerate(found.losses)
+        ],
+        "gradient_norms": found.gradients,
+        "weight_norms": found.weights,
+        "versions": parts.fingerprint["versions"],
+        "config": parts.recipe.model_dump(mode="json"),
+    }
+    tensors = {}
+    for row, example in examples.items():
+        tensors[f"{row}.input_ids"] = torch.from_numpy(example.input_ids.copy())
+        tensors[f"{row}.loss_weights"] = torch.from_numpy(example.loss_weights.copy())
+    save_file(tensors, folder / "batch.safetensors")
+    write_json(folder / "report.json", _printable(report))
+
+
+def _printable(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become text."""
+    if isinstance(value, dict):
+        return {key: _printable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_printable(inner) for inner in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
+
+
+def _hosts() -> list[str]:
+    return gather_json(socket.gethostname())

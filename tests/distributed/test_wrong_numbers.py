@@ -1,0 +1,93 @@
+"""Numbers that go wrong on one of two ranks: all ranks come to one verdict, and it can be looked into afterwards."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from lives import run_script
+from safetensors.torch import load_file
+from tiny_run import lines, trajectory, weights
+
+from sft_dist.checkpoint.catalog import folders
+from sft_dist.checkpoint.manifest import read_manifest
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All lives of wrong_numbers.py; each has ended with its exit code on both ranks."""
+    folder = tmp_path_factory.mktemp("numbers")
+    run_script(Path(__file__).with_name("wrong_numbers.py"), folder)
+    return folder
+
+
+def told(place: Path, name: str) -> str:
+    return json.loads((place / "printed.json").read_text())[name]
+
+
+@pytest.mark.parametrize("name", ["stop", "stop-ddp"])
+def test_one_infinite_gradient_of_one_rank_stops_all_with_a_bundle(place: Path, name: str) -> None:
+    folder = place / name / "logs/attempt_0001/nonfinite-step-00000005"
+    text = told(place, name)
+    assert "error: step 5: loss 4." in text and ("gradient norm inf" in text or "gradient norm nan" in text)
+    assert str(folder) in text and "no update was applied" in text
+    report = json.loads((folder / "report.json").read_text())
+    assert report["step"] == 5 and report["grad_norm"] in ("inf", "nan")
+    bad = [tensor for tensor, norm in report["gradient_norms"].items() if isinstance(norm, str)]
+    assert len(bad) == 1 and len(report["gradient_norms"]) == len(report["weight_norms"]) > 8
+    assert report["config"]["run"]["seed"] == 3 and report["versions"]["torch"] == torch.__version__
+    examples = {row for part in report["micro_batches"] for row in part["examples"]}
+    tensors = load_file(folder / "batch.safetensors")
+    assert examples and {name.partition(".")[0] for name in tensors} == examples
+    assert len(lines(place / name, "step")) == 4
+
+
+def test_what_is_finite_when_done_again_is_the_machines_fault(place: Path) -> None:
+    text = told(place, "once")
+    assert "done again both are finite" in text and "a processor or its memory fails" in text
+    assert not list((place / "once").rglob("report.json"))
+
+
+def test_skipped_steps_apply_nothing_and_are_checkpointed_state(place: Path) -> None:
+    run = place / "skip"
+    assert [line["step"] for line in lines(run, "skipped")] == [5, 8]
+    assert [line["step"] for line in lines(run, "step")] == [1, 2, 3, 4, 6, 7, 9, 10, 11, 12]
+    assert read_manifest(folders(run)[-1]).meta["skipped"] == [5, 8]
+    assert told(place, "skip").count("the step is skipped") == 2
+
+
+def test_a_resumed_run_goes_on_as_the_one_that_was_not_interrupted(place: Path) -> None:
+    """Stopped between the two skipped steps: Adam's own count must leave the first one out."""
+    assert trajectory(place / "continued") == trajectory(place / "skip")
+    assert weights(place / "continued") == weights(place / "skip")
+
+
+def test_three_steps_in_a_row_may_be_skipped_and_not_four(place: Path) -> None:
+    assert len(lines(place / "three", "skipped")) == 3
+    assert "4 steps would be skipped, at most 3 in a row" in told(place, "in-a-row")
+
+
+def test_an_audit_changes_nothing_and_finds_nothing_in_good_ranks(place: Path) -> None:
+    assert len(trajectory(place / "audited")) == 12
+    assert trajectory(place / "audited")[:4] == trajectory(place / "in-a-row")[:4]
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("flipped", r"differs in weights:"),
+        ("frozen", r"rank 1 on \S+ differs in weights that are not trained"),
+        ("computed", r"differs in the loss of one micro-batch"),
+    ],
+)
+def test_one_flipped_bit_is_found_at_the_next_audit(place: Path, name: str, what: str) -> None:
+    text = told(place, name)
+    assert re.search(what, text) and "rank 1 on" in text, text
+    step = 6 if name == "computed" else 4
+    assert f"error: step {step}: " in text
+    assert len(lines(place / name, "step")) == step - 1

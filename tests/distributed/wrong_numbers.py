@@ -1,0 +1,113 @@
+"""Real two-rank runs whose numbers go wrong on one rank: `python wrong_numbers.py FOLDER`.
+
+Each life patches the gradients, the weights or the forward pass of rank 1 at chosen steps and must end with the code
+that belongs to it. What rank 0 printed goes to FOLDER/printed.json, by life; the run folders are there to look into.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lives import run_life
+from tiny_run import write_recipe
+from torch import Tensor
+
+from sft_dist import train
+from sft_dist.data.loader import LoadedStep
+from sft_dist.parallel.engine import Engine
+from sft_dist.parallel.exact import local
+
+SKIP = {"resilience": {"nonfinite": "skip"}}
+LORA = {"tuning": {"method": "lora", "rank": 3}}
+AUDIT = {"resilience": {"audit_every": 2}}
+Patch = Callable[[], None]
+
+
+def fsdp(**more: Any) -> dict[str, Any]:
+    return {"parallel": {"strategy": "fsdp2"}, **more}
+
+
+def untouched() -> None:
+    """No fault."""
+
+
+def poison(steps: tuple[int, ...], times: int = 99) -> None:
+    """A gradient of rank 1 becomes infinite in `steps`, the first `times` times it is computed."""
+    original, left = train.sum_gradients, dict.fromkeys(steps, times)
+
+    def poisoned(engine: Engine, loaded: LoadedStep, seed: int, device: torch.device) -> Tensor:
+        losses = original(engine, loaded, seed, device)
+        number = loaded.step.step
+        if left.get(number, 0):
+            left[number] -= 1
+            if os.environ["RANK"] == "1":
+                gradient = next(p.grad for p in engine.trained.values() if p.grad is not None and len(local(p.grad)))
+                local(gradient).flatten()[0] = float("inf")
+        return losses
+
+    train.sum_gradients = poisoned
+
+
+def flip(step: int, trained: bool) -> None:
+    """One exponent bit of a weight of rank 1 falls over before the audit of `step`."""
+    original = train.audit
+
+    def audit_later(engine: Engine, started: Any, batch: Any, number: int) -> None:
+        if number == step and os.environ["RANK"] == "1":
+            weights = [local(p.data) for p in engine.model.parameters() if p.requires_grad == trained and p.ndim == 2]
+            weight = next(w for w in weights if w.numel())
+            weight.flatten().view(torch.int32)[0] ^= 1 << 24
+        original(engine, started, batch, number)
+
+    train.audit = audit_later
+
+
+def miscompute(step: int) -> None:
+    """Rank 1 computes every other audited loss a bit too high."""
+    original = train.audit
+
+    def audit_wrongly(engine: Engine, started: Any, batch: Any, number: int) -> None:
+        if number == step and os.environ["RANK"] == "1":
+            engine.packed.register_forward_hook(lambda module, given, result: result * (1 + 1e-6))
+        original(engine, started, batch, number)
+
+    train.audit = audit_wrongly
+
+
+# name: (changes of the recipe, settings, what goes wrong, exit code)
+LIVES: dict[str, tuple[dict[str, Any], list[str], Patch, int]] = {
+    "stop": (fsdp(), [], partial(poison, (5,)), 70),
+    "stop-ddp": (LORA, [], partial(poison, (5,)), 70),
+    "once": (fsdp(), [], partial(poison, (5,), times=1), 77),
+    "skip": (fsdp(**SKIP), [], partial(poison, (5, 8)), 0),
+    "skip-first": (fsdp(**SKIP), ["optim.stop_after_step=6"], partial(poison, (5, 8)), 0),
+    "skip-then": (fsdp(**SKIP), [], partial(poison, (5, 8)), 0),
+    "in-a-row": (SKIP, [], partial(poison, (5, 6, 7, 8)), 70),
+    "three": (SKIP, ["optim.max_steps=9"], partial(poison, (5, 6, 7)), 0),
+    "audited": (AUDIT, [], untouched, 0),
+    "flipped": (AUDIT, [], partial(flip, 4, trained=True), 77),
+    "frozen": (fsdp(**LORA, **AUDIT), [], partial(flip, 4, trained=False), 77),
+    "computed": (fsdp(**AUDIT), [], partial(miscompute, 6), 77),
+}
+FOLDER_OF = {"skip-first": "continued", "skip-then": "continued"}
+
+
+def live(patch: Patch, words: list[str]) -> int:
+    patch()
+    return train.main(words)
+
+
+if __name__ == "__main__":
+    place, printed = Path(sys.argv[1]), {}
+    for name, (changes, settings, patch, code) in LIVES.items():
+        shared: dict[str, Any] = {"eval": {"generate": 0, "every_steps": 6}, "checkpoint": {"every_steps": 3}}
+        recipe = write_recipe(place, FOLDER_OF.get(name, name), **shared, **changes)
+        printed[name] = run_life(f"out-{name}", 2, partial(live, patch, [str(recipe), *settings]), place, code)
+    (place / "printed.json").write_text(json.dumps(printed))

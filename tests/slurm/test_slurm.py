@@ -1,0 +1,151 @@
+"""Runs on a real Slurm: whatever the scheduler does to a job, its losses and weights are those of the straight run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from slurm.cluster import Cluster
+from slurm.submitted import NUM_STEPS, Submitted
+from tiny_run import lines
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+Prepare = Callable[..., Submitted]
+
+
+def endings(run: Submitted) -> list[dict[str, object]]:
+    """What train.sbatch noted of each start that it saw the end of."""
+    return [json.loads(line) for line in (run.run_dir / "slurm" / "endings.jsonl").read_text().splitlines()]
+
+
+def test_every_interruption_ends_in_the_same_weights(
+    cluster: Cluster, prepare_run: Prepare, uninterrupted: Submitted
+) -> None:
+    """One job, interrupted in the four ways that Slurm has, each time after further steps."""
+    run = prepare_run("interrupted")
+    job = run.submit()
+
+    run.wait_for_step(8)  # the signal that Slurm sends before the time limit; scancel saves the minute
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", 60, run.log())
+    first = endings(run)[0]
+    assert (first["code"], first["near_end"], first["again"]) == (75, True, True)
+    stopped_after = len(lines(run.run_dir, "step"))
+
+    hurry(cluster, job)
+    run.wait_for_step(stopped_after + 5)
+    cluster.run("scontrol", "requeue", job)
+    cluster.wait(lambda: cluster.job(job)["Restarts"] == "2", 60, run.log())
+
+    hurry(cluster, job)
+    run.wait_for_step(stopped_after + 15)
+    victim = cluster.nodes[1]
+    cluster.run("scontrol", "update", f"NodeName={victim}", "State=DRAIN", "Reason=test")
+    cluster.run("scontrol", "update", f"NodeName={victim}", "State=DOWN", "Reason=test")
+    cluster.wait(lambda: cluster.job(job)["Restarts"] == "3", 60, run.log())
+    hurry(cluster, job)
+    run.wait_for_step(stopped_after + 25)
+    assert victim not in cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).stdout.split()
+    cluster.run("scontrol", "update", f"NodeName={victim}", "State=RESUME")
+
+    urgent = cluster.run(
+        "sbatch", "--parsable", "-p", "urgent", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "true"
+    )
+    assert run.wait()["JobState"] == "COMPLETED", run.log()
+    assert cluster.job(urgent.stdout.strip())["JobState"] == "COMPLETED"
+    assert cluster.job(job)["Restarts"] == "4" and run.attempts == 5
+    assert run.result == uninterrupted.result
+
+
+def hurry(cluster: Cluster, job: str) -> None:
+    """A requeued job waits some seconds; go on at once."""
+    cluster.wait_job(job, 60, {"RUNNING"})
+
+
+def test_a_cancelled_job_saves_stays_cancelled_and_goes_on_when_submitted_again(
+    prepare_run: Prepare, uninterrupted: Submitted
+) -> None:
+    run = prepare_run("cancelled")
+    job = run.submit()
+    run.wait_for_step(15)
+    run.sft("slurm", "cancel", run.run_dir)
+    assert run.wait(job)["JobState"] == "CANCELLED"
+    steps = len(lines(run.run_dir, "step"))
+    assert 15 <= steps < NUM_STEPS and (run.run_dir / "checkpoints" / f"step-{steps:08d}").is_dir(), run.log()
+    again = run.submit()
+    assert run.wait(again)["JobState"] == "COMPLETED", run.log()
+    assert run.cluster.job(job)["JobState"] == "CANCELLED" and run.attempts == 2
+    assert run.result == uninterrupted.result
+
+
+def test_a_killed_worker_is_started_again_by_the_job(
+    cluster: Cluster, prepare_run: Prepare, uninterrupted: Submitted
+) -> None:
+    run = prepare_run("killed")
+    job = run.submit()
+    run.wait_for_step(15)
+    other = cluster.nodes[1]
+    workers = [pid for pid in cluster.pids(other) if is_worker(cluster, pid)]
+    assert len(workers) == 1
+    cluster.run("kill", "-9", *workers)
+    assert run.wait(job)["JobState"] == "COMPLETED", run.log()
+    assert cluster.job(job)["Restarts"] == "1" and run.result == uninterrupted.result
+
+
+def is_worker(cluster: Cluster, pid: str) -> bool:
+    words = cluster.run("cat", f"/proc/{pid}/cmdline", check=False).stdout.split("\0")
+    return "sft_dist.train" in words
+
+
+def test_a_chain_goes_on_where_requeueing_is_forbidden(
+    cluster: Cluster, prepare_run: Prepare, uninterrupted: Submitted
+) -> None:
+    run = prepare_run("chain", cluster={"chain": 3, "requeue": False})
+    run.submit()
+    first, second, third = run.jobs
+    run.wait_for_step(15)
+    cluster.run("scancel", "--signal=USR1", "--batch", first)
+    assert run.wait(third)["JobState"] == "COMPLETED", run.log()
+    assert cluster.job(first)["ExitCode"] == "75:0" and cluster.job(second)["JobState"] == "COMPLETED"
+    assert run.attempts == 2  # the third link finds the run done
+    assert run.result == uninterrupted.result
+
+
+def test_an_array_is_one_run_for_each_seed_and_requeues_one_alone(cluster: Cluster, prepare_run: Prepare) -> None:
+    changes = {"cluster": {"array": [7, 8], "nodes": 1}, "optim": {"lr": 1e-3, "max_steps": 30}}
+    run = prepare_run("array", **changes)
+    job = run.submit()
+    runs = [run.run_dir / f"seed-{seed}" for seed in (7, 8)]
+    cluster.wait(lambda: len(lines(runs[0], "step")) >= 5, 120, "step 5")
+    cluster.run("scancel", "--signal=USR1", "--batch", f"{job}_0")
+    tasks = [run.wait(f"{job}_{number}") for number in (0, 1)]
+    assert [(task["JobState"], task["Restarts"]) for task in tasks] == [("COMPLETED", "1"), ("COMPLETED", "0")], (
+        run.log()
+    )
+    first, second = ([line["loss"] for line in lines(folder, "step")] for folder in runs)
+    assert len(first) == len(second) == 30 and first != second
+
+
+def test_hostile_names_stay_words(prepare_run: Prepare, tmp_path: Path) -> None:
+    """A run folder, a variable and a data file whose names a shell, Slurm or YAML would read as something else."""
+    folder = 'it\'s; touch pwned & $(touch pwned) `touch pwned` %j %A "x" JobState=COMPLETED *'
+    hostile = "$(touch pwned); 'a' \"b\" \\ #"
+    run = prepare_run(
+        "hostile",
+        run={"name": "x.-_y", "dir": folder},
+        cluster={
+            "nodes": 1,
+            "environment": {"HOSTILE": hostile},
+            "setup": [f"[[ $HOSTILE == {shlex.quote(hostile)} ]]"],
+        },
+        optim={"lr": 1e-3, "max_steps": 3},
+    )
+    job = run.submit("data.sources.0.path=./data.json")
+    assert run.wait(job)["JobState"] == "COMPLETED", run.log()
+    assert len(lines(run.run_dir, "step")) == 3 and (run.run_dir / "slurm" / f"{job}.out").is_file()
+    assert not list(run.recipe.parent.rglob("pwned")) and not (run.cluster.folder / "pwned").exists()
+    status = json.loads(run.sft("slurm", "status", run.run_dir, "--json").stdout)
+    assert status["jobs"][0]["state"] == "COMPLETED" and status["step"] == 3

@@ -1,0 +1,164 @@
+"""Several machines without a scheduler: launch/ssh.sh over real sshds, one in each virtual node, and a bad network.
+
+The nodes are those of the Slurm fixture; Slurm takes no part.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slurm.cluster import Cluster
+from slurm.submitted import TINY, Submitted
+from tiny_run import ROOT, lines, weights, write_recipe
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def hosts(cluster: Cluster) -> Iterator[tuple[Path, str]]:
+    """(host file, ssh command) for two nodes of the cluster, each with a running sshd."""
+    if not Path("/usr/sbin/sshd").exists():
+        pytest.skip("no sshd here (apt-get install openssh-server openssh-client)")
+    folder = cluster.folder / "ssh"
+    folder.mkdir()
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    (folder / "authorized").write_text((folder / "user.pub").read_text())
+    Path("/run/sshd").mkdir(exist_ok=True)
+    for node in cluster.nodes[:2]:
+        (folder / f"{node}.conf").write_text(
+            f"HostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\nPidFile {folder}/{node}.pid\n"
+            "PasswordAuthentication no\nPermitRootLogin yes\nStrictModes no\nUsePAM no\n"
+        )
+        cluster.run("/usr/sbin/sshd", "-f", folder / f"{node}.conf", "-E", folder / f"{node}.log", node=node)
+    host_file = folder / "hosts"
+    host_file.write_text("# rank 0 first\n" + "".join(f"{node} slots=1\n" for node in cluster.nodes[:2]))
+    options = (
+        f"-T -F none -i {folder}/user -o BatchMode=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"
+    )
+    yield host_file, f"ssh {options} -o LogLevel=ERROR -o ServerAliveInterval=2 -o ServerAliveCountMax=3"
+
+
+class Launched:
+    """launch/ssh.sh running on the controller."""
+
+    def __init__(self, cluster: Cluster, hosts: tuple[Path, str], recipe: Path, **env: str) -> None:
+        host_file, ssh = hosts
+        self.run_dir = recipe.with_suffix("")
+        self.output = recipe.with_suffix(".out")
+        given = {
+            "SFT_SSH": ssh, "SFT_PYTHON": sys.executable, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+            "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "SFT_GRACE_SECONDS": "5",
+        }  # fmt: skip
+        command = cluster.inside("bash", ROOT / "launch" / "ssh.sh", host_file, recipe, cwd=recipe.parent)
+        command.insert(1, "--no-fork")  # so that this process becomes ssh.sh, and signals reach it
+        with self.output.open("a") as out:
+            self.process = subprocess.Popen(
+                command,
+                env=cluster.environment(**given | env), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+            )  # fmt: skip
+
+    def wait_for_step(self, step: int) -> None:
+        Cluster.wait(lambda: len(lines(self.run_dir, "step")) >= step or self.process.poll() is not None, 120, "a step")
+        assert self.process.poll() is None, self.output.read_text()[-4000:]
+
+    def code(self) -> int:
+        """Its exit code, once it has ended."""
+        return self.process.wait(120)
+
+    def kill(self) -> None:
+        """SIGKILL to ssh.sh itself (nsenter has become it)."""
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def launch(cluster: Cluster, hosts: tuple[Path, str], tmp_path: Path) -> Iterator[Callable[..., Launched]]:
+    """`launch("name", resilience={...})`: a tiny run over two machines."""
+    started: list[Launched] = []
+
+    def begin(name: str, env: dict[str, str] | None = None, **changes: dict[str, Any]) -> Launched:
+        sections = {key: TINY.get(key, {}) | changes.get(key, {}) for key in {*TINY, *changes}}
+        started.append(Launched(cluster, hosts, write_recipe(tmp_path, name, **sections), **env or {}))
+        return started[-1]
+
+    yield begin
+    for one in started:
+        if one.process.poll() is None:
+            one.kill()
+
+
+def test_a_recipe_that_says_ssh_goes_there_by_itself(
+    cluster: Cluster, hosts: tuple[Path, str], tmp_path: Path, uninterrupted: Submitted
+) -> None:
+    where = {"target": "ssh", "hosts": cluster.nodes[:2], "processes_per_node": 1, "preflight": False}
+    recipe = write_recipe(tmp_path, "over", **TINY, cluster=where)
+    env = {"SFT_SSH": hosts[1], "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "HF_HUB_OFFLINE": "1"}
+    command = (sys.executable, "-m", "sft_dist", "train", recipe)
+    done = cluster.run(*command, cwd=tmp_path, timeout=240, check=False, CUDA_VISIBLE_DEVICES="", **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [(line["step"], line["loss"], line["grad_norm"]) for line in lines(tmp_path / "over", "step")]
+    assert (steps, weights(tmp_path / "over")) == uninterrupted.result
+
+
+def workers(cluster: Cluster, node: str) -> list[str]:
+    """Processes of a node that train."""
+    found = []
+    for pid in cluster.pids(node):
+        words = cluster.run("cat", f"/proc/{pid}/cmdline", check=False).stdout.split("\0")
+        found += [pid] * ("sft_dist.train" in words)
+    return found
+
+
+def test_over_ssh_a_slow_link_a_stop_and_a_killed_launcher_change_nothing(
+    cluster: Cluster, launch: Callable[..., Launched], uninterrupted: Submitted
+) -> None:
+    """Started, stopped by a signal, started, killed, started on a link with delay: the weights of the Slurm run."""
+    first = launch("ssh", env={"SFT_PREFLIGHT": "1"})
+    first.wait_for_step(8)
+    first.process.send_signal(signal.SIGTERM)
+    assert first.code() == 75, first.output.read_text()
+    assert "2 nodes, 0 complaints" in first.output.read_text()
+
+    second = launch("ssh")
+    second.wait_for_step(20)
+    second.kill()
+    cluster.wait(lambda: not any(workers(cluster, node) for node in cluster.nodes), 15, "workers gone")
+
+    victim = cluster.nodes[1]
+    cluster.run("tc", "qdisc", "add", "dev", "eth0", "root", "netem", "delay", "20ms", "5ms", node=victim)
+    try:
+        third = launch("ssh")
+        assert third.code() == 0, third.output.read_text()
+    finally:
+        cluster.run("tc", "qdisc", "del", "dev", "eth0", "root", node=victim)
+    steps = [(line["step"], line["loss"], line["grad_norm"]) for line in lines(third.run_dir, "step")]
+    assert (steps, weights(third.run_dir)) == uninterrupted.result
+
+
+def test_a_cut_link_ends_the_run_with_71_on_both_sides_and_it_continues(
+    cluster: Cluster, launch: Callable[..., Launched], uninterrupted: Submitted
+) -> None:
+    patience = {"resilience": {"hang_seconds": 4.0}}
+    run = launch("cut", **patience)
+    run.wait_for_step(15)
+    victim = cluster.nodes[1]
+    cluster.link(victim, "down")
+    try:
+        assert run.code() == 71, run.output.read_text()
+        cluster.wait(lambda: not any(workers(cluster, node) for node in cluster.nodes), 30, "workers gone")
+    finally:
+        cluster.link(victim, "up")
+    assert "hang: no sign of life" in run.output.read_text()
+    stacks = sorted(path.name for path in (run.run_dir / "logs" / "attempt_0001").glob("*.stacks.txt"))
+    assert stacks == ["rank_00000.stacks.txt", "rank_00001.stacks.txt"]
+    again = launch("cut", **patience)
+    assert again.code() == 0, again.output.read_text()
+    steps = [(line["step"], line["loss"], line["grad_norm"]) for line in lines(again.run_dir, "step")]
+    assert (steps, weights(again.run_dir)) == uninterrupted.result

@@ -1,0 +1,135 @@
+"""Saving in the background, in one process: what is committed, when, and what errors become."""
+
+from __future__ import annotations
+
+import re
+import threading
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sft_dist.checkpoint.background import BackgroundSaver
+from sft_dist.checkpoint.catalog import folders
+from sft_dist.checkpoint.manager import CheckpointManager
+from sft_dist.errors import NonFiniteError, StorageError
+
+
+def tensors(value: float) -> dict[str, Tensor]:
+    return {"model.w": torch.full((100, 3), value), "optim.w.exp_avg": torch.full((100, 3), value)}
+
+
+def names(run_dir: Path) -> list[str]:
+    return [path.name for path in folders(run_dir)]
+
+
+def leftovers(run_dir: Path) -> list[Path]:
+    return list((run_dir / "checkpoints").glob(".tmp-*"))
+
+
+class Gate:
+    """Holds the writing thread at a fail point until it is opened."""
+
+    def __init__(self, point: str) -> None:
+        self.point, self.reached, self.opened = point, threading.Event(), threading.Event()
+
+    def __call__(self, name: str) -> None:
+        if name == self.point:
+            self.reached.set()
+            assert self.opened.wait(30)
+
+
+def test_the_state_at_the_save_is_committed_whatever_training_does_meanwhile(tmp_path: Path) -> None:
+    gate = Gate("before write")
+    manager = CheckpointManager(tmp_path, fail_point=gate)
+    saver, state = BackgroundSaver(manager), tensors(1.0)
+    saver.begin(1, state, {"step": 1})
+    assert gate.reached.wait(30)
+    for tensor in state.values():
+        tensor.fill_(2.0)  # the next step
+    saver.commit_written()
+    assert names(tmp_path) == []  # not written yet: nothing is committed, nothing waits
+    gate.opened.set()
+    saver.commit_written(wait=True)
+    assert names(tmp_path) == ["step-00000001"]
+    loaded = tensors(0.0)
+    assert CheckpointManager(tmp_path).load(folders(tmp_path)[0], loaded) == {"step": 1}
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(1.0).items())
+
+
+def test_a_later_boundary_commits_what_is_written(tmp_path: Path) -> None:
+    saver = BackgroundSaver(CheckpointManager(tmp_path))
+    saver.begin(1, tensors(1.0), {})
+    assert names(tmp_path) == []  # never by the thread
+    assert saver._write is not None and saver._write.thread is not None
+    saver._write.thread.join(30)
+    saver.commit_written()
+    assert names(tmp_path) == ["step-00000001"] and not leftovers(tmp_path)
+    assert not saver.is_writing
+
+
+def test_the_next_save_commits_the_one_before_and_old_ones_go(tmp_path: Path) -> None:
+    saver = BackgroundSaver(CheckpointManager(tmp_path, keep=2))
+    for step in (1, 2, 3, 4):
+        saver.begin(step, tensors(step), {}, also_keep=1)
+    assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000003"]
+    saver.save(5, tensors(5.0), {})
+    assert names(tmp_path) == ["step-00000004", "step-00000005"]
+
+
+def test_a_process_that_ends_meanwhile_leaves_nothing_loadable(tmp_path: Path) -> None:
+    gate = Gate("after write")
+    saver = BackgroundSaver(CheckpointManager(tmp_path, fail_point=gate))
+    saver.begin(1, tensors(1.0), {})
+    assert gate.reached.wait(30)
+    assert names(tmp_path) == [] and len(leftovers(tmp_path)) == 1
+    assert CheckpointManager(tmp_path).newest_good() is None  # what the next attempt finds
+    assert not leftovers(tmp_path)
+    gate.opened.set()
+
+
+def test_nonfinite_state_is_found_at_the_next_boundary_and_never_committed(tmp_path: Path) -> None:
+    saver, poisoned = BackgroundSaver(CheckpointManager(tmp_path)), tensors(2.0)
+    saver.save(1, tensors(1.0), {})
+    poisoned["optim.w.exp_avg"][7, 1] = float("inf")
+    saver.begin(2, poisoned, {})
+    with pytest.raises(NonFiniteError, match=r"optim\.w\.exp_avg holds a NaN or infinity: nothing was saved"):
+        saver.commit_written(wait=True)
+    assert names(tmp_path) == ["step-00000001"] and not leftovers(tmp_path)
+    saver.save(3, tensors(3.0), {})  # and the saver is free again
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+def test_a_disk_that_refuses_the_thread_gives_the_same_line_as_a_save_that_is_waited_for(tmp_path: Path) -> None:
+    def lose(name: str) -> None:
+        if name == "before write":
+            for folder in filter(Path.is_dir, leftovers(tmp_path)):
+                folder.rmdir()
+                folder.write_text("a file where the folder was")
+
+    told: list[str] = []
+    for save in ("try_save", "begin"):
+        manager = CheckpointManager(tmp_path, fail_point=lose, notice=told.append)
+        saver = BackgroundSaver(manager)
+        for step in (1, 2, 3):
+            with pytest.raises(StorageError, match="3 saves in a row") if step == 3 else nullcontext():
+                getattr(saver, save)(step, tensors(1.0), {})
+                saver.commit_written(wait=True)
+        for file in leftovers(tmp_path):
+            file.unlink()
+    plain = [re.sub(r"tmp-\w+|[\d.]+ \w?i?B", "", line) for line in told]
+    assert len(told) == 4 and plain[:2] == plain[2:], told
+    assert "step 1 was not saved" in told[0] and "cannot be written" in told[0]
+    assert names(tmp_path) == []
+
+
+def test_another_set_of_tensors_gets_a_copy_of_its_own(tmp_path: Path) -> None:
+    saver = BackgroundSaver(CheckpointManager(tmp_path))
+    saver.begin(1, tensors(1.0), {})
+    saver.begin(2, {"model.v": torch.ones(2, dtype=torch.bfloat16)}, {})
+    saver.commit_written(wait=True)
+    loaded = {"model.v": torch.zeros(2, dtype=torch.bfloat16)}
+    CheckpointManager(tmp_path).load(folders(tmp_path)[1], loaded)
+    assert loaded["model.v"].tolist() == [1, 1]

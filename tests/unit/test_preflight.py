@@ -1,0 +1,90 @@
+"""Bad nodes are named for what is wrong with them, and good ones are not."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from sft_dist import preflight
+from sft_dist.config.loader import load_recipe
+from sft_dist.launch.nodes import Nodes
+from sft_dist.preflight import Complaint, Facts, compare, settle
+
+NAMES = ["n1", "n2", "n3"]
+
+
+def facts(node: int, **changes: object) -> Facts:
+    same = {"torch": "2.13.0", "view of data.json": "1 files, 10 bytes"} | changes.pop("same", {})  # type: ignore[operator]
+    return Facts(node, NAMES[node], same, **changes)  # type: ignore[arg-type]
+
+
+def complaints(*told: Facts | None) -> list[tuple[str, str]]:
+    return [(complaint.name, complaint.what) for complaint in settle(compare(told, NAMES), NAMES)]
+
+
+def test_equal_nodes_are_fine() -> None:
+    assert complaints(facts(0), facts(1), facts(2)) == []
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        ({"same": {"torch": "2.11.0"}}, "torch is 2.11.0, on the others 2.13.0"),
+        ({"same": {"view of data.json": "absent"}}, "view of data.json is absent"),
+        ({"clock_seconds": 7.0}, r"clock is +7.0 s off"),
+        ({"faults": ["GPU 3 (H100): 2 uncorrected memory errors: reset or replace it"]}, "GPU 3"),
+        ({"gpu_clocks": [1.0, 0.2]}, "GPU 1 runs at 20% of its clock, the others at 100%"),
+        ({"faults": ["cannot reach n1 port 9"]}, "cannot reach n1"),
+    ],
+)
+def test_the_odd_node_is_named(odd: dict[str, object], said: str) -> None:
+    base = {"gpu_clocks": [1.0, 1.0]} if "gpu_clocks" in odd else {}
+    ((name, what),) = complaints(facts(0, **base), facts(1, **odd), facts(2, **base))
+    assert name == "n2" and said in what
+
+
+def test_a_silent_node_is_named_and_what_follows_from_it_is_not() -> None:
+    failed = {"faults": ["all-reduce: timed out"]}
+    ((name, what),) = complaints(facts(0, **failed), None, facts(2, **failed))
+    assert name == "n2" and "said nothing" in what
+
+
+def test_when_nobody_reaches_the_first_node_it_is_the_first_that_is_bad() -> None:
+    lost = {"faults": ["cannot reach n1 port 9: no route"]}
+    assert [name for name, _ in complaints(facts(0), facts(1, **lost), facts(2, **lost))] == ["n1"]
+
+
+def test_a_failure_that_nothing_explains_costs_one_node() -> None:
+    failed = {"faults": ["all-reduce: 3 sums are wrong"]}
+    assert [name for name, _ in complaints(*(facts(node, **failed) for node in range(3)))] == ["n3"]
+
+
+def test_of_two_that_differ_the_first_is_right() -> None:
+    told = [facts(0), facts(1, same={"torch": "2.11.0"})]
+    assert [c.name for c in compare(told, NAMES[:2])] == ["n2"]
+    assert isinstance(compare(told, NAMES[:2])[0], Complaint)
+
+
+def test_nodes_tell_each_other_through_the_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two nodes as threads, on a port of this machine; the second sees other code. The reduction has its own test."""
+    monkeypatch.setattr(preflight, "reduce_rate", lambda nodes: (1.5, None))
+    versions = {threading.get_ident(): "right"}
+    monkeypatch.setattr(preflight, "code_digest", lambda: versions.get(threading.get_ident(), "wrong"))
+    recipe = load_recipe([], ["model.path=gpt2", "data.sources=[{path: x.json}]", f"run.dir={tmp_path}"])
+    said: list[str] = []
+    codes: list[int] = []
+    second = Nodes(2, 1, "127.0.0.1", 29377, "m")
+    other = threading.Thread(
+        target=lambda: codes.append(preflight.check_nodes(recipe, second, ["a", "b"], said.append))
+    )
+    other.start()
+    codes.append(preflight.check_nodes(recipe, Nodes(2, 0, "127.0.0.1", 29377, "m"), ["a", "b"], said.append))
+    other.join(60)
+    assert codes == [77, 77]
+    assert (tmp_path / "logs" / "preflight-m" / "bad_nodes").read_text() == "b\n"
+    assert any("sft_dist is wrong, on the others right" in line for line in said)
+    assert any("2 nodes, 1 complaints, all-reduce 1.50 GB/s" in line for line in said)

@@ -1,0 +1,281 @@
+"""Streamed sources on disk: what is read does not depend on who reads, how often he stops, or how many help."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from preparing import byte_tokenizer, records, write_lines
+
+from sft_dist.config.loader import load_recipe
+from sft_dist.config.schema import Recipe, SourceSection
+from sft_dist.data import files, hub
+from sft_dist.data.cache import rules_digest
+from sft_dist.data.prepare import prepare, rules_of
+from sft_dist.data.sources import stream_versions
+from sft_dist.data.store import CORPUS, Corpus
+from sft_dist.data.stream_store import StreamStore, read_end, read_state, segment_folder
+from sft_dist.data.stream_writer import Segments, StreamJob, StreamWriter, tokenised
+from sft_dist.data.streams import stream_job
+from sft_dist.data.templates import resolve_template
+from sft_dist.data.workers import Workers
+from sft_dist.errors import BadRecord, ConfigError, DataError
+
+SEGMENT = 700
+TOKENIZER = byte_tokenizer()
+
+
+def stream_recipe(folder: Path, *sources: Path | dict[str, Any], **data: Any) -> Recipe:
+    given = [source if isinstance(source, dict) else {"path": str(source)} for source in sources]
+    settings = {"chat_template": "chatml", "seq_len": 256, "eval_fraction": 0.0} | data
+    return Recipe(
+        model={"path": "unused"},
+        run={"dir": str(folder / "runs" / "one")},
+        data=settings | {"sources": [source | {"streaming": True} for source in given]},
+        optim={"max_steps": 10},
+        batch={"examples_per_step": 8},
+    )
+
+
+def job_of(recipe: Recipe, **changes: Any) -> StreamJob:
+    template = resolve_template(recipe.data.chat_template, TOKENIZER)
+    job = stream_job(recipe, rules_of(recipe, TOKENIZER, template), rules_digest(recipe, TOKENIZER, template.text))
+    return replace(job, **({"segment_examples": SEGMENT, "num_workers": 0} | changes))
+
+
+def make(job: StreamJob, *times: int) -> StreamStore:
+    """The store of `job`, written by one writer after another: each makes so many segments, the last all of them."""
+    for most in (*times, 1000):
+        with Workers(tokenised, job.num_workers) as workers:
+            segments = Segments(job, workers)
+            while most and segments.make():
+                most -= 1
+    return StreamStore(job.folder, [source.path for source in job.sources], None)
+
+
+def content(store: StreamStore) -> list[tuple[str, bytes, bytes]]:
+    return [(one.id, one.input_ids.tobytes(), one.loss_weights.tobytes()) for one in store]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Two sources of several files and kinds, with bad records among them."""
+    folder = tmp_path_factory.mktemp("sources")
+    for number, num in enumerate((1500, 900, 40)):
+        rows: list[Any] = records(num, f"answer {number}-{{}}")
+        for place in range(7, num, 97):
+            rows[place] = {"instruction": "no answer"}
+        write_lines(folder / f"a-{number}.jsonl", rows)
+    (folder / "b.json.gz").write_bytes(gzip.compress(json.dumps(records(2600, "b {}")).encode()))
+    return [{"path": f"{folder}/a-*.jsonl", "weight": 2.0}, {"path": f"{folder}/b.json.gz"}]
+
+
+def test_reading_does_not_depend_on_interruptions_or_workers(tmp_path: Path, sources: list[dict[str, Any]]) -> None:
+    recipes = [stream_recipe(tmp_path / name, *sources, on_bad_record="skip", max_bad_fraction=0.1) for name in "abc"]
+    straight = make(job_of(recipes[0]))
+    stopped = make(job_of(recipes[1]), 1, 0, 2, 1)
+    helped = make(job_of(recipes[2], num_workers=2), 2)
+    assert len(straight) > 4 * SEGMENT
+    assert content(straight) == content(stopped) == content(helped)
+    last = len(straight)
+    assert straight.digest_up_to(last) == stopped.digest_up_to(last) == helped.digest_up_to(last)
+    reports = [store.report() for store in (straight, stopped, helped)]
+    assert reports[0] == reports[1] == reports[2]
+    listed = [
+        [line for path in sorted(store.folder.glob("segment-*/rejects.jsonl")) for line in path.open()]
+        for store in (straight, stopped)
+    ]
+    assert listed[0] == listed[1]
+    assert len(listed[0]) == sum(source["rejected"] for source in reports[0]["sources"]) == 27
+
+
+def test_a_stream_holds_what_an_indexed_preparation_holds(tmp_path: Path, sources: list[dict[str, Any]]) -> None:
+    settings: dict[str, Any] = {"on_bad_record": "skip", "max_bad_fraction": 0.1}
+    streamed = make(job_of(stream_recipe(tmp_path, *sources, **settings)))
+    whole = Recipe(
+        model={"path": "unused"},
+        run={"dir": str(tmp_path / "runs" / "one")},
+        data={"sources": [s | {"weight": 1.0} for s in sources], "chat_template": "chatml", "seq_len": 256,
+              "eval_fraction": 0.0} | settings,
+    )  # fmt: skip
+    indexed = prepare(whole, TOKENIZER, notice=str).train
+    assert sorted(content(streamed)) == sorted(
+        (one.id, one.input_ids.tobytes(), one.loss_weights.tobytes()) for one in indexed
+    )
+
+
+def test_sources_take_turns_by_weight(tmp_path: Path, sources: list[dict[str, Any]]) -> None:
+    store = make(job_of(stream_recipe(tmp_path, *sources, on_bad_record="skip", max_bad_fraction=0.1)))
+    of = store.source_of(np.arange(len(store)))
+    for index in (0, 1500, len(store) - 1):
+        assert store.example(index).source.endswith("b.json.gz") == bool(of[index])
+    both = of[: 3 * SEGMENT]
+    assert 0.5 < np.mean(both == 0) < 0.8  # two to one, by chunks of a thousand records
+
+
+def test_a_writer_process_stays_ahead_and_the_store_waits_for_it(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "x.jsonl", records(6000))
+    job = job_of(stream_recipe(tmp_path, file), segment_examples=500)
+    writer, waited = StreamWriter(job), threading.Event()
+    store = StreamStore(job.folder, ["x"], writer, waited.set)
+    reader = StreamStore(job.folder, ["x"], None)  # another rank
+    assert len(reader.numbers(0, 10_000).lengths) == len(store.numbers(0, 10_000).lengths) == 6000
+    assert waited.is_set()
+    with pytest.raises(IndexError):
+        store.token_ids(6000)
+    state = read_state(job.folder, (read_end(job.folder) or 0) - 1)
+    assert state is not None and state["total"] == 6000
+    store.close()
+
+
+def test_reading_stops_where_nobody_asks_for_more(tmp_path: Path) -> None:
+    job = job_of(stream_recipe(tmp_path, write_lines(tmp_path / "x.jsonl", records(9000))), segment_examples=300)
+    with Workers(tokenised, 0) as workers:
+        segments = Segments(job, workers)
+        assert [segments.make(), segments.make()] == [1, 2]
+    assert not segment_folder(job.folder, 2).exists()
+
+
+def test_two_writers_share_one_stream(tmp_path: Path) -> None:
+    recipe = stream_recipe(tmp_path / "a", file := write_lines(tmp_path / "x.jsonl", records(6000)))
+    job = job_of(recipe)
+    with Workers(tokenised, 0) as one, Workers(tokenised, 0) as two:
+        writers = [Segments(job, one), Segments(job, two)]
+        while all([one_more.make() for one_more in writers]):  # noqa: C419 (both take their turn)
+            pass
+    store = StreamStore(job.folder, ["x"], None)
+    assert content(store) == content(make(job_of(stream_recipe(tmp_path / "b", file))))
+
+
+def test_a_bad_record_ends_the_stream_with_its_place(tmp_path: Path) -> None:
+    rows: list[Any] = [*records(2500), {"instruction": "x"}, *records(10)]
+    job = job_of(stream_recipe(tmp_path, write_lines(tmp_path / "x.jsonl", rows)))
+    writer = StreamWriter(job)
+    with pytest.raises(BadRecord, match=r"x\.jsonl:2501 \(byte \d+\): .*output"):
+        StreamStore(job.folder, ["x"], writer).numbers(0, 5000)
+    writer.close()
+
+
+def test_too_many_bad_records_end_the_stream(tmp_path: Path) -> None:
+    rows: list[Any] = [*records(2000), *[{"instruction": "x"}] * 500]
+    job = job_of(stream_recipe(tmp_path, write_lines(tmp_path / "x.jsonl", rows), on_bad_record="skip"))
+    with pytest.raises(DataError, match=r"500 of 2,500 records are bad \(20\.0%\)"):
+        make(job)
+
+
+def test_a_source_of_nothing_but_refuse_ends(tmp_path: Path) -> None:
+    job = job_of(stream_recipe(tmp_path, write_lines(tmp_path / "x.jsonl", records(3000)), seq_len=8))
+    store = make(job)
+    assert (len(store), store.report()["sources"][0]["too_long"]) == (0, 3000)
+
+
+def test_a_file_that_changes_while_it_is_streamed_is_refused_and_is_another_stream_later(tmp_path: Path) -> None:
+    recipe = stream_recipe(tmp_path, file := write_lines(tmp_path / "x.jsonl", records(3000)))
+    job = job_of(recipe)
+    with Workers(tokenised, 0) as workers:
+        Segments(job, workers).make()
+    with open(file, "a") as more:
+        more.write(json.dumps(records(1)[0]) + "\n")
+    with pytest.raises(DataError, match="changed while it was streamed"):
+        make(job)
+    assert job_of(recipe).folder != job.folder
+    os.utime(file, ns=(1, 1))
+    assert len(make(job_of(recipe))) == 3001
+
+
+def test_an_altered_segment_is_refused(tmp_path: Path) -> None:
+    job = job_of(stream_recipe(tmp_path, write_lines(tmp_path / "x.jsonl", records(3000))))
+    make(job)
+    (segment_folder(job.folder, 1) / "state.json").write_text("{")
+    with pytest.raises(DataError, match=r"segment-000001: altered"):
+        StreamStore(job.folder, ["x"], None)
+
+
+def test_a_writer_that_is_killed_is_told(tmp_path: Path) -> None:
+    job = job_of(stream_recipe(tmp_path, write_lines(tmp_path / "x.jsonl", records(60_000))))
+    writer = StreamWriter(job)
+    writer.want(1000)
+    writer._process.kill()
+    with pytest.raises(DataError, match="died with exit code -9"):
+        StreamStore(job.folder, ["x"], writer)
+
+
+def test_files_behind_urls_and_tables_stream_too(tmp_path: Path) -> None:
+    import fsspec
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(records(2000)), tmp_path / "x.parquet", row_group_size=300)
+    local = make(job_of(stream_recipe(tmp_path / "a", tmp_path / "x.parquet")), 1)
+    with fsspec.open("memory://stream/x.parquet", "wb") as file:
+        file.write((tmp_path / "x.parquet").read_bytes())
+    remote = make(job_of(stream_recipe(tmp_path / "b", {"path": "memory://stream/x.parquet"})), 1)
+    assert [one[1:] for one in content(local)] == [one[1:] for one in content(remote)]
+    assert len(local) == 2000
+
+
+def test_data_sets_of_the_hub_stream_at_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the real library, which finds the data set in the folder where the hub would be asked."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (tmp_path / "org/name").mkdir(parents=True)
+    write_lines(tmp_path / "org/name/train.jsonl", records(1500))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files.Path, "exists", lambda self: os.path.exists(self) and str(self) != "org/name")
+    with pytest.raises(ConfigError, match=r"streaming reads the hub again .*: set revision= to the 40 digits"):
+        stream_versions(SourceSection(path="org/name", streaming=True))
+    with pytest.raises(ConfigError, match="set revision="):
+        stream_versions(SourceSection(path="org/name", streaming=True, revision="main"))
+    job = job_of(stream_recipe(tmp_path, {"path": "org/name", "revision": commit}))
+    store = make(job, 1)
+    assert len(store) == 1500
+    assert store.example(1499).id == f"org/name@{commit}:1500"
+    assert hub.stream("org/name", None, None, commit).__class__.__name__ == "IterableDataset"
+
+
+def test_segments_are_stores_with_proven_rows(tmp_path: Path) -> None:
+    store = make(job_of(stream_recipe(tmp_path, write_lines(tmp_path / "x.jsonl", records(3000)))))
+    corpus = Corpus(segment_folder(store.folder, 0) / CORPUS)
+    store.verify(len(corpus))
+    assert store.token_ids(0).tobytes() == corpus.token_ids(0).tobytes()
+    assert store.lengths[3] == len(store.token_ids(3))
+    assert store.lengths[np.array([0, len(corpus)])].tolist() == [len(store.token_ids(i)) for i in (0, len(corpus))]
+    assert np.asarray(store.lengths).sum() == store.num_tokens
+
+
+BASE = ["optim.max_steps=5", "batch.tokens_per_step=2048", "data.eval_fraction=0", "data.sources.0.streaming=true"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([], None),
+        (["data.eval_fraction=0.1"], "data.eval_fraction needs all rows at once"),
+        (["data.test_fraction=0.1"], "data.test_fraction needs all rows at once"),
+        (["data.near_duplicates=drop"], "data.near_duplicates needs all rows at once"),
+        (["data.filters.drop_refusals=true"], "data.filters.drop_refusals needs all rows"),
+        (["data.mixture_temperature=2"], "data.mixture_temperature needs all rows"),
+        (["data.sources.0.repeat=2"], r"data.sources.0.repeat needs all rows"),
+        (["optim.max_steps=null"], "optim.max_steps is missing: nobody knows how long"),
+        (["batch.tokens_per_step=auto"], "batch.tokens_per_step=auto depends on the size of the data"),
+        (["data.sources.1.path=y.jsonl"], "data.sources.1 is not streamed but others are"),
+        (["data.eval_sources.0.path=y.jsonl", "data.eval_sources.0.streaming=true"], "only data.sources are streamed"),
+    ],
+    ids=str,
+)
+def test_what_a_stream_cannot_give_is_refused_with_the_remedy(
+    tmp_path: Path, changes: list[str], message: str | None
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: {path: gpt2}\ndata: {sources: [{path: x.jsonl}]}\n")
+    if message is None:
+        assert load_recipe([str(recipe)], [*BASE, *changes]).data.streams
+        return
+    with pytest.raises(ConfigError, match=message):
+        load_recipe([str(recipe)], [*BASE, *changes])

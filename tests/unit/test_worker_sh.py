@@ -1,0 +1,73 @@
+"""launch/worker.sh: the environment of a fabric, values that are not words of it, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sft_dist.config.shipped import CHECKOUT
+
+WORKER = CHECKOUT / "launch" / "worker.sh"
+ENV_FILES = sorted((CHECKOUT / "launch" / "env").glob("*.env"))
+SECOND = {"SFT_NNODES": "2", "SFT_NODE_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "1", "SFT_NPROC": "1"}
+
+
+def run(tmp_path: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """worker.sh with a program in Python's place that prints its environment."""
+    shown = tmp_path / "python"
+    shown.write_text("#!/bin/sh\nexec env\n")
+    shown.chmod(0o755)
+    kept = {"PATH": os.environ["PATH"], "SFT_PYTHON": str(shown)}
+    return subprocess.run(["bash", WORKER, *words], env=kept | env, capture_output=True, text=True, timeout=60)
+
+
+def environment(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    assert done.returncode == 0, done.stderr
+    return dict(line.partition("=")[::2] for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("path", ENV_FILES, ids=lambda path: path.stem)
+def test_every_line_of_a_fabric_has_its_reason_and_reaches_the_workers(path: Path, tmp_path: Path) -> None:
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    pairs = [re.fullmatch(r"([A-Z][A-Z0-9_]*)=(\S+)  # \S.{10,}", line) for line in lines]
+    assert lines and all(pairs), lines
+    told = environment(run(tmp_path, "r.yaml", SFT_FABRIC=path.stem, **SECOND))
+    assert {match[1]: match[2] for match in pairs if match}.items() <= told.items()
+
+
+def test_what_the_user_has_set_is_kept_and_one_node_has_no_fabric(tmp_path: Path) -> None:
+    told = environment(run(tmp_path, "r.yaml", SFT_FABRIC="ethernet", NCCL_DEBUG="INFO", **SECOND))
+    assert told["NCCL_DEBUG"] == "INFO" and told["NCCL_IB_DISABLE"] == "1"
+    assert "NCCL_DEBUG" not in environment(run(tmp_path, "r.yaml", SFT_FABRIC="ethernet", SFT_NPROC="1"))
+    assert "NCCL_DEBUG" not in environment(run(tmp_path, "r.yaml", SFT_FABRIC="none", **SECOND))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"SFT_FABRIC": "../x"}, "SFT_FABRIC=../x: must be auto, none or one of"),
+        ({"SFT_LAUNCHER": "mpirun"}, "SFT_LAUNCHER=mpirun: must be local, torchrun, accelerate or deepspeed"),
+        ({"SFT_LAUNCHER": "deepspeed"}, "SFT_LAUNCHER=deepspeed starts one node only"),
+        ({"MASTER_ADDR": ""}, "SFT_NNODES=2 needs MASTER_ADDR and MASTER_PORT"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(changes: dict[str, str], said: str, tmp_path: Path) -> None:
+    done = run(tmp_path, "r.yaml", **SECOND | changes)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_ssh_sh_refuses_names_that_are_none(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    for line, said in (
+        ("-oProxyCommand=x", "not the name of a machine"),
+        ("n1 gpus=2", "write slots=N"),
+        ("#", "no machine"),
+    ):
+        hosts.write_text(line + "\n")
+        command = ["bash", str(WORKER.with_name("ssh.sh")), str(hosts), "r.yaml"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and said in done.stderr
