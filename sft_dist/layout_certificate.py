@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sft_dist.assembly import spread
 from sft_dist.certify import COPY_VOCABULARY, PAD_MULTIPLE, Check, Documents, merge, small_copy
 from sft_dist.config.auto import Choices
 from sft_dist.config.schema import OptimSection, Recipe
@@ -46,7 +47,6 @@ from sft_dist.parallel.engine import Engine, full_tensor, trained_parameters
 from sft_dist.parallel.messages import broadcast_json, gather_json
 from sft_dist.parallel.runtime import Runtime, seed_for
 from sft_dist.parallel.sequence import ALONE, SequenceGroup, sequence_group
-from sft_dist.parts import spread
 from sft_dist.types import Pack, StepPlan, TokenizedExample
 
 WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner")

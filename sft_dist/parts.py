@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from sft_dist.certify import Check, certify
+from sft_dist.assembly import prove_boundaries, spread
+from sft_dist.certify import Check
 from sft_dist.config.auto import Choices, Facts, choose, compute_dtype
 from sft_dist.config.elastic import ELASTIC, check_micro_batches
 from sft_dist.config.identity import identity, refuse_changes
@@ -37,15 +37,11 @@ from sft_dist.data.stream_store import AnyStore
 from sft_dist.errors import CheckpointError, ConfigError, DataError
 from sft_dist.models.adapters import frozen_digest, is_adapter
 from sft_dist.models.load import DTYPES, load_tokenizer
-from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers
-from sft_dist.models.recompute import compile_layers, keep_activations
+from sft_dist.models.packed import causal_lm
 from sft_dist.models.rotary import refuse_shared_turns
-from sft_dist.models.weight_files import give_memory
 from sft_dist.network import Network, build_empty_network, build_network
 from sft_dist.observe.header import batch_equation, certificate_line, count
 from sft_dist.observe.perf import Shape
-from sft_dist.optim import build_optimizer
-from sft_dist.parallel.build import CASTS_ITSELF, build_engine
 from sft_dist.parallel.engine import Engine, global_numel
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime, read_place
@@ -174,63 +170,6 @@ def longest_example(inputs: Inputs) -> int:
         return inputs.recipe.data.seq_len
     splits = (inputs.data.train, inputs.data.eval)
     return max(int(np.max(store.lengths)) for store in splits if isinstance(store, TokenStore))
-
-
-def spread(network: Network, recipe: Recipe, choices: Choices, place: Runtime) -> Engine:
-    """The engine that was chosen, around the network, with the recipe's optimizer."""
-    layers = decoder_layers(causal_lm(network.model))
-    on_gpu = place.device.type == "cuda"
-    if recipe.precision.compile:
-        compile_layers(layers, network.config._attn_implementation if network.backend else None, on_gpu=on_gpu)
-    keep_activations(
-        layers,
-        choices.activation_checkpointing,
-        offload=recipe.memory.activation_offload,
-        on_gpu=on_gpu,
-    )
-    autocast = network.compute if choices.strategy not in CASTS_ITSELF and network.compute != torch.float32 else None
-    return build_engine(
-        choices.strategy,
-        PackedCausalLM(network.model, network.head, autocast_dtype=autocast, neftune_alpha=recipe.optim.neftune_alpha),
-        layers,
-        place,
-        network.compute,
-        partial(
-            build_optimizer,
-            optim=recipe.optim,
-            lr=choices.lr,
-            rounding_seed=recipe.run.seed if recipe.precision.stochastic_rounding else None,
-        ),
-        offload=recipe.parallel.offload,
-        dp_replicate=recipe.parallel.dp_replicate,
-        fill=None if network.files is None else partial(_fill, network, place.device),
-        exact=recipe.run.deterministic == ELASTIC,
-    )
-
-
-def _fill(network: Network, device: torch.device, packed: nn.Module) -> None:
-    """Memory and values for this rank's part of a network whose weights are still in their files."""
-    assert network.files is not None
-    give_memory(packed, device)
-    network.files.fill(network.model)
-
-
-def prove_boundaries(
-    network: Network, engine: Engine, recipe: Recipe, place: Runtime, sequence: SequenceGroup
-) -> list[Check]:
-    """The certificate of this model under this engine. Raises CertificateError with the way out."""
-    with engine.evaluating():
-        return certify(
-            engine.packed.hidden_states,  # type: ignore[arg-type]  # a method of PackedCausalLM
-            network.config,
-            head=network.head,
-            backend=network.backend,
-            packing=recipe.data.packing,
-            device=place.device,
-            dtype=network.compute,
-            seed=recipe.run.seed,
-            sequence=sequence,
-        )
 
 
 def decoder_shape(model: nn.Module) -> Shape:

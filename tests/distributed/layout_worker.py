@@ -20,6 +20,7 @@ import zero_worker
 from architectures import tiny_config
 
 from sft_dist import train
+from sft_dist.assembly import spread
 from sft_dist.config.auto import Choices
 from sft_dist.config.schema import Recipe
 from sft_dist.errors import CertificateError
@@ -29,7 +30,6 @@ from sft_dist.network import tune
 from sft_dist.parallel import ddp, fsdp
 from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.runtime import Runtime, runtime
-from sft_dist.parts import spread
 
 Fault = Callable[[], Any]
 TWO = [("ddp", "none"), ("fsdp2", "none"), ("zero1", "none"), ("zero2", "optimizer"), ("zero3", "params")]
