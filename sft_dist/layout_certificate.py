@@ -46,8 +46,8 @@ from sft_dist.optim import build_optimizer
 from sft_dist.parallel.engine import Engine, full_tensor, trained_parameters
 from sft_dist.parallel.messages import broadcast_json, gather_json
 from sft_dist.parallel.runtime import Runtime, seed_for
-from sft_dist.parallel.sequence import ALONE, SequenceGroup, sequence_group
-from sft_dist.types import Pack, StepPlan, TokenizedExample
+from sft_dist.parallel.sequence import ALONE, SequenceGroup
+from sft_dist.types import Pack, PackedBatch, StepPlan, TokenizedExample
 
 WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner")
 MAX_WIDTH = 1024
@@ -75,14 +75,21 @@ class Truth:
 
 
 def certify_layout(
-    recipe: Recipe, choices: Choices, config: Any, place: Runtime, step: Step, *, pad_token_id: int = 0
+    recipe: Recipe,
+    choices: Choices,
+    config: Any,
+    place: Runtime,
+    step: Step,
+    *,
+    pad_token_id: int = 0,
+    sequence: SequenceGroup = ALONE,
 ) -> list[Check]:
     """Run it on all ranks; raise CertificateError, on all alike, naming the first figure that is too large.
 
-    `config` is the run's architecture, `step` the loop's own step. Leaves model, optimizer and random numbers alone.
+    `config` is the run's architecture, `step` the loop's own step, `sequence` the ranks that share rows. Leaves model,
+    optimizer and random numbers alone.
     """
     compute, probing = DTYPES[choices.compute], probe_recipe(recipe)
-    sequence = sequence_group(recipe.parallel.sequence, place)
     with _random_numbers_kept(place):
         documents = probe_documents(config, place.world_size // sequence.size)
         truth = None
@@ -240,7 +247,9 @@ def _weights(engine: Engine) -> dict[str, Tensor]:
     return {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
 
 
-def _collate(documents: Documents, packing: str, pad_token_id: int, multiple: int, packs: tuple[Pack, ...]) -> Any:
+def _collate(
+    documents: Documents, packing: str, pad_token_id: int, multiple: int, packs: tuple[Pack, ...]
+) -> PackedBatch:
     if packing == "best_fit" and packs:
         packs = (merge(packs),)
     return collate(packs, documents, packing=packing, pad_token_id=pad_token_id, pad_to_multiple_of=multiple)

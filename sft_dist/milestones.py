@@ -17,7 +17,7 @@ import torch
 from sft_dist.checkpoint.background import BackgroundSaver
 from sft_dist.checkpoint.catalog import folders
 from sft_dist.checkpoint.export import base_model, export_model, package_of, probe_limit
-from sft_dist.checkpoint.export_certificate import Base, Certificate, Probe, Words, probe_ids
+from sft_dist.checkpoint.export_certificate import Base, Certificate, Probe, probe_ids
 from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.checkpoint.manifest import folder_step, step_name
 from sft_dist.checkpoint.weights import live_weights
@@ -36,7 +36,7 @@ from sft_dist.observe.run_files import append_lines, read_lines, write_json
 from sft_dist.optim import set_step
 from sft_dist.parallel.engine import Engine, global_numel
 from sft_dist.parallel.messages import broadcast_json, gather_json
-from sft_dist.parts import Parts
+from sft_dist.parts import Parts, words_of
 
 GENERATION_BATCH = 32
 
@@ -180,15 +180,14 @@ def restore_best(parts: Parts, manager: CheckpointManager, job: Job) -> int | No
 
 def export(parts: Parts, run_dir: Path) -> Certificate | None:
     """Write RUN_DIR/export: a Hugging Face folder, or a PEFT adapter folder. All ranks; rank 0 gets the certificate."""
-    recipe, template, tokenizer = parts.recipe, parts.inputs.data.template, parts.inputs.tokenizer
+    recipe, tokenizer = parts.recipe, parts.inputs.tokenizer
     compute = DTYPES[parts.choices.compute]
     base = None
     if is_adapter(parts.engine.model):
         num_bytes = sum(map(global_numel, parts.engine.model.parameters())) * compute.itemsize
         base = Base(num_bytes, partial(base_model, recipe, len(tokenizer), compute))
-    words = Words(tokenizer, template.text, template.stop_token_ids(tokenizer))
     return export_model(
-        package_of(parts.engine.model, words, base, recipe.model.trust_remote_code),
+        package_of(parts.engine.model, words_of(parts.inputs), base, recipe.model.trust_remote_code),
         live_weights(parts.engine, DTYPES[recipe.precision.master]),
         run_dir / "export",
         trained_probe(parts.engine, parts.place.device, probe_limit(compute, parts.place.device.type)),

@@ -22,6 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from sft_dist.assembly import prove_boundaries, spread
 from sft_dist.certify import Check
+from sft_dist.checkpoint.export import rehearse_words
+from sft_dist.checkpoint.export_certificate import Words
 from sft_dist.config.auto import Choices, Facts, choose, compute_dtype
 from sft_dist.config.elastic import ELASTIC, check_micro_batches
 from sft_dist.config.identity import identity, refuse_changes
@@ -45,7 +47,7 @@ from sft_dist.observe.perf import Shape
 from sft_dist.parallel.engine import Engine, global_numel
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime, read_place
-from sft_dist.parallel.sequence import SequenceGroup, sequence_group
+from sft_dist.parallel.sequence import ALONE, SequenceGroup, sequence_group
 from sft_dist.resilience.heartbeat import heart
 
 PAD_MULTIPLE_CPU = 8
@@ -84,6 +86,7 @@ class Parts:
     checks: list[Check]
     kernels: list[tuple[str, str]]  # (part, implementation and why)
     shape: Shape
+    sequence: SequenceGroup = ALONE
 
     def close(self) -> None:
         """End the loaders' threads."""
@@ -104,6 +107,12 @@ def _beat_while_preparing(done: int, total: int) -> None:
     heart().stay("prepare")
 
 
+def words_of(inputs: Inputs) -> Words:
+    """What an export says beside its weights."""
+    template, tokenizer = inputs.data.template, inputs.tokenizer
+    return Words(tokenizer, template.text, template.stop_token_ids(tokenizer))
+
+
 def build_parts(inputs: Inputs, place: Runtime, run_dir: Path, chosen: Choices | None = None) -> Parts:
     """Model, engine, plan and optimizer; refuses a run folder whose fingerprint differs. `chosen` takes the place of
     what would be chosen or was recorded.
@@ -116,6 +125,8 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path, chosen: Choices |
     compute = recorded["choices"]["compute"] if recorded else compute_dtype(recipe, place.device.type)
     network, choices = _network(inputs, recorded, DTYPES[compute], place, sequence)
     choices = chosen or choices
+    if not is_adapter(network.model):  # an adapter's folder has no config.json to mislead a reader
+        rehearse_words(network.config, words_of(inputs))
     if recipe.run.deterministic == ELASTIC:
         check_micro_batches(place.world_size, choices.micro_batches_per_step)
     refuse_shared_turns(
@@ -146,6 +157,7 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path, chosen: Choices |
         checks=checks,
         kernels=network.kernels,
         shape=shape,
+        sequence=sequence,
     )
 
 

@@ -42,10 +42,19 @@ FACTS_SECONDS = 60.0  # for every node to have told its facts: torch is imported
 REACH_SECONDS = 8.0
 REDUCE_SECONDS = 20.0  # for one all-reduce, the meeting of the ranks included
 LARGEST_SKEW_SECONDS = 2.0  # events of several nodes are read side by side; leases and certificates break later
-SLOW_FRACTION = 0.5  # of the median clock of the nodes' GPUs
+SLOW_FRACTION = 0.7  # of the median matrix product of all GPUs
 REDUCE_FLOATS = 1 << 21  # 8 MiB
 _POLL_SECONDS = 0.05
-_GPU_QUERY = "index,name,memory.total,clocks.sm,clocks.max.sm,temperature.gpu,ecc.errors.uncorrected.volatile.total"
+_GPU_FIELDS = {  # ours -> nvidia-smi's
+    "index": "index",
+    "name": "name",
+    "memory": "memory.total",
+    "max_clock": "clocks.max.sm",
+    "ecc": "ecc.errors.uncorrected.volatile.total",
+    "hw_slowdown": "clocks_throttle_reasons.hw_slowdown",
+    "too_hot": "clocks_throttle_reasons.sw_thermal_slowdown",
+}
+MATRIX, PRODUCTS = 4096, 20  # of bfloat16, for the speed of a GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +66,7 @@ class Facts:
     same: dict[str, str]
     faults: list[str] = field(default_factory=list)
     clock_seconds: float = 0.0  # ahead of the file server's
-    gpu_clocks: list[float] = field(default_factory=list)  # share of the highest, under no load
+    gpu_teraflops: list[float] = field(default_factory=list)  # of each GPU, in a matrix product
     gigabytes_per_second: float | None = None  # of the all-reduce; None: it did not come about
 
 
@@ -97,12 +106,12 @@ def _odd_clocks(present: Sequence[Facts]) -> list[Complaint]:
 
 
 def _slow_gpus(present: Sequence[Facts]) -> list[Complaint]:
-    middle = _median([clock for facts in present for clock in facts.gpu_clocks])
+    middle = _median([rate for facts in present for rate in facts.gpu_teraflops])
     return [
-        Complaint(facts.name, f"GPU {index} runs at {clock:.0%} of its clock, the others at {middle:.0%}")
+        Complaint(facts.name, f"GPU {index} does {rate:.0f} teraflops, the others {middle:.0f}: its clock is held down")
         for facts in present
-        for index, clock in enumerate(facts.gpu_clocks)
-        if clock < SLOW_FRACTION * middle
+        for index, rate in enumerate(facts.gpu_teraflops)
+        if rate < SLOW_FRACTION * middle
     ]
 
 
@@ -113,20 +122,20 @@ def _median(values: Sequence[float]) -> float:
 def gather(node: int, name: str, recipe: Recipe, meeting: Path) -> Facts:
     """This node's facts, but for the network; `name` is what the scheduler or the host file calls it."""
     cards = gpus()
-    same = {"python": platform.python_version(), "sft_dist": code_digest(), "GPUs": str(len(cards))}
+    kinds = Counter(f"{card['name']} {card['memory']} MiB {card['max_clock']} MHz" for card in cards)
+    listed = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items())) or "none"
+    same = {"python": platform.python_version(), "sft_dist": code_digest(), "GPUs": listed}
     same |= {name: _version(name) for name in LIBRARIES}
     same |= {f"view of {path}": look_of(Path(path)) for path in _inputs(recipe)}
     findings = [folder(f"run.dir on {socket.gethostname()}", meeting)]
     faults = [f"{finding.found}: {finding.remedy}" for finding in findings if finding.state == BLOCKED]
-    faults += [f"GPU {card['index']} ({card['name']}): {card['ecc']} uncorrected memory errors: reset or replace it"
-               for card in cards if card["ecc"].isdecimal() and int(card["ecc"])]  # fmt: skip
+    faults += [fault for card in cards for fault in gpu_faults(card)]
     return Facts(
         node,
         name,
         same,
         faults,
         clock_ahead(meeting / f"clock_{node:05d}"),
-        [float(card["clock"]) / float(card["max_clock"]) for card in cards if card["max_clock"].isdecimal()],
     )
 
 
@@ -172,14 +181,42 @@ def gpus() -> list[dict[str, str]]:
         return []
     try:
         told = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader,nounits"],
+            ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS.values())}", "--format=csv,noheader,nounits"],
             capture_output=True, text=True, timeout=10,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return []
-    names = ("index", "name", "memory", "clock", "max_clock", "temperature", "ecc")
     rows = [[cell.strip() for cell in line.split(",")] for line in told.stdout.splitlines()]
-    return [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
+    return [dict(zip(_GPU_FIELDS, row, strict=True)) for row in rows if len(row) == len(_GPU_FIELDS)]
+
+
+def gpu_faults(card: Mapping[str, str]) -> list[str]:
+    """What the driver itself says is wrong with a GPU."""
+    name, found = f"GPU {card['index']} ({card['name']})", []
+    if card["ecc"].isdecimal() and int(card["ecc"]):
+        found.append(f"{name}: {card['ecc']} uncorrected memory errors: reset or replace it")
+    if card["hw_slowdown"] == "Active":
+        found.append(f"{name}: slowed down by its hardware: look at power and cooling")
+    if card["too_hot"] == "Active":
+        found.append(f"{name}: slowed down because it is hot: look at cooling")
+    return found
+
+
+def gpu_rates() -> list[float]:
+    """Teraflops of each GPU in a bfloat16 matrix product, after one to warm up; empty without one."""
+    import torch
+
+    rates = []
+    for index in range(torch.cuda.device_count()):
+        left = torch.ones((MATRIX, MATRIX), dtype=torch.bfloat16, device=f"cuda:{index}")
+        product = left @ left
+        torch.cuda.synchronize(index)
+        started = time.perf_counter()
+        for _ in range(PRODUCTS):
+            torch.mm(left, left, out=product)
+        torch.cuda.synchronize(index)
+        rates.append(2 * MATRIX**3 * PRODUCTS / (time.perf_counter() - started) / 1e12)
+    return rates
 
 
 def reach(nodes: Nodes) -> str | None:
@@ -268,7 +305,9 @@ def check_nodes(recipe: Recipe, nodes: Nodes, names: Sequence[str], say: Callabl
         if None not in collect(meeting, nodes.count, "facts", FACTS_SECONDS):
             fault = reach(nodes)
             rate, fault = reduce_rate(nodes) if fault is None else (None, fault)
-    facts = replace(facts, faults=[*facts.faults, *([fault] if fault else [])], gigabytes_per_second=rate)
+    facts = replace(
+        facts, gpu_teraflops=gpu_rates(), faults=[*facts.faults, *([fault] if fault else [])], gigabytes_per_second=rate
+    )
     _tell(meeting, facts, "node")
     if nodes.index > 0:
         return _await_verdict(meeting)

@@ -16,7 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from sft_dist.config.auto import Choices, Facts, choose, refuse_uneven_mesh
+from sft_dist.config.auto import Choices, Facts, choose, refuse_uneven
 from sft_dist.config.loader import load_recipe
 from sft_dist.config.overrides import split_arguments
 from sft_dist.config.schema import Recipe
@@ -25,6 +25,7 @@ from sft_dist.layout_certificate import certify_layout
 from sft_dist.models.load import load_config
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime, runtime
+from sft_dist.parallel.sequence import sequence_group
 from sft_dist.parts import memory_bytes
 from sft_dist.train import train_step
 
@@ -45,10 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prove(recipe: Recipe, place: Runtime) -> dict[str, object]:
     """The certificate under the engine that training would take."""
-    refuse_uneven_mesh(recipe, place.world_size)
+    refuse_uneven(recipe, place.world_size)
     config = load_config(recipe.model)
     choices = chosen(recipe, config, place)
-    checks = certify_layout(recipe, choices, config, place, train_step)
+    sequence = sequence_group(recipe.parallel.sequence, place)
+    checks = certify_layout(recipe, choices, config, place, train_step, sequence=sequence)
     return {
         "model": config.model_type,
         "strategy": choices.strategy,

@@ -99,7 +99,8 @@ def rehearse(parts: Parts, worst: MicroBatch) -> None:
 def most_rounds(parts: Parts) -> int:
     """Micro-batches of a step on one rank."""
     number = parts.choices.micro_batches_per_step
-    return 2 if number is None else -(-number * parts.recipe.parallel.sequence // parts.place.world_size)
+    groups = parts.place.world_size // parts.sequence.size
+    return 2 if number is None else -(-number // groups)
 
 
 def worst_micro_batch(plan: PackPlan | StreamPlan) -> MicroBatch:

@@ -33,7 +33,7 @@ from sft_dist.checkpoint.background import BackgroundSaver
 from sft_dist.checkpoint.disk import explain, is_storage_failure
 from sft_dist.checkpoint.hub_push import check_hub, push
 from sft_dist.checkpoint.manager import CheckpointManager
-from sft_dist.config.auto import FEW_STEPS, cadence, refuse_uneven, refuse_uneven_mesh
+from sft_dist.config.auto import FEW_STEPS, cadence, refuse_uneven
 from sft_dist.config.elastic import ELASTIC, check_world
 from sft_dist.config.environment import check_launcher
 from sft_dist.config.identity import check_recipe
@@ -219,7 +219,7 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
 def prove_layout(parts: Parts) -> str:
     """The layout certificate of this run, for the header. Raises CertificateError."""
     config = causal_lm(parts.engine.model).config
-    checks = certify_layout(parts.recipe, parts.choices, config, parts.place, train_step)
+    checks = certify_layout(parts.recipe, parts.choices, config, parts.place, train_step, sequence=parts.sequence)
     return certificate_line([(c.name, c.figure, c.limit) for c in checks])
 
 
@@ -298,7 +298,6 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
     notice = print if is_main else lambda text: None
     recipe, adopted = check_launcher(read_recipe(argv), launchers=launcher_commands())
     refuse_uneven(recipe, read_place()[1])  # before the data are prepared
-    refuse_uneven_mesh(recipe, read_place()[1])
     for line in [*told(argv), *adopted]:
         notice(line)
     elastic = recipe.run.deterministic == ELASTIC

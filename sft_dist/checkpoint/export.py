@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +35,7 @@ from sft_dist.checkpoint.export_certificate import (
     certify_adapter,
     certify_model,
     probe_ids,
+    words_fault,
     write_record,
 )
 from sft_dist.checkpoint.manifest import read_manifest
@@ -227,6 +229,24 @@ def _merged(layer: Any) -> Tensor:
     finally:
         parameter.data = kept
         layer.merged_adapters.clear()
+
+
+def rehearse_words(config: PretrainedConfig, words: Words) -> None:
+    """Raise ConfigError when stock Transformers would read other words than the training's from an export: asked before
+    the first step, since no training could mend it.
+
+    Transformers 5.23 takes the tokenizer class of some architectures (qwen2, phi3 ...) from their name, whatever
+    tokenizer_config.json says, and rebuilds the tokenizer by that class's rules.
+    """
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        _loadable_config(config, {}).save_pretrained(folder)
+        _write_words(folder, words, None)
+        if fault := words_fault(folder, words):
+            raise ConfigError(
+                f"model.tokenizer={words.tokenizer.name_or_path}: beside a config of {config.model_type}, stock "
+                f"transformers reads it wrongly ({fault}): use the model's own tokenizer, or another architecture"
+            )
 
 
 def _describe(folder: Path, package: Package, written: Mapping[str, Written]) -> None:

@@ -98,7 +98,7 @@ def certify_model(folder: Path, written: Mapping[str, Written], words: Words, pr
     Raises CertificateError that names the first difference.
     """
     _refuse(weights_fault(folder, "model", written))
-    _refuse(_words_fault(folder, words))
+    _refuse(words_fault(folder, words))
     dtypes = {entry.dtype for entry in written.values() if "float" in entry.dtype}
     config = AutoConfig.from_pretrained(folder, trust_remote_code=code)
     named = str(config.dtype).removeprefix("torch.")
@@ -114,7 +114,7 @@ def certify_adapter(
 ) -> Certificate:
     """Prove an adapter folder on its base model. Raises CertificateError that names the first difference."""
     _refuse(weights_fault(folder, "adapter_model", written))
-    _refuse(_words_fault(folder, words))
+    _refuse(words_fault(folder, words))
     dtypes = {entry.dtype for entry in written.values()}
     free = _free_bytes()
     if base.num_bytes > 0.8 * free:
@@ -139,7 +139,7 @@ def write_record(folder: Path, certificate: Certificate) -> None:
     (folder / RECORD).write_text(json.dumps(asdict(certificate), indent=2, sort_keys=True) + "\n")
 
 
-def _words_fault(folder: Path, words: Words) -> str | None:
+def words_fault(folder: Path, words: Words) -> str | None:
     """The first difference between the words in the folder and those of the training."""
     stops = GenerationConfig.from_pretrained(folder).eos_token_id
     found = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)

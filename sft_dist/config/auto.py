@@ -74,9 +74,14 @@ def choose(recipe: Recipe, facts: Facts) -> Choices:
     )
 
 
-def refuse_uneven_mesh(recipe: Recipe, world_size: int) -> None:
-    """ConfigError where `parallel.dp_replicate` does not cut the processes into equal sharded replicas."""
-    replicas = recipe.parallel.dp_replicate
+def refuse_uneven(recipe: Recipe, world_size: int) -> None:
+    """ConfigError where `parallel.sequence` or `parallel.dp_replicate` does not cut the processes into equal groups."""
+    size, replicas = recipe.parallel.sequence, recipe.parallel.dp_replicate
+    if world_size % size:
+        raise ConfigError(
+            f"parallel.sequence={size}: {world_size} process(es) cannot form groups of {size}; "
+            f"start {-(-world_size // size) * size}, or set another parallel.sequence"
+        )
     if world_size % replicas:
         raise ConfigError(
             f"parallel.dp_replicate={replicas}: {world_size} process(es) cannot form {replicas} equal replicas; "
@@ -86,16 +91,6 @@ def refuse_uneven_mesh(recipe: Recipe, world_size: int) -> None:
         raise ConfigError(
             f"parallel.dp_replicate={replicas} on {world_size} process(es) leaves shards of one process: "
             "set parallel.strategy=ddp and dp_replicate=1, or start more processes"
-        )
-
-
-def refuse_uneven(recipe: Recipe, world_size: int) -> None:
-    """ConfigError where `parallel.sequence` does not divide the processes."""
-    size = recipe.parallel.sequence
-    if world_size % size:
-        raise ConfigError(
-            f"parallel.sequence={size}: {world_size} process(es) cannot form groups of {size}; "
-            f"start {-(-world_size // size) * size}, or set another parallel.sequence"
         )
 
 
@@ -129,7 +124,7 @@ def _strategy(recipe: Recipe, facts: Facts) -> tuple[str, str]:
     if parallel.strategy != "auto":
         return parallel.strategy, "as the recipe says"
     if recipe.run.deterministic == ELASTIC:
-        return "fsdp2", "the engine for run.deterministic=elastic"
+        return "fsdp2", "run.deterministic=elastic needs its sums"
     if parallel.dp_replicate > 1:
         return "fsdp2", f"parallel.dp_replicate={parallel.dp_replicate} is a mesh of it"
     if parallel.offload != "none":
@@ -203,8 +198,8 @@ def _num_groups(recipe: Recipe, facts: Facts) -> int:
 def _activation_bytes(recipe: Recipe, facts: Facts) -> float:
     """Bytes of activations that a token of the row costs each rank without checkpointing: what autograd keeps of layers
     with two norms, four projections and a gated MLP when replicas train all of it, which is the most any engine keeps
-    (`estimate.memory` counts exactly). In bf16 on GPUs 59 per layer and hidden unit of an 8 B Llama, in float32 on CPUs
-    94."""
+    (`estimate.memory` counts it exactly). In bf16 on GPUs that is 59 per layer and hidden unit of an 8 B Llama, in
+    float32 on CPUs 94."""
     unit, inner = (31, 8) if facts.device == "cuda" else (38, 16)
     intermediate = facts.intermediate_size or 4 * facts.hidden_size
     return facts.num_layers * (unit * facts.hidden_size + inner * intermediate) / recipe.parallel.sequence

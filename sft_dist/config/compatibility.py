@@ -92,6 +92,16 @@ REFUSED: tuple[Row, ...] = (
         "set parallel.sequence=1, or leave the audit out",
     ),
     Row(
+        {"run.deterministic": ("elastic",), "parallel.dp_replicate": (GIVEN,)},
+        "sums over shards and over replicas are made one after the other",
+        "set parallel.dp_replicate=1",
+    ),
+    Row(
+        {"parallel.sequence": (GIVEN,), "precision.compile": (True,)},
+        "a layer that exchanges tokens for heads is no single graph",
+        "set parallel.sequence=1, or precision.compile=false",
+    ),
+    Row(
         {"parallel.sequence": (GIVEN,), "tuning.method": ("prefix", "prompt")},
         "virtual tokens stand before every document, and a slice may begin inside one",
         "set parallel.sequence=1, or use tuning.method=lora",

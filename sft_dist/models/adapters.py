@@ -24,6 +24,8 @@ from sft_dist.models.quantise import dequantise, quantise, scales
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an element -> its bits as a number
 _BLOCK = 1 << 16  # elements per sum
 
+LOW_RANK = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
+
 
 def apply_tuning(
     model: PreTrainedModel, tuning: TuningSection, seed: int, compute: torch.dtype = torch.float32
@@ -123,21 +125,9 @@ def _with_lora(model: PreTrainedModel, tuning: TuningSection, seed: int) -> nn.M
     except ValueError as error:
         raise ConfigError(f"tuning.targets={tuning.targets}: {str(error).splitlines()[0]}") from error
     for name, parameter in adapted.named_parameters():
-        if parameter.is_meta:
-            continue
-        if "lora_A" in name:
+        if any(part in name for part in LOW_RANK) and not parameter.is_meta:
             parameter.data.copy_(initial_adapter(name, tuple(parameter.shape), seed))
-        elif "lora_embedding_B" in name:
-            _fill(parameter, lambda t, g: nn.init.normal_(t, generator=g), seed, name)
     return adapted
-
-
-def initial_adapter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """LoRA's two matrices before the first step, fp32: A as in the paper's code, from (seed, name) alone; B zero."""
-    start = torch.zeros(shape)
-    if ".lora_B." not in name:
-        _fill(start, lambda t, g: nn.init.kaiming_uniform_(t, a=math.sqrt(5), generator=g), seed, name)
-    return start
 
 
 def _with_virtual_tokens(model: PreTrainedModel, tuning: TuningSection, seed: int) -> nn.Module:
@@ -146,16 +136,12 @@ def _with_virtual_tokens(model: PreTrainedModel, tuning: TuningSection, seed: in
     adapted = _adapted(model, kind(num_virtual_tokens=tuning.virtual_tokens, task_type="CAUSAL_LM"), seed)
     words = model.get_input_embeddings().weight
     spread = float(getattr(model.config.get_text_config(), "initializer_range", 0.02))
-
-    def sample(tensor: Tensor, generator: torch.Generator) -> None:
-        tensor.copy_(words[torch.randint(0, words.shape[0], (len(tensor),), generator=generator)])
-
-    def small(tensor: Tensor, generator: torch.Generator) -> None:
-        nn.init.normal_(tensor, std=spread, generator=generator)
-
     for name, parameter in adapted.named_parameters():
-        if parameter.requires_grad:
-            _fill(parameter, small if tuning.method == "prefix" else sample, seed, name)
+        if parameter.requires_grad and tuning.method == "prefix":
+            nn.init.normal_(parameter, std=spread, generator=_generator(seed, name))
+        elif parameter.requires_grad:
+            tokens = torch.randint(0, words.shape[0], (len(parameter),), generator=_generator(seed, name))
+            parameter.data.copy_(words[tokens])
     return adapted
 
 
@@ -166,9 +152,17 @@ def _adapted(model: PreTrainedModel, config: PeftConfig, seed: int) -> nn.Module
         return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
-def _fill(parameter: Tensor, draw: Callable[[Tensor, torch.Generator], object], seed: int, name: str) -> None:
-    """Draw `parameter` from a generator of its own."""
+def initial_adapter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """LoRA's matrices before the first step, fp32: A as in the paper's code (Kaiming uniform, a = sqrt 5), from a
+    generator of its own, and B zero; for embeddings A zero and B normal."""
+    if ".lora_A." in name:
+        return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=_generator(seed, name))
+    if "lora_embedding_B" in name:
+        return nn.init.normal_(torch.empty(shape), generator=_generator(seed, name))
+    return torch.zeros(shape)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    """Of one parameter: what it draws depends on nothing else."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    with torch.no_grad():
-        draw(parameter, generator)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -26,14 +26,16 @@ def build_engine(
     make_optimizer: MakeOptimizer,
     *,
     offload: str = "none",
+    exact: bool = False,
     dp_replicate: int = 1,
     fill: Callable[[nn.Module], None] | None = None,
-    exact: bool = False,
 ) -> Engine:
     """`strategy` is ddp, fsdp2, zero1, zero2 or zero3. The model must sit on the CPU or the device, with equal weights
     on every rank. `make_optimizer` is called with the trained parameters and leaves the moments to the engine.
-    Of fsdp2: `dp_replicate` replicas of the sharded model, a divisor of the number of ranks; `fill` gives a model
-    without memory its values once it is sharded; `exact`: the bits of every sum are those of any number of ranks."""
+
+    For fsdp2: with `exact` the bits of every sum are those of any number of ranks; `dp_replicate` replicas of the
+    sharded model, which divides the number of ranks; `fill` gives a model without memory its values once it is
+    sharded."""
     if strategy.startswith("zero"):
         os.environ["DS_ACCELERATOR"] = place.device.type  # DeepSpeed decides about its devices while it is imported
         os.environ["LOCAL_RANK"] = str(place.device.index or 0)  # and from here takes the number of its own

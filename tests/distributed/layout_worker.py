@@ -30,6 +30,7 @@ from sft_dist.network import tune
 from sft_dist.parallel import ddp, fsdp
 from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.runtime import Runtime, runtime
+from sft_dist.parallel.sequence import sequence_group
 
 Fault = Callable[[], Any]
 TWO = [("ddp", "none"), ("fsdp2", "none"), ("zero1", "none"), ("zero2", "optimizer"), ("zero3", "params")]
@@ -61,7 +62,8 @@ def figures(
     choices = Choices(1, 4, 1e-3, asked.parallel.strategy, keep, compute)
     config = tiny_config("llama")
     try:
-        return {c.name: c.figure for c in certify_layout(asked, choices, config, place, step)}
+        sequence = sequence_group(asked.parallel.sequence, place)
+        return {c.name: c.figure for c in certify_layout(asked, choices, config, place, step, sequence=sequence)}
     except (CertificateError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         return str(error) if isinstance(error, CertificateError) else f"{type(error).__name__}: {error}"
 

@@ -10,7 +10,7 @@ import pytest
 from harness import run_ranks
 from pydantic import ValidationError
 
-from sft_dist.config.auto import refuse_uneven_mesh
+from sft_dist.config.auto import refuse_uneven
 from sft_dist.config.schema import Recipe
 from sft_dist.errors import ConfigError
 
@@ -86,8 +86,8 @@ def test_only_fsdp2_has_a_mesh(parallel: dict[str, str]) -> None:
 
 
 def test_replicas_divide_the_processes() -> None:
-    refuse_uneven_mesh(recipe(dp_replicate=2), 4)
+    refuse_uneven(recipe(dp_replicate=2), 4)
     with pytest.raises(ConfigError, match=r"parallel\.dp_replicate=2: 3 process\(es\) cannot form 2 equal replicas"):
-        refuse_uneven_mesh(recipe(dp_replicate=2), 3)
+        refuse_uneven(recipe(dp_replicate=2), 3)
     with pytest.raises(ConfigError, match=r"dp_replicate=4 on 4 .* leaves shards of one process"):
-        refuse_uneven_mesh(recipe(dp_replicate=4), 4)
+        refuse_uneven(recipe(dp_replicate=4), 4)

@@ -18,7 +18,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from sft_dist.checkpoint import export as export_module
 from sft_dist.checkpoint import export_certificate as certificate_module
@@ -30,6 +37,7 @@ from sft_dist.checkpoint.export import (
     export_model,
     model_tensors,
     package_of,
+    rehearse_words,
 )
 from sft_dist.checkpoint.export_certificate import RECORD, Base, Probe, Words, probe_ids
 from sft_dist.checkpoint.manager import CheckpointManager
@@ -446,3 +454,13 @@ def test_ranks_that_do_not_write_read_the_same_tensors_in_the_same_order(
 
     monkeypatch.setattr(weights_module, "_put", full_after_four)
     assert reads(writes=True) == expected
+
+
+def test_a_tokenizer_that_stock_transformers_would_misread_is_refused_before_training(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Beside a config of qwen2 it is rebuilt by Qwen2's rules, and unknown words are encoded otherwise."""
+    words = Words(tokenizer, TEMPLATE, [3])
+    rehearse_words(AutoConfig.for_model("llama", vocab_size=len(WORDS)), words)
+    with pytest.raises(ConfigError, match="beside a config of qwen2, stock transformers reads it wrongly"):
+        rehearse_words(AutoConfig.for_model("qwen2", vocab_size=len(WORDS)), words)

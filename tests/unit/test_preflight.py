@@ -10,7 +10,7 @@ import pytest
 from sft_dist import preflight
 from sft_dist.config.loader import load_recipe
 from sft_dist.launch.nodes import Nodes
-from sft_dist.preflight import Complaint, Facts, compare, settle
+from sft_dist.preflight import Complaint, Facts, compare, gpu_faults, settle
 
 NAMES = ["n1", "n2", "n3"]
 
@@ -35,14 +35,26 @@ def test_equal_nodes_are_fine() -> None:
         ({"same": {"view of data.json": "absent"}}, "view of data.json is absent"),
         ({"clock_seconds": 7.0}, r"clock is +7.0 s off"),
         ({"faults": ["GPU 3 (H100): 2 uncorrected memory errors: reset or replace it"]}, "GPU 3"),
-        ({"gpu_clocks": [1.0, 0.2]}, "GPU 1 runs at 20% of its clock, the others at 100%"),
+        ({"gpu_teraflops": [700.0, 150.0]}, "GPU 1 does 150 teraflops, the others 700"),
         ({"faults": ["cannot reach n1 port 9"]}, "cannot reach n1"),
     ],
 )
 def test_the_odd_node_is_named(odd: dict[str, object], said: str) -> None:
-    base = {"gpu_clocks": [1.0, 1.0]} if "gpu_clocks" in odd else {}
+    base = {"gpu_teraflops": [710.0, 700.0]} if "gpu_teraflops" in odd else {}
     ((name, what),) = complaints(facts(0, **base), facts(1, **odd), facts(2, **base))
     assert name == "n2" and said in what
+
+
+def test_the_driver_is_believed_when_it_names_a_fault() -> None:
+    card = {"index": "3", "name": "H100", "ecc": "0", "hw_slowdown": "Not Active", "too_hot": "Not Active"}
+    assert gpu_faults(card) == gpu_faults(card | {"ecc": "[N/A]"}) == []
+    for change, said in (
+        ({"ecc": "2"}, "2 uncorrected"),
+        ({"hw_slowdown": "Active"}, "power"),
+        ({"too_hot": "Active"}, "hot"),
+    ):
+        (fault,) = gpu_faults(card | change)
+        assert fault.startswith("GPU 3 (H100): ") and said in fault
 
 
 def test_a_silent_node_is_named_and_what_follows_from_it_is_not() -> None:

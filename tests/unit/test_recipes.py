@@ -139,3 +139,7 @@ def test_ranks_that_do_not_divide_a_step_are_told(capsys: pytest.CaptureFixture[
         capsys.readouterr().out
     )
     assert main(["config", "check", str(path), "--nproc", "0"]) == 2
+    assert main(["config", "check", str(path), "parallel.sequence=4", "--nproc", "6"]) == 2
+    assert "6 process(es) cannot form groups of 4" in capsys.readouterr().err
+    assert main(["config", "check", str(path), "parallel.sequence=4", "--nproc", "8"]) == 0
+    assert "2 group(s) of 4 ranks share 8 micro-batches" in capsys.readouterr().out

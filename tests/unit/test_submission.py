@@ -170,3 +170,12 @@ def test_train_sends_a_recipe_to_where_its_cluster_is(
     assert words[1].endswith("launch/ssh.sh") and words[3:] == ["r.yaml", *there]
     assert Path(words[2]).read_text() == "n1\nme@n2\n"
     assert (environ["SFT_NPROC"], environ["SFT_PASS"], environ["A"], environ["SFT_PREFLIGHT"]) == ("4", "A", "x y", "1")
+
+
+@pytest.mark.parametrize("action", ["status", "logs", "cancel", "requeue"])
+def test_a_folder_that_was_not_submitted_is_told_in_one_line(
+    action: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["slurm", action, str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and ("was not submitted" in said or "nothing was written there yet" in said)

@@ -61,7 +61,7 @@ def test_wandb_keeps_its_run_through_a_resume_and_sees_no_secret(tmp_path: Path)
         assert attempt(tmp_path, recipe("wandb"), steps) == []
     known = json.loads((tmp_path / "trackers.json").read_text())["wandb"]
     folders = list((tmp_path / "wandb").glob("offline-run-*"))
-    assert len(folders) == 2 and all(folder.name.endswith(known) for folder in folders)
+    assert len(folders) == 2 and all(f"-{known}" in folder.name for folder in folders)
     written = contents(tmp_path / "wandb")
     for word in (b"eval/eval_loss", b"eval/by_source/a", b"nightly", b"tracked", b"https://host/data.jsonl"):
         assert word in written
