@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sft_dist.certify import DROPOUTS
 from sft_dist.config.schema import Recipe
 from sft_dist.models import attention
 from sft_dist.models.adapters import apply_tuning
@@ -109,7 +108,7 @@ def tune(
     backend = attention.choose_backend(recipe.model.attention, model.config, device, compute)
     packs = recipe.data.packing != "padded"
     if sequence.size > 1:
-        refuse_what_cannot_be_cut(model.config, sequence.size, DROPOUTS)
+        refuse_what_cannot_be_cut(model.config, sequence.size)
     if packs:
         attention.install(model, backend.name, sequence.across)
     tuned = apply_tuning(model, recipe.tuning, recipe.run.seed, compute)

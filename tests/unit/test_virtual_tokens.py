@@ -124,7 +124,8 @@ def test_documents_of_one_token_and_padding_have_their_places() -> None:
     for start, end, first, last in zip(edges, edges[1:], made.batch.cu_seqlens[:-1], made.batch.cu_seqlens[1:],
                                        strict=False):  # fmt: skip
         assert widened[first:last].tolist() == [-2, -1, *row[start:end].tolist()]
-        assert made.batch.position_ids[0, first:last].tolist() == list(range(end - start + 2))
+        own = range(2, end - start + 2) if start < batch.num_tokens else [2] * (end - start)
+        assert made.batch.position_ids[0, first:last].tolist() == [0, 1, *own]
     assert torch.equal(widened[made.own], row)
 
 
