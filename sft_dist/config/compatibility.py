@@ -92,11 +92,6 @@ REFUSED: tuple[Row, ...] = (
         "set parallel.sequence=1, or leave the audit out",
     ),
     Row(
-        {"run.deterministic": ("elastic",), "parallel.dp_replicate": (GIVEN,)},
-        "sums over shards and over replicas are made one after the other",
-        "set parallel.dp_replicate=1",
-    ),
-    Row(
         {"parallel.sequence": (GIVEN,), "precision.compile": (True,)},
         "a layer that exchanges tokens for heads is no single graph",
         "set parallel.sequence=1, or precision.compile=false",
