@@ -84,18 +84,20 @@ def train_step(
     seed: int,
     device: torch.device,
     stop: bool,
+    written: bool = False,
 ) -> StepResult:
     """One optimizer step. The loss is the sum over the global batch divided once by its global weight."""
     losses = sum_gradients(engine, loaded, seed, device)
     grad_norm = engine.clip_grad_norm(max_norm)
 
-    verdict = torch.cat([losses, losses.new_tensor([float(stop)]), grad_norm.double()[None]])
+    verdict = torch.cat([losses, losses.new_tensor([float(stop), float(written)]), grad_norm.double()[None]])
     dist.all_reduce(verdict)  # one for all ranks, also where only one of them met a NaN or was asked to stop
     loss_sum = verdict[: len(loaded.step.micro_batches)].sum()  # in the plan's order, whoever computed them
     result = StepResult(
         loss=loss_sum.item() / loaded.step.loss_weight_sum,
         grad_norm=verdict[-1].item() / dist.get_world_size(),  # equal on all ranks: exact
-        stop=verdict[-2].item() > 0,
+        stop=verdict[-3].item() > 0,
+        written=verdict[-2].item() == dist.get_world_size(),
     )
     if result.is_finite:
         set_lr(engine.optimizer, lr)
@@ -153,13 +155,15 @@ def loop(parts: Parts, job: Job, saver: BackgroundSaver, done: Position) -> bool
             seed=recipe.run.seed,
             device=parts.place.device,
             stop=bool(job.stop),
+            written=saver.is_written,
         )
         metrics = measure(parts, loaded, result, lr, job.attempt, time.perf_counter() - started)
         again = partial(sum_gradients, parts.engine, loaded, recipe.run.seed, parts.place.device)
         skipped = skip_or_stop(parts, job, loaded, result, done.skipped, again)
         job.record(metrics, loaded.step, num_steps, due=step % log_every == 0 or step in (first, num_steps))
         done = Position(step, fold(done.ledger, loaded.step), skipped)
-        saver.commit_written()
+        if result.written:
+            saver.commit()
         job.saves_take(saver.slowest_seconds)
 
         is_last, stopping = step == num_steps, result.stop or step == stop_after
@@ -209,7 +213,7 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
             milestones.evaluate(parts, 0, job.run_dir, job.log)
         saver = BackgroundSaver(manager)
         finished = loop(parts, job, saver, done)
-        saver.commit_written(wait=True)
+        saver.commit()
         job.console.stop()
         if inputs.recipe.data.streams:
             job.write_report(inputs.data.report_now().as_dict())

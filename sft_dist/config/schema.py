@@ -205,18 +205,6 @@ class ParallelSection(Section):
     deepspeed_config: str | None = None  # a DeepSpeed JSON file whose settings are adopted, or refused
 
     @model_validator(mode="after")
-    def _replicates_what_is_sharded(self) -> ParallelSection:
-        if self.dp_replicate > 1 and (self.strategy not in ("auto", "fsdp2") or self.offload != "none"):
-            with_ = (
-                f"parallel.offload={self.offload}" if self.offload != "none" else f"parallel.strategy={self.strategy}"
-            )
-            raise ValueError(
-                f"parallel.dp_replicate={self.dp_replicate} is a mesh of fsdp2, not for {with_}: set "
-                "parallel.strategy=fsdp2 and parallel.offload=none, or dp_replicate=1"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _offloads_what_is_partitioned(self) -> ParallelSection:
         able = {"none": None, "optimizer": ("zero1", "zero2", "zero3"), "params": ("zero3",)}[self.offload]
         if able and self.strategy not in ("auto", *able):
@@ -230,15 +218,6 @@ class ParallelSection(Section):
 class MemorySection(Section):
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     activation_offload: bool = False  # what full checkpointing keeps waits in host memory
-
-    @model_validator(mode="after")
-    def _offloads_what_checkpointing_keeps(self) -> MemorySection:
-        if self.activation_offload and self.activation_checkpointing not in ("auto", "full"):
-            raise ValueError(
-                "memory.activation_offload moves the layers' inputs that full checkpointing keeps, not all that "
-                f"{self.activation_checkpointing} keeps: set memory.activation_checkpointing=full (or auto)"
-            )
-        return self
 
 
 class KernelsSection(Section):
@@ -359,22 +338,6 @@ class Recipe(Section):
             raise ValueError(
                 f"parallel.sequence={self.parallel.sequence} cuts packed rows, and data.packing=padded has none: "
                 "set data.packing=best_fit or none, or parallel.sequence=1"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _compiles_what_stays_whole(self) -> Recipe:
-        if not self.precision.compile:
-            return self
-        if self.memory.activation_checkpointing == "selective":
-            raise ValueError(
-                "precision.compile decides itself what a layer keeps, memory.activation_checkpointing=selective does "
-                "so by operation: set it to none or full, or precision.compile=false"
-            )
-        if self.parallel.strategy == "zero3" or self.parallel.offload == "params":
-            raise ValueError(
-                "precision.compile makes one graph of a layer, and zero3 gathers its matrices one by one inside it: "
-                "set parallel.strategy=fsdp2, or precision.compile=false"
             )
         return self
 
