@@ -120,8 +120,8 @@ def norms(tensors: dict[str, Tensor]) -> dict[str, float]:
     squares = []
     for tensor in tensors.values():
         piece, num_replicas = tensor.detach(), dist.get_world_size()
-        if isinstance(piece, DTensor):
-            piece, num_replicas = piece.to_local(), num_replicas // _num_shards(piece)
+        if isinstance(tensor, DTensor):
+            piece, num_replicas = tensor.detach().to_local(), num_replicas // _num_shards(tensor)  # type: ignore[attr-defined]
         squares.append(piece.double().square().sum() / num_replicas)
     sums = torch.stack(squares)
     dist.all_reduce(sums)
