@@ -120,8 +120,9 @@ def norms(tensors: dict[str, Tensor]) -> dict[str, float]:
     squares = []
     for tensor in tensors.values():
         piece, num_replicas = tensor.detach(), dist.get_world_size()
-        if isinstance(tensor, DTensor):
-            piece, num_replicas = tensor.detach().to_local(), num_replicas // _num_shards(tensor)  # type: ignore[attr-defined]
+        if isinstance(piece, DTensor):
+            num_replicas //= _num_shards(piece)
+            piece = piece.to_local()
         squares.append(piece.double().square().sum() / num_replicas)
     sums = torch.stack(squares)
     dist.all_reduce(sums)

@@ -15,8 +15,9 @@ what it leaves in a save that is waited for. What went wrong in the thread is ra
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Write:
     partial: Path
     meta: Mapping[str, Any]
     also_keep: int | None
+    began: float = field(default_factory=time.monotonic)
     thread: threading.Thread | None = None
     files: dict[str, FileEntry] | None = None  # what the thread wrote
     error: BaseException | None = None  # or what it met
@@ -51,6 +53,7 @@ class BackgroundSaver:
         self._ranks = Ranks()  # for the thread alone: its messages never mix with those of the main path
         self._copy = HostCopy()
         self._write: Write | None = None
+        self.slowest_seconds = 0.0  # from the beginning of a save to its commit
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, also_keep: int | None = None
@@ -104,6 +107,7 @@ class BackgroundSaver:
             assert write.files is not None
             self._manager.commit(write.step, write.partial, self._copy.tensors, write.files, write.meta)
             self._manager.retire(write.also_keep)
+            self.slowest_seconds = max(self.slowest_seconds, time.monotonic() - write.began)
 
     def _run(self, write: Write, copied: Mapping[str, Tensor]) -> None:
         try:
