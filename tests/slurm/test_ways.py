@@ -42,9 +42,9 @@ def test_torchrun_inside_the_job_is_stopped_and_goes_on(
     """torchrun knows neither our signals nor our codes; worker.sh and the files do. An operator looks meanwhile."""
     run = prepare_run("torchrun", cluster={"launcher": "torchrun"})
     job = run.submit()
-    run.wait_for_step(8)
+    run.wait_for_step(4)
     status = json.loads(run.sft("slurm", "status", run.run_dir, "--json").stdout)
-    assert status["jobs"][0]["state"] == "RUNNING" and status["step"] >= 8
+    assert status["jobs"][0]["state"] == "RUNNING" and status["step"] >= 4
     assert [place["rank"] for place in status["ranks"]] == [0, 1]
     assert {place["host"] for place in status["ranks"]} == set(cluster.nodes[:2])
     assert all(place["where"].startswith("step ") and ", at " in place["where"] for place in status["ranks"]), status
