@@ -150,7 +150,7 @@ def test_over_ssh_a_slow_link_a_stop_and_a_killed_launcher_change_nothing(
 def test_a_cut_link_ends_the_run_with_71_on_both_sides_and_it_continues(
     cluster: Cluster, launch: Callable[..., Launched], uninterrupted: Submitted
 ) -> None:
-    patience = {"resilience": {"hang_seconds": 4.0}}
+    patience = {"resilience": {"hang_seconds": 10.0}}
     run = launch("cut", **patience)
     run.wait_for_step(12)
     victim = cluster.nodes[1]
