@@ -18,21 +18,23 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 Prepare = Callable[..., Submitted]
 
 
-def test_tasks_of_srun_are_the_ranks(cluster: Cluster, prepare_run: Prepare, uninterrupted: Submitted) -> None:
-    run = prepare_run("srun")
-    search = f"{ROOT}:{ROOT / 'kernels'}"
-    command = ("srun", "-N2", "--ntasks-per-node=1", sys.executable, "-m", "sft_dist", "train", run.recipe)
-    cluster.run(*command, cwd=run.recipe.parent, PYTHONPATH=search, HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
-    assert run.result == uninterrupted.result
+def test_a_node_with_other_code_is_named_and_left_out(
+    cluster: Cluster, prepare_run: Prepare, uninterrupted: Submitted, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(ROOT / "sft_dist", other / "sft_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    (other / "sft_dist" / "errors.py").open("a").write("# edited on one node only\n")
+    victim = cluster.nodes[1]
+    line = f'[ "$SLURMD_NODENAME" != {victim} ] || export PYTHONPATH={other}:{ROOT / "kernels"}'
+    run = prepare_run("preflight", cluster={"preflight": True, "setup": [line]})
+    examined = run.sft("doctor", "--cluster", run.recipe, code=77)
+    assert f"node {victim}: sft_dist is" in examined.stderr, examined.stdout + examined.stderr
 
-
-def test_two_processes_of_one_machine_take_the_same_steps(prepare_run: Prepare, uninterrupted: Submitted) -> None:
-    run = prepare_run("laptop")
-    command = [sys.executable, "-m", "sft_dist", "train", str(run.recipe), "--nproc", "2"]
-    done = subprocess.run(
-        command, env=environment(), cwd=run.recipe.parent, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    job = run.submit()
+    assert run.wait(job)["JobState"] == "COMPLETED", run.log()
+    record = cluster.job(job)
+    assert (record["Restarts"], record["ExcNodeList"]) == ("1", victim)
+    assert f"preflight: node {victim}: sft_dist is" in run.log() and ", 0 complaints, all-reduce" in run.log()
     assert run.result == uninterrupted.result
 
 
@@ -54,23 +56,21 @@ def test_torchrun_inside_the_job_is_stopped_and_goes_on(
     assert "goes on after the time limit" in run.sft("slurm", "logs", run.run_dir).stdout
 
 
-def test_a_node_with_other_code_is_named_and_left_out(
-    cluster: Cluster, prepare_run: Prepare, uninterrupted: Submitted, tmp_path: Path
-) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(ROOT / "sft_dist", other / "sft_dist", ignore=shutil.ignore_patterns("__pycache__"))
-    (other / "sft_dist" / "errors.py").open("a").write("# edited on one node only\n")
-    victim = cluster.nodes[1]
-    line = f'[ "$SLURMD_NODENAME" != {victim} ] || export PYTHONPATH={other}:{ROOT / "kernels"}'
-    run = prepare_run("preflight", cluster={"preflight": True, "setup": [line]})
-    examined = run.sft("doctor", "--cluster", run.recipe, code=77)
-    assert f"node {victim}: sft_dist is" in examined.stderr, examined.stdout + examined.stderr
+def test_tasks_of_srun_are_the_ranks(cluster: Cluster, prepare_run: Prepare, uninterrupted: Submitted) -> None:
+    run = prepare_run("srun")
+    search = f"{ROOT}:{ROOT / 'kernels'}"
+    command = ("srun", "-N2", "--ntasks-per-node=1", sys.executable, "-m", "sft_dist", "train", run.recipe)
+    cluster.run(*command, cwd=run.recipe.parent, PYTHONPATH=search, HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
+    assert run.result == uninterrupted.result
 
-    job = run.submit()
-    assert run.wait(job)["JobState"] == "COMPLETED", run.log()
-    record = cluster.job(job)
-    assert (record["Restarts"], record["ExcNodeList"]) == ("1", victim)
-    assert f"preflight: node {victim}: sft_dist is" in run.log() and ", 0 complaints, all-reduce" in run.log()
+
+def test_two_processes_of_one_machine_take_the_same_steps(prepare_run: Prepare, uninterrupted: Submitted) -> None:
+    run = prepare_run("laptop")
+    command = [sys.executable, "-m", "sft_dist", "train", str(run.recipe), "--nproc", "2"]
+    done = subprocess.run(
+        command, env=environment(), cwd=run.recipe.parent, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     assert run.result == uninterrupted.result
 
 
