@@ -32,7 +32,9 @@ def examine_nodes(recipe: Recipe, *, as_json: bool) -> int:
         print(json.dumps(report, indent=2))
     for node in () if as_json else report["nodes"]:
         rate = node["gigabytes_per_second"]
-        print(f"{node['name']}: GPUs {node['same']['GPUs']}, torch {node['same']['torch']}, {rate or 0:.2f} GB/s")
+        print(
+            f"{node['name']}: GPUs {node['same']['GPUs']}, torch {node['same']['torch']}, {1000 * (rate or 0):,.0f} MB/s"
+        )
     for complaint in report["complaints"]:
         print(f"sft-dist: error: node {complaint['name']}: {complaint['what']}", file=sys.stderr)
     return EXIT_HARDWARE if report["complaints"] else EXIT_DONE
