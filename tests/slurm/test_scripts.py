@@ -143,3 +143,9 @@ def test_an_arrays_member_requeues_alone(cluster: Cluster, play: Callable[..., P
     job.started()
     cluster.run("scancel", "--signal=USR1", "--batch", f"{job.job}_1")  # the last one's own id is the array's
     assert [job.end(f"{job.job}_{task}")[:2] for task in (0, 1)] == [("COMPLETED", "0"), ("COMPLETED", "1")], job.log()
+
+
+def test_the_run_is_told_when_the_job_ends(play: Callable[..., Played]) -> None:
+    """Five minutes from its start, also by a Slurm that does not say so itself."""
+    job = play("left=$((SLURM_JOB_END_TIME - $(date +%s))); [ $left -gt 240 ] && [ $left -le 300 ] || exit 65")
+    assert job.end() == ("COMPLETED", "0", "0"), job.log()
