@@ -37,6 +37,8 @@ OPTIONAL = {
     "liger-kernel": ("liger_kernel", "pip install liger-kernel", "only benchmarks compare with it"),
     "deepspeed": ("deepspeed", "pip install deepspeed", "parallel.strategy=zero1, zero2, zero3 cannot run"),
     "bitsandbytes": ("bitsandbytes", "pip install bitsandbytes", "no quantised base models"),
+    "wandb": ("wandb", "pip install wandb", "log.trackers=[wandb] is refused"),
+    "mlflow": ("mlflow", "pip install mlflow-skinny", "log.trackers=[mlflow] is refused"),
 }
 OPEN_FILES = 4096  # shards, mapped stores, sockets and loaders of one rank, with room
 SHARED_MEMORY = GIB  # nccl's and gloo's buffers between ranks of a machine
@@ -60,6 +62,7 @@ def examine(run_dir: Path, cache_dir: Path) -> Iterator[Finding]:
         yield _package(name)
     yield from _accelerators()
     yield _processors()
+    yield _compiler()
     yield _memory()
     yield _shared_memory()
     yield _open_files()
@@ -127,6 +130,19 @@ def _accelerators() -> Iterator[Finding]:
 def _processors() -> Finding:
     usable, present = len(os.sched_getaffinity(0)), os.cpu_count()
     return Finding("cpu", OK, f"{usable} of {present} cores usable, {platform.machine()}")
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile would call on a CPU: CXX, else the usual names."""
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def _compiler() -> Finding:
+    found = compiler()
+    if found is None:
+        return Finding("c++", NOTE, "no compiler: precision.compile=true cannot run on a CPU", "apt-get install g++")
+    return Finding("c++", OK, f"{found}, for precision.compile=true on a CPU")
 
 
 def _memory() -> Finding:

@@ -15,8 +15,8 @@ WORKER = Path(__file__).with_name("compatibility_worker.py")
 LAUNCHES = 2
 CASES = cases()
 ARCHITECTURE = {  # with biases, for bitfit
-    "model_type": "llama", "attention_bias": True, "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    "model_type": "llama", "attention_bias": True, "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
 }  # fmt: skip
 
 Found = dict[str, dict[str, Any]]
