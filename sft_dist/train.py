@@ -341,6 +341,7 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
     inputs = read_inputs(recipe, notice)
     heart().beat(0, "build")
     with ExitStack() as stack:
+        stack.callback(inputs.data.close)
         place = stack.enter_context(runtime(num_threads=1 if elastic else None))
         attempt = broadcast_json(take_attempt(run_dir, stack) if place.is_main else None)
         if anew and place.is_main and (aside := put_aside(run_dir, attempt)):
