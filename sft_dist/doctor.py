@@ -37,6 +37,8 @@ OPTIONAL = {
     "liger-kernel": ("liger_kernel", "pip install liger-kernel", "only benchmarks compare with it"),
     "deepspeed": ("deepspeed", "pip install deepspeed", "parallel.strategy=zero1, zero2, zero3 cannot run"),
     "bitsandbytes": ("bitsandbytes", "pip install bitsandbytes", "no quantised base models"),
+    "wandb": ("wandb", "pip install wandb", "log.trackers=[wandb] is refused"),
+    "mlflow": ("mlflow", "pip install mlflow-skinny", "log.trackers=[mlflow] is refused"),
 }
 OPEN_FILES = 4096  # shards, mapped stores, sockets and loaders of one rank, with room
 SHARED_MEMORY = GIB  # nccl's and gloo's buffers between ranks of a machine

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from sft_dist.checkpoint.export import rehearse_words
 from sft_dist.checkpoint.export_certificate import Words
 from sft_dist.config.auto import Choices, Facts, choose, compute_dtype
 from sft_dist.config.elastic import ELASTIC, check_micro_batches
-from sft_dist.config.identity import identity, refuse_changes
+from sft_dist.config.identity import identity, read_fingerprint, refuse_changes
 from sft_dist.config.loader import load_resolved
 from sft_dist.config.schema import Recipe
 from sft_dist.data.loader import Loader, Plan, VerifiedDocuments
@@ -41,6 +40,7 @@ from sft_dist.models.adapters import frozen_digest, is_adapter
 from sft_dist.models.load import DTYPES, load_tokenizer
 from sft_dist.models.packed import causal_lm
 from sft_dist.models.rotary import refuse_shared_turns
+from sft_dist.models.vocabulary import num_added
 from sft_dist.network import Network, build_empty_network, build_network
 from sft_dist.observe.header import batch_equation, certificate_line, count
 from sft_dist.observe.perf import Shape
@@ -166,13 +166,13 @@ def _network(
 ) -> tuple[Network, Choices]:
     """The network and what is chosen for it. Its weights stay in their files where the engine will read its shards."""
     recipe, store, vocab_size = inputs.recipe, inputs.data.train, len(inputs.tokenizer)
-    needs = (recipe, compute, place.device)
+    needs, added = (recipe, compute, place.device), num_added(inputs.tokenizer)
     may_shard = recipe.parallel.strategy == "fsdp2" or (recipe.parallel.strategy == "auto" and place.world_size > 1)
     if may_shard and (network := build_empty_network(*needs, vocab_size=vocab_size, sequence=sequence)):
         choices = _choices(recipe, recorded, network.model, store, place)
         if choices.strategy == "fsdp2":
             return network, choices
-    network = build_network(*needs, vocab_size=vocab_size, sequence=sequence)
+    network = build_network(*needs, vocab_size=vocab_size, num_added=added, sequence=sequence)
     return network, _choices(recipe, recorded, network.model, store, place)
 
 
@@ -314,12 +314,6 @@ def explain_inputs(recipe: Recipe) -> dict[str, str]:
         "tokenizer": f"the files of {model.tokenizer or model.path}",
         "frozen weights": f"the weights of {model.path} that are not trained",
     }
-
-
-def read_fingerprint(run_dir: Path) -> dict[str, Any] | None:
-    """The record of the run in `run_dir`, None when it is new."""
-    path = run_dir / "fingerprint.json"
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _choices(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from sft_dist.errors import (
     StorageError,
 )
 from sft_dist.parallel.messages import gather_json
+from sft_dist.parallel.runtime import collective_timeout
 
 _KINDS: dict[str, type[SftError]] = {
     kind.__name__: kind for kind in (StorageError, CheckpointError, NonFiniteError, CertificateError, LockedError)
@@ -31,7 +33,9 @@ class Ranks:
     """Rank, world size, and the three things that ranks do together: tell, gather, agree on an error."""
 
     def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        # Rank 0 proves an export alone, seconds for each gigabyte: under a watchdog nobody gives up before it.
+        longest = max(collective_timeout(), timedelta(minutes=30))
+        self.group = dist.new_group(backend="gloo", timeout=longest) if dist.is_initialized() else None
         self.rank = dist.get_rank() if self.group is not None else 0
         self.world_size = dist.get_world_size() if self.group is not None else 1
 

@@ -71,10 +71,14 @@ def live_weights(engine: Engine, master: torch.dtype) -> dict[str, Weight]:
     }
 
 
-def plain_weights(tensors: Mapping[str, Tensor]) -> dict[str, Weight]:
-    """Tensors that one process holds whole."""
+def plain_weights(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Weight]:
+    """Tensors that one process holds whole; floating ones to be written in `dtype` (None: their own)."""
     return {
-        name: Weight(tuple(t.shape), t.dtype, lambda tensor=t: tensor.detach())  # type: ignore[misc]
+        name: Weight(
+            tuple(t.shape),
+            dtype if dtype is not None and t.is_floating_point() else t.dtype,
+            lambda tensor=t: tensor.detach(),  # type: ignore[misc]
+        )
         for name, t in tensors.items()
     }
 

@@ -28,6 +28,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action.set_defaults(func=function)
     export.add_argument("--step", type=int, help="default: the newest good checkpoint")
     export.add_argument("--merge", action="store_true", help="fold the adapter into its base model")
+    export.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of a whole model (default: as it was trained)"
+    )
     export.add_argument("--max-file-gb", type=float, default=5.0, metavar="GB", help="of one weights file (default 5)")
     export.add_argument("--out", type=Path, help="default: RUN_DIR/export, or RUN_DIR/export-merged with --merge")
 
@@ -76,7 +79,7 @@ def export_one(args: argparse.Namespace) -> int:
     from sft_dist.checkpoint.export import export_from_checkpoint
     from sft_dist.checkpoint.export_certificate import Words
     from sft_dist.data.templates import resolve_template
-    from sft_dist.models.load import load_tokenizer
+    from sft_dist.models.load import DTYPES, load_tokenizer
 
     recipe = _recipe_of(args.run_dir)
     tokenizer = load_tokenizer(recipe.model)
@@ -84,7 +87,14 @@ def export_one(args: argparse.Namespace) -> int:
     out = args.out or args.run_dir / ("export-merged" if args.merge else "export")
     words = Words(tokenizer, template.text, template.stop_token_ids(tokenizer))
     certificate = export_from_checkpoint(
-        args.run_dir, recipe, words, out, step=args.step, merge=args.merge, file_bytes=int(args.max_file_gb * 1e9)
+        args.run_dir,
+        recipe,
+        words,
+        out,
+        step=args.step,
+        merge=args.merge,
+        dtype=DTYPES[args.dtype] if args.dtype else None,
+        file_bytes=int(args.max_file_gb * 1e9),
     )
     if args.json:
         print(json.dumps({"path": str(out), "certificate": asdict(certificate)}))

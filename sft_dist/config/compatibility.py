@@ -139,6 +139,11 @@ REFUSED: tuple[Row, ...] = (
         "leave it out, or use tuning.method=lora",
     ),
     Row(
+        {"tuning.method": ("dora",), "parallel.strategy": ("zero3",)},
+        "PEFT's DoRA reads the shape of a matrix that ZeRO-3 has given back, in every forward outside a training step",
+        "use parallel.strategy=fsdp2 or zero2",
+    ),
+    Row(
         {"tuning.method": ("prefix",), "data.packing": ("padded",)},
         "padded rows go through the architecture's own attention, which has no place for a prefix",
         "use data.packing=best_fit, or tuning.method=prompt",

@@ -6,6 +6,8 @@ listed in `NOT_YET`, so that asking for them is refused with the reason instead 
 
 from __future__ import annotations
 
+import re
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -37,7 +39,7 @@ class ModelSection(Section):
             raise ValueError("path is missing: name a folder or a hub id, or set model.init=random with model.config")
         if self.init == "random" and not (self.config or self.path):
             raise ValueError("config is missing: init: random needs the architecture (model_type, hidden_size, ...)")
-        if self.trust_remote_code and not (self.revision and len(self.revision) == 40):
+        if self.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
             raise ValueError("trust_remote_code needs model.revision pinned to a 40-digit commit")
         return self
 
@@ -227,6 +229,7 @@ class CheckpointSection(Section):
     keep: Annotated[int, Field(ge=2)] = 2
     background: bool = Field(True, alias="async")  # write while training goes on, from a copy in host memory
     resume: Literal["auto", "never"] = "auto"
+    trust_world_writable: bool = False  # continue from a folder that anyone on the machine may have written into
 
 
 class EvalSection(Section):
@@ -254,6 +257,21 @@ class ResilienceSection(Section):
     nonfinite: Literal["stop", "skip"] = "stop"  # skip: at most 3 steps in a row, 10 in all
     max_restarts: Annotated[int, Field(ge=0)] = 3  # by the local launcher, after a hang, a signal or a storage failure
     audit_every: Positive | None = None  # steps between proofs that all ranks hold and compute the same
+    end_time: float | str = "auto"  # of the job, for a checkpoint before it; auto: what Slurm says; none: no limit
+    end_margin_seconds: Annotated[float, Field(ge=0)] = 90.0
+
+    @field_validator("end_time")
+    @classmethod
+    def _is_a_moment(cls, value: float | str) -> float | str:
+        if isinstance(value, str) and value not in ("auto", "none"):
+            try:
+                datetime.fromisoformat(value)
+            except ValueError:
+                raise ValueError(
+                    f"end_time={value}: must be auto, none, seconds since 1970 or a date and time like "
+                    f"2026-01-31T18:00:00"
+                ) from None
+        return value
 
 
 class Recipe(Section):

@@ -140,6 +140,7 @@ def _layout(
         rounds=-(-micro_batches * shared_by // num_devices),
         checkpointing=choices.activation_checkpointing == "full",
         offload=recipe.parallel.offload,
+        optimizer=recipe.optim.name,
         dp_replicate=recipe.parallel.dp_replicate if strategy == "fsdp2" else 1,
     )
 

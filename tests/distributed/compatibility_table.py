@@ -59,6 +59,7 @@ TABLES = (
     Table("Tuning methods and engines", ("tuning.method", METHODS), ("parallel.strategy", STRATEGIES), exports=True),
     Table("Offloading and engines", ("parallel.offload", ("optimizer", "params")), ("parallel.strategy", STRATEGIES)),
     Table("Optimizers and engines", ("optim.name", words(OptimSection, "name")), ("parallel.strategy", STRATEGIES)),
+    Table("Reproducibility and engines", ("run.deterministic", (True, "elastic")), ("parallel.strategy", STRATEGIES)),
     Table("Sequence parallel and engines", ("parallel.sequence", (2,)), ("parallel.strategy", STRATEGIES), True),
     Table("Sequence parallel and tuning methods", ("parallel.sequence", (2,)), ("tuning.method", ADAPTERS)),
     Table("Packing and tuning methods", ("data.packing", PACKINGS), ("tuning.method", ADAPTERS)),
@@ -124,6 +125,7 @@ def page() -> str:
         "exported and the export certified. A number is a refusal, before anything is loaded, with the reason below.",
         "What the schema has no word for (tensor, pipeline and expert parallelism) is not built: shard with fsdp2 or",
         "zero3, cut long rows with `parallel.sequence`.",
+        "HSDP (`parallel.dp_replicate`) needs four processes and is tested with the engines.",
         "",
     ]
     for table in TABLES:
@@ -141,7 +143,11 @@ def page() -> str:
 
 def _mark(case: Case, notes: dict[str, int]) -> str:
     reason = refusal(case)
-    return "yes" if reason is None else str(notes.setdefault(reason, len(notes) + 1))
+    if reason is None:
+        return "yes"
+    asked, separator, why = reason.partition(": ")
+    note = why if separator and " with " in asked else reason  # rows of values share one reason
+    return str(notes.setdefault(note, len(notes) + 1))
 
 
 def _line(parts: list[str]) -> str:

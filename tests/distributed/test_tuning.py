@@ -17,9 +17,7 @@ from harness import run_ranks
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from tuning_worker import base_model
-
-from sft_dist.models.quantise import quantise
+from tuning_worker import adapted_base
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,8 +106,7 @@ def test_export_reloads_in_stock_libraries_with_the_trainers_logits(engines: tup
     if method == "bitfit":
         model = AutoModelForCausalLM.from_pretrained(folder)
     else:
-        base = base_model(torch.float32)
-        model = PeftModel.from_pretrained(quantise(base, torch.float32) if method == "qlora" else base, folder)
+        model = PeftModel.from_pretrained(adapted_base(method), folder)
     with torch.no_grad():
         found = model.eval()(input_ids=torch.arange(1, 25)[None]).logits[:, -24:]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -35,6 +35,7 @@ from sft_dist.checkpoint.export import (
     adapter_tensors,
     export_from_checkpoint,
     export_model,
+    merged_weights,
     model_tensors,
     package_of,
     rehearse_words,
@@ -464,3 +465,32 @@ def test_a_tokenizer_that_stock_transformers_would_misread_is_refused_before_tra
     rehearse_words(AutoConfig.for_model("llama", vocab_size=len(WORDS)), words)
     with pytest.raises(ConfigError, match="beside a config of qwen2, stock transformers reads it wrongly"):
         rehearse_words(AutoConfig.for_model("qwen2", vocab_size=len(WORDS)), words)
+
+
+def test_merging_leaves_the_model_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Each matrix is merged when it is read, so reading twice must not add the adapter twice."""
+    model = adapted().to(torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = merged_weights(model, torch.bfloat16)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(weights[name].read(), weights[name].read())
+    after = model.state_dict()
+    assert all(torch.equal(after[key], tensor) and after[key].dtype == tensor.dtype for key, tensor in before.items())
+    assert not torch.equal(weights[name].read().bfloat16(), tiny().bfloat16().state_dict()[name])
+
+
+def test_a_full_model_is_stored_narrower_when_asked(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    run = recipe(tmp_path)
+    model = trained(run)
+    state = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    CheckpointManager(tmp_path / "run").save(4, state, {"step": 4})
+    words, out = Words(tokenizer, TEMPLATE), tmp_path / "out"
+    certificate = export_from_checkpoint(tmp_path / "run", run, words, out, dtype=torch.bfloat16)
+    assert certificate.dtype == "bfloat16" and 0 < certificate.difference < LIMITS[torch.bfloat16] / 5
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert all(torch.equal(p, model.state_dict()[name].bfloat16()) for name, p in loaded.state_dict().items())
+    adapter = recipe(tmp_path, tuning={"method": "lora", "rank": 2})
+    lora = {f"model.{name}": p.detach() for name, p in trained(adapter).named_parameters() if p.requires_grad}
+    CheckpointManager(tmp_path / "lora").save(4, lora, {"step": 4})
+    with pytest.raises(ConfigError, match="an adapter is small, and stays as it was trained; add --merge"):
+        export_from_checkpoint(tmp_path / "lora", adapter, words, out, dtype=torch.bfloat16)

@@ -110,6 +110,7 @@ class Stuck:
         raise RuntimeError("never reached")
 
 
+@pytest.mark.timeout(30)
 def test_a_stuck_service_never_holds_up_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer, seen = threading.Event(), []
     monkeypatch.setitem(trackers_module._OPENERS, "mlflow", lambda run_dir, recipe: Stuck(answer, seen))
