@@ -47,11 +47,6 @@ REFUSED: tuple[Row, ...] = (
         "set parallel.sequence=1",
     ),
     Row(
-        {"run.deterministic": ("elastic",), "parallel.dp_replicate": (GIVEN,)},
-        "the order of sums is that of one group of processes",
-        "set parallel.dp_replicate=1",
-    ),
-    Row(
         {"run.deterministic": ("elastic",), "precision.compile": (True,)},
         "a compiled layer may split its sums otherwise at every new shape",
         "set precision.compile=false",
