@@ -2,7 +2,7 @@
 #
 #   make install      .venv with torch by its exact pin, then this project in editable mode under constraints.txt
 #   make quickstart   a real 2-process packed fine-tune with answers before and after, into runs/quickstart
-#   make check        format, lint, types, import contracts, shell scripts
+#   make check        format, lint, types, import contracts, shell scripts, known holes of dependencies
 #   make test         the default suite        make test-fast   without the tests that start processes
 #   make faults       the long reliability suite: 200 kills over the whole matrix, every system call, every signal
 #   make soak         random faults for an hour (SOAK_MINUTES=60), then a comparison of all bits
@@ -47,6 +47,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/shellcheck -x $(SCRIPTS)
+	$(BIN)/python .ci/audit.py
 
 # Tests inside one process run side by side, one thread each; those that start processes run one after another.
 test: test-fast

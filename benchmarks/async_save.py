@@ -4,9 +4,9 @@
 
 Two gloo ranks hold an FSDP2-like state (fp32 weights and both AdamW moments as row shards, `--mib` on each rank). The
 three ways take turns within each repeat, in one pair of processes and on one disk. Between saves the ranks do steps of
-matrix products until the write is over. Counted as standing still: the call itself and, for ours, what every later step
-boundary takes, commit included. `async_save` commits nothing, and is given the same safetensors writer; once as it is
-called by default, once with a stager that keeps its memory between saves.
+matrix products until the write is over on all of them. Counted as standing still: the call itself and, for ours, the
+commit (manifest, rename, deleting the oldest checkpoint). `async_save` commits nothing, and is given the same
+safetensors writer; once as it is called by default, once with a stager that keeps its memory between saves.
 """
 
 from __future__ import annotations
@@ -51,21 +51,23 @@ def state(mib: int) -> dict[str, Tensor]:
     return {name: DTensor.from_local(torch.randn(rows, 1024), mesh, [Shard(0)]) for name in names}
 
 
-def work(square: Tensor) -> None:
-    """A step of some milliseconds."""
+def work(square: Tensor, done: bool) -> bool:
+    """A step of some milliseconds, which ends in a verdict of all ranks as every training step does: are all done?"""
     square @ square
+    verdict = torch.tensor(float(done))
+    dist.all_reduce(verdict)
+    return verdict.item() == RANKS
 
 
 def ours(saver: BackgroundSaver, tensors: dict[str, Tensor], step: int, square: Tensor) -> float:
-    stalled, begun = 0.0, time.perf_counter()
+    begun = time.perf_counter()
     saver.begin(step, tensors, {"step": step})
-    stalled += time.perf_counter() - begun
-    while saver.is_writing:
-        work(square)
-        begun = time.perf_counter()
-        saver.commit_written()
-        stalled += time.perf_counter() - begun
-    return stalled
+    copied = time.perf_counter()
+    while not work(square, saver.is_written):
+        pass
+    written = time.perf_counter()
+    saver.commit()
+    return copied - begun + time.perf_counter() - written
 
 
 def theirs(
@@ -77,10 +79,9 @@ def theirs(
     response = dcp.async_save(tensors, storage_writer=writer, process_group=group, async_stager=stager)
     stalled = time.perf_counter() - begun
     future = getattr(response, "upload_completion", response)
-    while not future.done():
-        work(square)
+    while not work(square, future.done()):
+        pass
     future.result()
-    dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(folder)
     return stalled

@@ -21,6 +21,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -66,6 +67,20 @@ def main() -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text)
     return 0
+
+
+class Clock:
+    """Wall-clock and processor seconds since it was made, those of ended child processes included."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), self._used()
+
+    def read(self) -> dict[str, float]:
+        return {"seconds": time.perf_counter() - self._wall, "cpu": self._used() - self._cpu}
+
+    def _used(self) -> float:
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def write_chats(file: Path, rows: int) -> None:
@@ -138,7 +153,7 @@ def ours(file: Path) -> dict[str, Any]:
     import torch  # noqa: F401 (both sides have paid for their imports when the clock starts)
     import transformers  # noqa: F401
 
-    started = time.perf_counter()
+    clock = Clock()
     with tempfile.TemporaryDirectory(prefix="sft-data-") as folder:
         store, plan = prepare_ours(file, folder)
         tokens = supervised = 0
@@ -147,8 +162,7 @@ def ours(file: Path) -> dict[str, Any]:
                 for batch in loader.step(number).batches:
                     tokens += batch.num_tokens
                     supervised += int((batch.labels != -100).sum())
-        seconds = time.perf_counter() - started
-        return {"seconds": seconds, "tokens": tokens, "supervised": supervised, "efficiency": plan.efficiency}
+        return {**clock.read(), "tokens": tokens, "supervised": supervised, "efficiency": plan.efficiency}
 
 
 def trl(file: Path, num_processes: int) -> dict[str, Any]:
@@ -171,7 +185,7 @@ def trl(file: Path, num_processes: int) -> dict[str, Any]:
             dataloader_num_workers=0, gradient_checkpointing=False,
         )  # fmt: skip
         model = LlamaForCausalLM(config)
-        started = time.perf_counter()
+        clock = Clock()
         rows = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=f"{folder}/cache")
         trainer = SFTTrainer(model, args=settings, train_dataset=rows, processing_class=words)
         tokens = supervised = 0
@@ -180,7 +194,7 @@ def trl(file: Path, num_processes: int) -> dict[str, Any]:
             starts = batch["position_ids"] == 0 if "position_ids" in batch else torch.zeros_like(labels, dtype=bool)
             tokens += labels.numel()
             supervised += int(((labels != -100) & ~starts).sum())
-        return {"seconds": time.perf_counter() - started, "tokens": tokens, "supervised": supervised}
+        return {**clock.read(), "tokens": tokens, "supervised": supervised}
 
 
 def stall(file: Path) -> dict[str, Any]:
@@ -191,17 +205,19 @@ def stall(file: Path) -> dict[str, Any]:
         store, plan = prepare_ours(file, folder)
         with open_loader(store, plan) as loader:
             loader.step(1)
-            waited, started = 0.0, time.perf_counter()
+            waited: list[float] = []
+            started = time.perf_counter()
             steps = min(STEPS, plan.num_steps - 1)
             matrix = torch.randn(512, 512)
             for number in range(2, steps + 2):
                 asked = time.perf_counter()
                 loader.step(number)
-                waited += time.perf_counter() - asked
+                waited.append(time.perf_counter() - asked)
                 ends = time.perf_counter() + STEP_SECONDS
                 while time.perf_counter() < ends:  # compute, as a step does: it lets go of the interpreter's lock
                     matrix = torch.tanh(matrix @ matrix)
-            return {"share": waited / (time.perf_counter() - started), "steps": steps}
+            whole = time.perf_counter() - started
+            return {"share": sum(waited) / whole, "median": statistics.median(waited) * steps / whole, "steps": steps}
 
 
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -217,6 +233,7 @@ def report(runs: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -
     rates = {name: [r["supervised"] / r["seconds"] for r in runs[name]] for name in ("ours", "trl_1", "trl_2")}
     tokens = {name: runs[name][0]["supervised"] for name in rates}
     median = {name: statistics.median(values) for name, values in rates.items()}
+    cpu = {name: statistics.median(r["cpu"] for r in runs[name]) for name in rates}
     rows = {
         "ours": "sft_dist",
         "trl_1": "TRL, dataset_num_proc=1",
@@ -224,7 +241,8 @@ def report(runs: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -
     }
     table = "\n".join(
         f"| {label} | {statistics.median(r['seconds'] for r in runs[name]):.1f} | {median[name]:,.0f} | "
-        f"{max(rates[name]):,.0f} | {tokens[name]:,} | {median['ours'] / median[name]:.2f} x |"
+        f"{max(rates[name]):,.0f} | {tokens[name]:,} | {median['ours'] / median[name]:.2f} x | {cpu[name]:.1f} | "
+        f"{cpu[name] / cpu['ours']:.2f} x |"
         for name, label in rows.items()
     )
     return f"""# From a file of chats to packed batches
@@ -234,12 +252,13 @@ def report(runs: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -
 {options.rows:,} two-message chats, GPT-2 tokenizer, `qwen2_5_training` template, sequences of {SEQ_LEN},
 best-fit packing, loss on the assistant's tokens, {options.repeats} interleaved runs, nothing cached.
 
-| | seconds (median) | supervised tokens/s (median) | best | supervised tokens | ours : theirs |
-|---|---|---|---|---|---|
+| | seconds (median) | supervised tokens/s (median) | best | supervised tokens | ratio | CPU seconds | ratio |
+|---|---|---|---|---|---|---|---|
 {table}
 
-Waiting for the next batch: {runs["stall"][0]["share"]:.2%} of a step of {STEP_SECONDS * 1000:.0f} ms, over
-{runs["stall"][0]["steps"]} steps of 4 x {SEQ_LEN} tokens.
+Waiting for the next batch: {runs["stall"][0]["median"]:.2%} of a step of {STEP_SECONDS * 1000:.0f} ms (median;
+{runs["stall"][0]["share"]:.2%} on average), over {runs["stall"][0]["steps"]} steps of 4 x {SEQ_LEN} tokens. On a
+machine that others use too, the average counts the times that the process was not running at all.
 """
 
 

@@ -1,6 +1,6 @@
 """What does a long document cost each process when its row is cut among k of them? Measured on a CPU, one step each.
 
-    python benchmarks/sequence_memory.py [--tokens 8192] [--out FILE]
+    python benchmarks/sequence_memory.py [--tokens 4096] [--out FILE]
 
 `kept` is what autograd keeps between forward and backward: bytes of distinct storages, parameters left out. `peak` is
 how far the step raises the process's resident memory above the built model. `trains` says whether the step succeeds
@@ -125,7 +125,7 @@ def measure(tokens: int, size: int, budget_mib: int = 0) -> list[dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--budget", type=int, default=0, help=argparse.SUPPRESS)

@@ -13,8 +13,8 @@
 #
 # SIGTERM, SIGUSR1 and SIGINT ask for a checkpoint and an orderly stop (exit 75). When one machine fails, the others end too.
 # When this script dies, in whatever way, the remote ends of its pipes close, and worker.sh kills what it has started.
-# Nothing is restarted: run the same command again to continue. Exits with the first machine's code, else with the first
-# other one that is not 0.
+# Nothing is restarted: run the same command again to continue. Exits with the first machine's code; where it has none,
+# with that of the machine that failed first.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -106,7 +106,7 @@ while [[ $num_ended -lt ${#hosts[@]} ]]; do
     codes[i]=$code num_ended=$((num_ended + 1))
     if [[ $code -ne 0 && $code -ne 75 ]]; then
       echo "ssh.sh: ${hosts[$i]} (node $i) ended with $code" >&2
-      [[ $first_failure -ne 0 ]] || first_failure=$code
+      [[ $first_failure -ne 0 && $first_failure -lt 128 ]] || first_failure=$code
       deadline=${deadline:-$((SECONDS + GRACE_SECONDS))}
     fi
   done
@@ -118,6 +118,8 @@ while [[ $num_ended -lt ${#hosts[@]} ]]; do
   read -r -t 0.2 -u "$never" || true # a pause that starts no process
 done
 
-[[ ${codes[0]} -eq 0 ]] || first_failure=${codes[0]}
-[[ $first_failure -lt 128 ]] || first_failure=1
-exit "$first_failure"
+# Codes from 128 on are a signal's or ssh's own (255: no connection): they tell nothing that the caller could use.
+code=$first_failure
+[[ ${codes[0]} -eq 0 || ${codes[0]} -ge 128 ]] || code=${codes[0]}
+[[ $code -lt 128 ]] || code=1
+exit "$code"

@@ -63,10 +63,7 @@ class Audit:
 def audit(run_dir: Path, notice: Callable[[str], None], progress: Callable[[int, int], None]) -> Audit:
     """Prove the run in `run_dir`. Raises CheckpointError when it is no run folder, DataError when its data changed."""
     inputs, _, plan = reopen(run_dir, notice)
-    try:
-        written = read_metrics(run_dir)
-    except ValueError as error:
-        raise CheckpointError(f"{run_dir / 'metrics.jsonl'}: altered: {error}") from error
+    written = read_metrics(run_dir)
     if damaged := [number for number, line in enumerate(written, 1) if not _is_sound(line)]:
         raise CheckpointError(f"{run_dir / 'metrics.jsonl'}: line {damaged[0]} is altered")
     lines = [line for line in written if line["kind"] in STEPS]

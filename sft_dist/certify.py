@@ -26,7 +26,7 @@ from sft_dist.data.collate import collate
 from sft_dist.errors import CertificateError
 from sft_dist.models import attention
 from sft_dist.models.packed import Head, PackedCausalLM
-from sft_dist.parallel.sequence import ALONE, SequenceGroup
+from sft_dist.parallel.sequence import ALONE, SequenceGroup, random_rates
 from sft_dist.types import IGNORE_INDEX, Pack, PackedBatch, TokenizedExample
 
 LENGTHS = (5, 1, 17, 40, 2, 9)  # uneven, with one-token and two-token documents; 40 exceeds COPY_WINDOW
@@ -36,16 +36,6 @@ TOLERANCE_HIDDEN = {torch.float32: 1e-5, torch.bfloat16: 5e-2}  # of the hidden 
 TOLERANCE_LOSS = {torch.float32: 1e-6, torch.bfloat16: 1e-2}  # relative
 TOLERANCE_GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 5e-2}  # norm of difference over norm
 COPY_VOCABULARY = 512
-# Names under which architectures keep dropout rates.
-DROPOUTS = (
-    "dropout",
-    "attention_dropout",
-    "hidden_dropout",
-    "embedding_dropout",
-    "resid_pdrop",
-    "embd_pdrop",
-    "attn_pdrop",
-)
 
 WAY_OUT = {
     "best_fit": "set data.packing=padded",
@@ -322,9 +312,8 @@ def small_copy(config: PretrainedConfig, seed: int) -> nn.Module:
     text.vocab_size = min(text.vocab_size, COPY_VOCABULARY)
     if getattr(text, "sliding_window", None):
         text.sliding_window = min(text.sliding_window, COPY_WINDOW)
-    for name in DROPOUTS:
-        if getattr(text, name, 0.0):
-            setattr(text, name, 0.0)
+    for name in random_rates(text):
+        setattr(text, name, 0.0)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if isinstance(getattr(text, name, None), int) and getattr(text, name) >= text.vocab_size:
             setattr(text, name, None)

@@ -62,6 +62,7 @@ def examine(run_dir: Path, cache_dir: Path) -> Iterator[Finding]:
         yield _package(name)
     yield from _accelerators()
     yield _processors()
+    yield _compiler()
     yield _memory()
     yield _shared_memory()
     yield _open_files()
@@ -129,6 +130,19 @@ def _accelerators() -> Iterator[Finding]:
 def _processors() -> Finding:
     usable, present = len(os.sched_getaffinity(0)), os.cpu_count()
     return Finding("cpu", OK, f"{usable} of {present} cores usable, {platform.machine()}")
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile would call on a CPU: CXX, else the usual names."""
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def _compiler() -> Finding:
+    found = compiler()
+    if found is None:
+        return Finding("c++", NOTE, "no compiler: precision.compile=true cannot run on a CPU", "apt-get install g++")
+    return Finding("c++", OK, f"{found}, for precision.compile=true on a CPU")
 
 
 def _memory() -> Finding:

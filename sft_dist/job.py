@@ -21,6 +21,7 @@ from sft_dist.resilience.heartbeat import heart
 from sft_dist.resilience.lease import LEASE_VARIABLE, check_ours
 from sft_dist.resilience.run_folder import attempt_dir
 from sft_dist.resilience.signals import StopFlag
+from sft_dist.resilience.time_limit import TimeLimit
 from sft_dist.types import StepMetrics, StepPlan
 
 MAX_LISTED = 20
@@ -34,11 +35,26 @@ class Job:
         relayed = "SFT_RUN_LOCKED" in os.environ  # our own launcher keeps rank 0's output in the log already
         log_file = attempt_dir(run_dir, attempt) / "rank_00000.log" if self.is_main and not relayed else None
         self.console = Console(self.is_main, log_file)
-        self.beat = heart().beat
+        self._limit = TimeLimit(None, 0.0)
         self.stop = StopFlag([run_dir / "stop"]).install()
         self.log: MetricsLog | None = None
         self._seconds: list[float] = []
         self._spikes = Spikes()
+
+    def mind_the_end(self, end: float | None, margin_seconds: float) -> None:
+        """Ask for a stop in time when the job ends at `end` (seconds since 1970; None: it does not)."""
+        self._limit = TimeLimit(end, margin_seconds)
+
+    def saves_take(self, seconds: float) -> None:
+        """How long the slowest save has taken, where the loop does not wait for it and so cannot tell."""
+        self._limit.learn("save", seconds)
+
+    def beat(self, step: int, phase: str) -> None:
+        """`phase` (one of resilience.heartbeat.PHASES) of `step` begins on this rank."""
+        heart().beat(step, phase)
+        self._limit.enter(phase)
+        if self._limit.is_near:
+            self.stop.request("the time limit is near")
 
     def open_records(
         self, recipe: Recipe, fingerprint: dict[str, Any], report: dict[str, Any], header: list[tuple[str, str]]

@@ -32,7 +32,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sft_dist.certify import PAD_MULTIPLE, Check, Documents, merge, small_copy
+from sft_dist.assembly import spread
+from sft_dist.certify import COPY_VOCABULARY, PAD_MULTIPLE, Check, Documents, merge, small_copy
 from sft_dist.config.auto import Choices
 from sft_dist.config.schema import OptimSection, Recipe
 from sft_dist.data.collate import collate
@@ -46,7 +47,6 @@ from sft_dist.parallel.engine import Engine, full_tensor, trained_parameters
 from sft_dist.parallel.messages import broadcast_json, gather_json
 from sft_dist.parallel.runtime import Runtime, seed_for
 from sft_dist.parallel.sequence import ALONE, SequenceGroup
-from sft_dist.parts import spread
 from sft_dist.types import Pack, PackedBatch, StepPlan, TokenizedExample
 
 WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner")
@@ -89,16 +89,20 @@ def certify_layout(
     `config` is the run's architecture, `step` the loop's own step, `sequence` the ranks that share rows. Leaves model,
     optimizer and random numbers alone.
     """
-    compute = DTYPES[choices.compute]
+    compute, probing = DTYPES[choices.compute], probe_recipe(recipe)
     with _random_numbers_kept(place):
-        network = reduced(recipe, config, compute, place, sequence)
-        documents = probe_documents(network, place.world_size)
-        loaded = global_batch(documents, recipe, place, sequence, pad_token_id)
-        alone = reduced(recipe, config, compute, place, ALONE) if place.is_main else None
-        truth = reference(alone, documents, place) if alone else None
+        documents = probe_documents(config, place.world_size // sequence.size)
+        truth = None
+        if place.is_main:  # before the attention of a sequence group takes the place of that of whole rows
+            truth = reference(reduced(probing, config, compute, place, ALONE), documents, place)
         loss, grad_norm = broadcast_json((truth.loss, truth.grad_norm) if truth else None)
-        figures = measure(network, recipe, choices, place, step, loaded, truth, loss, grad_norm)
+        network = reduced(probing, config, compute, place, sequence)
+        loaded = global_batch(documents, recipe, place, sequence, pad_token_id)
+        figures = measure(network, probing, choices, place, step, loaded, truth, loss, grad_norm)
     gc.collect()  # a wrapper that outlives the process group would hang its end
+    if place.device.type == "cuda":  # the run's peak is its own
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(place.device)
     checks = judge(figures, compute)
     for check in checks:
         if not check.passed:
@@ -124,8 +128,16 @@ def refusal(check: Check, recipe: Recipe, choices: Choices, place: Runtime) -> s
     )
 
 
+def probe_recipe(recipe: Recipe) -> Recipe:
+    """The run's recipe with an update proportional to the gradient, fp32 masters, and without what is drawn for whole
+    batches (dropout, noise)."""
+    tuning = recipe.tuning.model_copy(update={"dropout": 0.0})
+    precision = recipe.precision.model_copy(update={"master": "float32", "stochastic_rounding": False})
+    return recipe.model_copy(update={"tuning": tuning, "precision": precision, "optim": PROBE})
+
+
 def reduced(recipe: Recipe, config: Any, compute: torch.dtype, place: Runtime, sequence: SequenceGroup) -> Network:
-    """The copy, tuned as the run is, without dropout (whose masks are the batch's, not the layout's)."""
+    """The copy, tuned as the run is."""
     narrow = copy.deepcopy(config)
     text = narrow.get_text_config()
     for name in WIDTHS:
@@ -133,8 +145,7 @@ def reduced(recipe: Recipe, config: Any, compute: torch.dtype, place: Runtime, s
             setattr(text, name, min(getattr(text, name), MAX_WIDTH))
     model = small_copy(narrow, recipe.run.seed).to(base_dtype(recipe, compute))
     model.config.use_cache = False  # type: ignore[union-attr]
-    quiet = recipe.model_copy(update={"tuning": recipe.tuning.model_copy(update={"dropout": 0.0})})
-    network = tune(model, quiet, compute, place.device, sequence)
+    network = tune(model, recipe, compute, place.device, sequence)
     for name, parameter in trained_parameters(PackedCausalLM(network.model, network.head)).items():
         if not parameter.detach().any():  # LoRA's B: nothing would flow to A
             generator = torch.Generator().manual_seed(seed_for(recipe.run.seed, name))
@@ -142,10 +153,10 @@ def reduced(recipe: Recipe, config: Any, compute: torch.dtype, place: Runtime, s
     return network
 
 
-def probe_documents(network: Network, world_size: int) -> Documents:
+def probe_documents(config: Any, world_size: int) -> Documents:
     """Two for each of 3/2 micro-batches a rank: sums of unlike sizes, and ranks that have none in the last round."""
     rng = np.random.default_rng(0)
-    vocabulary = network.config.get_text_config().vocab_size
+    vocabulary = min(config.get_text_config().vocab_size, COPY_VOCABULARY)
     examples = []
     for length in rng.integers(3, 40, 2 * (world_size + (world_size + 1) // 2)):
         weights = (rng.random(length) < 0.6).astype(np.float32)
@@ -157,13 +168,13 @@ def probe_documents(network: Network, world_size: int) -> Documents:
 def global_batch(
     documents: Documents, recipe: Recipe, place: Runtime, sequence: SequenceGroup, pad_token_id: int
 ) -> LoadedStep:
-    """This rank's part, dealt as the loader deals: group r of W takes micro-batches r, W + r, ..."""
+    """This rank's part, dealt as the loader deals: group g of G takes micro-batches g, G + g, ... and cuts them."""
     packs = documents.packs
     cuts = [packs[i : i + 2] for i in range(0, len(packs), 2)]
-    group, num_groups = place.rank // sequence.size, place.world_size // sequence.size
-    rounds = -(-len(cuts) // num_groups)
-    mine = tuple(round_ * num_groups + group for round_ in range(rounds))
-    build = partial(_collate, documents, recipe.data.packing, pad_token_id, sequence.pad_multiple(PAD_MULTIPLE))
+    group, groups = place.rank // sequence.size, place.world_size // sequence.size
+    mine = tuple(round_ * groups + group for round_ in range(-(-len(cuts) // groups)))
+    multiple = sequence.pad_multiple(PAD_MULTIPLE)
+    build = partial(_collate, documents, recipe.data.packing, pad_token_id, multiple)
     batches = tuple(sequence.cut(build(cuts[i] if i < len(cuts) else ())) for i in mine)
     return LoadedStep(StepPlan(1, 0, tuple(map(tuple, cuts))), batches, mine, "")
 
@@ -203,9 +214,7 @@ def measure(
     grad_norm: float,
 ) -> list[float]:
     """This rank's five figures, relative to the reference."""
-    plain = recipe.precision.model_copy(update={"stochastic_rounding": False})
-    probing = recipe.model_copy(update={"optim": PROBE, "precision": plain})
-    engine = spread(network, probing, replace(choices, lr=LR), place)
+    engine = spread(network, recipe, replace(choices, lr=LR), place)
     before = {name: full_tensor(tensor).float().cpu().clone() for name, tensor in _weights(engine).items()}
     found = step(
         engine, loaded, lr=LR, max_norm=CLIP_SHARE * grad_norm, seed=recipe.run.seed, device=place.device, stop=False

@@ -185,7 +185,7 @@ def export(parts: Parts, run_dir: Path) -> Certificate | None:
     base = None
     if is_adapter(parts.engine.model):
         num_bytes = sum(map(global_numel, parts.engine.model.parameters())) * compute.itemsize
-        base = Base(num_bytes, partial(base_model, recipe, len(tokenizer), compute))
+        base = Base(num_bytes, partial(base_model, recipe, tokenizer, compute))
     return export_model(
         package_of(parts.engine.model, words_of(parts.inputs), base, recipe.model.trust_remote_code),
         live_weights(parts.engine, DTYPES[recipe.precision.master]),

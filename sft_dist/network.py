@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sft_dist.certify import DROPOUTS
 from sft_dist.config.schema import Recipe
 from sft_dist.models import attention
 from sft_dist.models.adapters import apply_tuning
-from sft_dist.models.load import DTYPES, check_vocabulary, load_model
+from sft_dist.models.load import DTYPES, load_config, load_model
 from sft_dist.models.packed import Head, causal_lm, pick_head
+from sft_dist.models.quantise import move_scales
+from sft_dist.models.vocabulary import require_training
 from sft_dist.models.weight_files import WeightFiles, empty_model, find_files
 from sft_dist.parallel.sequence import ALONE, SequenceGroup, refuse_what_cannot_be_cut, share_dropout
 
@@ -51,16 +52,21 @@ def build_network(
     device: torch.device,
     *,
     vocab_size: int,
+    num_added: int = 0,
     sequence: SequenceGroup = ALONE,
 ) -> Network:
-    """Load the model on the CPU and tune it for `device`. `vocab_size` is the tokenizer's; the ranks of a `sequence`
-    group cut rows among them.
+    """Load the model on the CPU and tune it for `device`. `vocab_size` is the tokenizer's, whose last `num_added` ids
+    may be new to the model; the ranks of a `sequence` group cut rows among them.
 
     Raises ConfigError with the way out.
     """
     dtype = base_dtype(recipe, compute)
-    model = load_model(recipe.model, dtype=dtype, seed=recipe.run.seed, vocab_size=vocab_size)
-    return tune(model, recipe, compute, device, sequence)
+    model = load_model(recipe.model, dtype=dtype, seed=recipe.run.seed, vocab_size=vocab_size, num_added=num_added)
+    network = tune(model, recipe, compute, device, sequence)
+    num_new = vocab_size - load_config(recipe.model).get_text_config().vocab_size
+    if num_new > 0:
+        require_training(network.model, num_new, recipe.tuning.method)
+    return network
 
 
 def build_empty_network(
@@ -72,14 +78,16 @@ def build_empty_network(
     sequence: SequenceGroup = ALONE,
 ) -> Network | None:
     """The same network with its weights left in their files, to be read when it is sharded. None where that cannot be:
-    random weights, methods that need the base's values, files under other names or in other formats."""
+    random weights, methods that need the base's values, tokens that the files have no rows for, files under other names
+    or in other formats."""
     if recipe.model.init != "pretrained" or recipe.tuning.method not in FROM_FILES or recipe.model.trust_remote_code:
         return None
     files = find_files(recipe.model, recipe.run.seed)
     if files is None:
         return None
     model = empty_model(recipe.model, dtype=base_dtype(recipe, compute))
-    check_vocabulary(model, vocab_size)
+    if vocab_size > model.get_input_embeddings().weight.shape[0]:
+        return None
     network = tune(model, recipe, compute, device, sequence)
     return None if files.gap(network.model) else replace(network, files=files)
 
@@ -100,10 +108,11 @@ def tune(
     backend = attention.choose_backend(recipe.model.attention, model.config, device, compute)
     packs = recipe.data.packing != "padded"
     if sequence.size > 1:
-        refuse_what_cannot_be_cut(model.config, sequence.size, DROPOUTS)
+        refuse_what_cannot_be_cut(model.config, sequence.size)
     if packs:
         attention.install(model, backend.name, sequence.across)
     tuned = apply_tuning(model, recipe.tuning, recipe.run.seed, compute)
+    move_scales(tuned, device)
     share_dropout(tuned, sequence)
     for parameter in tuned.parameters():
         if parameter.requires_grad:

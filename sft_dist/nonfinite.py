@@ -114,16 +114,25 @@ def examine(engine: Engine, again: Callable[[], Tensor], num_micro_batches: int)
 
 
 def norms(tensors: dict[str, Tensor]) -> dict[str, float]:
-    """2-norm of each whole tensor, the mean of the replicas' where they are whole on every rank. Collective."""
+    """2-norm of each whole tensor, the mean of its replicas' squares where there are several. Collective."""
     if not tensors:
         return {}
     squares = []
     for tensor in tensors.values():
-        piece, share = (tensor.to_local(), 1) if isinstance(tensor, DTensor) else (tensor, 1 / dist.get_world_size())
-        squares.append(piece.detach().double().square().sum() * share)
+        piece, num_replicas = tensor.detach(), dist.get_world_size()
+        if isinstance(piece, DTensor):
+            num_replicas //= _num_shards(piece)
+            piece = piece.to_local()
+        squares.append(piece.double().square().sum() / num_replicas)
     sums = torch.stack(squares)
     dist.all_reduce(sums)
     return dict(zip(tensors, sums.sqrt().tolist(), strict=True))
+
+
+def _num_shards(tensor: DTensor) -> int:
+    """Over how many ranks one copy of it is spread."""
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if placement.is_shard())
 
 
 def write_bundle(folder: Path, parts: Parts, loaded: LoadedStep, result: StepResult, found: Findings) -> None:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from sft_dist.certify import Check, certify
+from sft_dist.assembly import prove_boundaries, spread
+from sft_dist.certify import Check
 from sft_dist.checkpoint.export import rehearse_words
 from sft_dist.checkpoint.export_certificate import Words
 from sft_dist.config.auto import Choices, Facts, choose, compute_dtype
 from sft_dist.config.elastic import ELASTIC, check_micro_batches
-from sft_dist.config.identity import identity, refuse_changes
+from sft_dist.config.identity import identity, read_fingerprint, refuse_changes
 from sft_dist.config.loader import load_resolved
 from sft_dist.config.schema import Recipe
 from sft_dist.data.loader import Loader, Plan, VerifiedDocuments
@@ -39,15 +38,12 @@ from sft_dist.data.stream_store import AnyStore
 from sft_dist.errors import CheckpointError, ConfigError, DataError
 from sft_dist.models.adapters import frozen_digest, is_adapter
 from sft_dist.models.load import DTYPES, load_tokenizer
-from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers
-from sft_dist.models.recompute import compile_layers, keep_activations
+from sft_dist.models.packed import causal_lm
 from sft_dist.models.rotary import refuse_shared_turns
-from sft_dist.models.weight_files import give_memory
+from sft_dist.models.vocabulary import num_added
 from sft_dist.network import Network, build_empty_network, build_network
 from sft_dist.observe.header import batch_equation, certificate_line, count
 from sft_dist.observe.perf import Shape
-from sft_dist.optim import build_optimizer
-from sft_dist.parallel.build import CASTS_ITSELF, build_engine
 from sft_dist.parallel.engine import Engine, global_numel
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime, read_place
@@ -165,87 +161,27 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path, chosen: Choices |
     )
 
 
+def _network(
+    inputs: Inputs, recorded: dict[str, Any] | None, compute: torch.dtype, place: Runtime, sequence: SequenceGroup
+) -> tuple[Network, Choices]:
+    """The network and what is chosen for it. Its weights stay in their files where the engine will read its shards."""
+    recipe, store, vocab_size = inputs.recipe, inputs.data.train, len(inputs.tokenizer)
+    needs, added = (recipe, compute, place.device), num_added(inputs.tokenizer)
+    may_shard = recipe.parallel.strategy == "fsdp2" or (recipe.parallel.strategy == "auto" and place.world_size > 1)
+    if may_shard and (network := build_empty_network(*needs, vocab_size=vocab_size, sequence=sequence)):
+        choices = _choices(recipe, recorded, network.model, store, place)
+        if choices.strategy == "fsdp2":
+            return network, choices
+    network = build_network(*needs, vocab_size=vocab_size, num_added=added, sequence=sequence)
+    return network, _choices(recipe, recorded, network.model, store, place)
+
+
 def longest_example(inputs: Inputs) -> int:
     """Tokens of the longest example of any split; of a stream, what its longest may have."""
     if inputs.recipe.data.streams:
         return inputs.recipe.data.seq_len
     splits = (inputs.data.train, inputs.data.eval)
     return max(int(np.max(store.lengths)) for store in splits if isinstance(store, TokenStore))
-
-
-def _network(
-    inputs: Inputs,
-    recorded: dict[str, Any] | None,
-    compute: torch.dtype,
-    place: Runtime,
-    sequence: SequenceGroup,
-) -> tuple[Network, Choices]:
-    """The network and what is chosen for it. Its weights stay in their files where the engine will read its shards."""
-    recipe, store = inputs.recipe, inputs.data.train
-    needs, vocab_size = (recipe, compute, place.device), len(inputs.tokenizer)
-    may_shard = recipe.parallel.strategy == "fsdp2" or (recipe.parallel.strategy == "auto" and place.world_size > 1)
-    if may_shard and (network := build_empty_network(*needs, vocab_size=vocab_size, sequence=sequence)):
-        choices = _choices(recipe, recorded, network.model, store, place)
-        if choices.strategy == "fsdp2":
-            return network, choices
-    network = build_network(*needs, vocab_size=vocab_size, sequence=sequence)
-    return network, _choices(recipe, recorded, network.model, store, place)
-
-
-def spread(network: Network, recipe: Recipe, choices: Choices, place: Runtime) -> Engine:
-    """The engine that was chosen, around the network, with the recipe's optimizer."""
-    layers = decoder_layers(causal_lm(network.model))
-    if recipe.precision.compile:
-        compile_layers(layers, network.config._attn_implementation if network.backend else None)
-    keep_activations(
-        layers,
-        choices.activation_checkpointing,
-        offload=recipe.memory.activation_offload,
-        on_gpu=place.device.type == "cuda",
-    )
-    autocast = network.compute if choices.strategy not in CASTS_ITSELF and network.compute != torch.float32 else None
-    return build_engine(
-        choices.strategy,
-        PackedCausalLM(network.model, network.head, autocast_dtype=autocast, neftune_alpha=recipe.optim.neftune_alpha),
-        layers,
-        place,
-        network.compute,
-        partial(
-            build_optimizer,
-            optim=recipe.optim,
-            lr=choices.lr,
-            rounding_seed=recipe.run.seed if recipe.precision.stochastic_rounding else None,
-        ),
-        offload=recipe.parallel.offload,
-        exact=recipe.run.deterministic == ELASTIC,
-        dp_replicate=recipe.parallel.dp_replicate,
-        fill=None if network.files is None else partial(_fill, network, place.device),
-    )
-
-
-def _fill(network: Network, device: torch.device, packed: nn.Module) -> None:
-    """Memory and values for this rank's part of a network whose weights are still in their files."""
-    assert network.files is not None
-    give_memory(packed, device)
-    network.files.fill(network.model)
-
-
-def prove_boundaries(
-    network: Network, engine: Engine, recipe: Recipe, place: Runtime, sequence: SequenceGroup
-) -> list[Check]:
-    """The certificate of this model under this engine. Raises CertificateError with the way out."""
-    with engine.evaluating():
-        return certify(
-            engine.packed.hidden_states,  # type: ignore[arg-type]  # a method of PackedCausalLM
-            network.config,
-            head=network.head,
-            backend=network.backend,
-            packing=recipe.data.packing,
-            device=place.device,
-            dtype=network.compute,
-            seed=recipe.run.seed,
-            sequence=sequence,
-        )
 
 
 def decoder_shape(model: nn.Module) -> Shape:
@@ -270,10 +206,10 @@ def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
     trained = sum(map(global_numel, parts.engine.trained.values()))
     total = sum(map(global_numel, parts.engine.model.parameters()))
     offloaded = "" if recipe.parallel.offload == "none" else f"{recipe.parallel.offload} offloaded, "
-    shared_by = recipe.parallel.sequence
-    cut_among = "" if shared_by == 1 else f", each row cut among {shared_by} (sequence parallel)"
     replicas = recipe.parallel.dp_replicate
     mesh = "" if replicas == 1 else f"{replicas} replicas x {place.world_size // replicas} shards, "
+    shared_by = recipe.parallel.sequence
+    cut_among = "" if shared_by == 1 else f", each row cut among {shared_by} (sequence parallel)"
     store = parts.inputs.data.train
     so_far = " in the first window of a stream" if recipe.data.streams else ""
     return [
@@ -380,12 +316,6 @@ def explain_inputs(recipe: Recipe) -> dict[str, str]:
     }
 
 
-def read_fingerprint(run_dir: Path) -> dict[str, Any] | None:
-    """The record of the run in `run_dir`, None when it is new."""
-    path = run_dir / "fingerprint.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
 def _choices(
     recipe: Recipe, recorded: dict[str, Any] | None, model: nn.Module, store: AnyStore, place: Runtime
 ) -> Choices:
@@ -408,13 +338,13 @@ def _choices(
         num_train_examples=len(store),
         world_size=place.world_size,
         device=place.device.type,
-        memory_bytes=broadcast_json(_memory_bytes(place)),
+        memory_bytes=broadcast_json(memory_bytes(place)),
         intermediate_size=getattr(config, "intermediate_size", None) or 0,
     )
     return choose(recipe, facts)
 
 
-def _memory_bytes(place: Runtime) -> int:
+def memory_bytes(place: Runtime) -> int:
     """Memory one process may use: the GPU's, or its share of the machine's."""
     if place.device.type == "cuda":
         return torch.cuda.get_device_properties(place.device).total_memory

@@ -104,8 +104,8 @@ def most_rounds(parts: Parts) -> int:
 
 
 def worst_micro_batch(plan: PackPlan | StreamPlan) -> MicroBatch:
-    """The micro-batch with the most token slots; of those the one whose documents cost most. Of a stream the first
-    step's: nothing else has been read."""
+    """The micro-batch with the most token slots; of those the one whose documents cost most. Of a stream, which cannot
+    be looked through, that of its first step."""
     count = 1 if isinstance(plan, StreamPlan) else min(plan.num_steps, STEPS_LOOKED_AT)
     steps = sorted({1 + round(i * (plan.num_steps - 1) / max(1, count - 1)) for i in range(count)})
     found = (micro_batch for number in steps for micro_batch in plan.step(number).micro_batches)

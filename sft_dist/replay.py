@@ -29,6 +29,7 @@ from sft_dist.models import attention
 from sft_dist.models.adapters import apply_tuning_plain
 from sft_dist.models.load import DTYPES, load_model
 from sft_dist.models.packed import PackedCausalLM, pick_head
+from sft_dist.models.vocabulary import num_added
 from sft_dist.observe.metrics import read_metrics
 from sft_dist.parallel.runtime import seed_for
 from sft_dist.parts import PAD_MULTIPLE_CPU, Inputs, pad_token_id, reopen
@@ -125,7 +126,8 @@ def _model(replayed: Replayed, checkpoint: Path | None) -> PackedCausalLM:
     recipe, tokenizer = replayed.inputs.recipe, replayed.inputs.tokenizer
     master, compute = DTYPES[recipe.precision.master], DTYPES[replayed.choices.compute]
     base = master if recipe.tuning.method == "full" else compute
-    model = load_model(recipe.model, dtype=base, seed=recipe.run.seed, vocab_size=len(tokenizer))
+    sizes = {"vocab_size": len(tokenizer), "num_added": num_added(tokenizer)}
+    model = load_model(recipe.model, dtype=base, seed=recipe.run.seed, **sizes)
     if recipe.data.packing != "padded":
         backend = attention.choose_backend("auto", model.config, CPU, DTYPES[COMPUTE])
         attention.install(model, backend.name)

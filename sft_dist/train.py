@@ -9,12 +9,15 @@ of the step, so resuming is: load tensors, continue at step + 1.
 
 from __future__ import annotations
 
+import signal
+
 from sft_dist.resilience.orphan import die_with_ancestors
 from sft_dist.resilience.stacks import answer_with_stacks
 
 if __name__ == "__main__":
     die_with_ancestors()  # before the slow imports: a launcher killed meanwhile must not leave this process behind
     answer_with_stacks()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop listens: Ctrl-C ends it without a traceback
 
 import os
 import sys
@@ -36,7 +39,7 @@ from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.config.auto import FEW_STEPS, cadence, refuse_uneven
 from sft_dist.config.elastic import ELASTIC, check_world
 from sft_dist.config.environment import check_launcher
-from sft_dist.config.identity import check_recipe
+from sft_dist.config.identity import check_recipe, read_fingerprint
 from sft_dist.config.loader import adoptions, load_recipe, load_resolved
 from sft_dist.config.overrides import split_arguments
 from sft_dist.config.schema import Recipe
@@ -58,7 +61,7 @@ from sft_dist.optim import lr_at, set_lr
 from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime, read_place, runtime, seed_for
-from sft_dist.parts import Inputs, Parts, build_parts, header_rows, read_fingerprint, read_inputs
+from sft_dist.parts import Inputs, Parts, build_parts, header_rows, read_inputs
 from sft_dist.rehearsal import fit
 from sft_dist.resilience.corruption import audit, baseline
 from sft_dist.resilience.ending import run_and_end
@@ -66,7 +69,10 @@ from sft_dist.resilience.heartbeat import heart
 from sft_dist.resilience.lease import LEASE_VARIABLE
 from sft_dist.resilience.orphan import launcher_commands
 from sft_dist.resilience.run_folder import attempt_dir, claim, put_aside, write_exit_code
+from sft_dist.resilience.time_limit import end_time
 from sft_dist.types import StepMetrics, StepPlan, StepResult
+
+LONGEST_UNSAVED_SECONDS = 1800.0  # with checkpoint.every_steps=auto, however many steps a run has
 
 
 def train_step(
@@ -78,18 +84,20 @@ def train_step(
     seed: int,
     device: torch.device,
     stop: bool,
+    written: bool = False,
 ) -> StepResult:
     """One optimizer step. The loss is the sum over the global batch divided once by its global weight."""
     losses = sum_gradients(engine, loaded, seed, device)
     grad_norm = engine.clip_grad_norm(max_norm)
 
-    verdict = torch.cat([losses, losses.new_tensor([float(stop)]), grad_norm.double()[None]])
+    verdict = torch.cat([losses, losses.new_tensor([float(stop), float(written)]), grad_norm.double()[None]])
     dist.all_reduce(verdict)  # one for all ranks, also where only one of them met a NaN or was asked to stop
     loss_sum = verdict[: len(loaded.step.micro_batches)].sum()  # in the plan's order, whoever computed them
     result = StepResult(
         loss=loss_sum.item() / loaded.step.loss_weight_sum,
         grad_norm=verdict[-1].item() / dist.get_world_size(),  # equal on all ranks: exact
-        stop=verdict[-2].item() > 0,
+        stop=verdict[-3].item() > 0,
+        written=verdict[-2].item() == dist.get_world_size(),
     )
     if result.is_finite:
         set_lr(engine.optimizer, lr)
@@ -124,6 +132,7 @@ def loop(parts: Parts, job: Job, saver: BackgroundSaver, done: Position) -> bool
     losses = broadcast_json([x["eval_loss"] for x in read_metrics(job.run_dir) if x["kind"] == "eval"])
     first, audit_every = done.step + 1, recipe.resilience.audit_every
     at_start = baseline(parts.engine) if audit_every else None
+    saved, unsaved = done.step, num_steps  # the step of the newest save, and how many may follow it without one
     job.console.start(done.step, num_steps)
     for step in range(first, num_steps + 1):
         if patience and rises(losses, patience):
@@ -146,20 +155,27 @@ def loop(parts: Parts, job: Job, saver: BackgroundSaver, done: Position) -> bool
             seed=recipe.run.seed,
             device=parts.place.device,
             stop=bool(job.stop),
+            written=saver.is_written,
         )
         metrics = measure(parts, loaded, result, lr, job.attempt, time.perf_counter() - started)
         again = partial(sum_gradients, parts.engine, loaded, recipe.run.seed, parts.place.device)
         skipped = skip_or_stop(parts, job, loaded, result, done.skipped, again)
         job.record(metrics, loaded.step, num_steps, due=step % log_every == 0 or step in (first, num_steps))
         done = Position(step, fold(done.ledger, loaded.step), skipped)
-        saver.commit_written()
+        if result.written:
+            saver.commit()
+        job.saves_take(saver.slowest_seconds)
 
         is_last, stopping = step == num_steps, result.stop or step == stop_after
         if is_last or step % evaluate_every == 0:
             job.beat(step, "evaluate")
             losses += milestones.evaluate(parts, step, job.run_dir, job.log)
-        if is_last or stopping or step % save_every == 0:
+        if recipe.checkpoint.every_steps == "auto" and first < step in (first + 1, saved + 1):
+            # Rank 0's clock decides for all; the first step, in which kernels are compiled, tells nothing.
+            unsaved = broadcast_json(max(1, int(LONGEST_UNSAVED_SECONDS / metrics.step_seconds)))
+        if is_last or stopping or step % save_every == 0 or step - saved >= unsaved:
             job.beat(step, "save")
+            saved = step
             leaves = is_last or stopping
             milestones.save(parts, saver, done, job.run_dir, may_fail=not leaves)
         if stopping and not is_last:
@@ -173,8 +189,15 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
     fitted = fit(partial(build_parts, inputs, place, job.run_dir), resumed=resumed, say=job.console.say)
     parts = fitted.parts
     try:
-        keep = inputs.recipe.checkpoint.keep
-        manager = CheckpointManager(job.run_dir, keep, notice=job.console.say, ready=job.settle, fence=job.check_lease)
+        wished = inputs.recipe.checkpoint
+        manager = CheckpointManager(
+            job.run_dir,
+            wished.keep,
+            notice=job.console.say,
+            ready=job.settle,
+            fence=job.check_lease,
+            trusts_all=wished.trust_world_writable,
+        )
         rows = [*header_rows(parts, job.attempt), ("layout", prove_layout(parts)), ("rehearsal", fitted.told)]
         done = resume(parts, job, manager)
         job.open_records(inputs.recipe, parts.fingerprint, inputs.data.report_now().as_dict(), rows)
@@ -190,7 +213,7 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
             milestones.evaluate(parts, 0, job.run_dir, job.log)
         saver = BackgroundSaver(manager)
         finished = loop(parts, job, saver, done)
-        saver.commit_written(wait=True)
+        saver.commit()
         job.console.stop()
         if inputs.recipe.data.streams:
             job.write_report(inputs.data.report_now().as_dict())
@@ -198,7 +221,8 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
         if not finished:
             anew = inputs.recipe.checkpoint.resume == "never"
             how = "with checkpoint.resume=auto" if anew else "the same command"
-            job.console.say(f"stopped with a checkpoint; run {how} to continue")
+            why = f" ({job.stop.reason})" if job.stop.reason else ""
+            job.console.say(f"stopped with a checkpoint{why}; run {how} to continue")
             return EXIT_STOPPED
         exported = milestones.restore_best(parts, manager, job)
         milestones.check_answers(parts, "after", job.run_dir)
@@ -320,6 +344,7 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
         if anew and place.is_main and (aside := put_aside(run_dir, attempt)):
             notice(f"checkpoint.resume=never: what earlier attempts left is in {aside}")
         job = stack.enter_context(Job(run_dir, attempt, place.rank))
+        job.mind_the_end(end_time(recipe.resilience.end_time, os.environ), recipe.resilience.end_margin_seconds)
         folder = attempt_dir(run_dir, attempt) if place.is_main else None
         try:
             with failing_storage(run_dir):

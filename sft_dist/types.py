@@ -105,7 +105,7 @@ class PackedBatch:
     input_ids: torch.Tensor  # int64
     labels: torch.Tensor  # int64, already shifted inside each document; IGNORE_INDEX where nothing is learned
     loss_weights: torch.Tensor  # float32, aligned with labels
-    position_ids: torch.Tensor  # int64, restarts at 0 in each document
+    position_ids: torch.Tensor  # int64, restarts at 0 in each document; 0 in a packed row's padding
     cu_seqlens: torch.Tensor | None  # int32[N+1]
     max_seqlen: int
     num_tokens: int  # without padding
@@ -133,7 +133,8 @@ class StepResult:
 
     loss: float
     grad_norm: float
-    stop: bool
+    stop: bool  # some rank was asked to
+    written: bool  # every rank has written its part of the save under way
 
     @property
     def is_finite(self) -> bool:

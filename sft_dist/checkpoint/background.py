@@ -2,21 +2,22 @@
 
     saver = BackgroundSaver(manager)
     saver.begin(step, tensors, meta)      copy to host memory; the write begins
-    saver.commit_written()                at every later step boundary: commits once all ranks have written and hashed
-    saver.commit_written(wait=True)       before the run ends, and before the next save
+    saver.is_written                      travels in the verdict of every later step
+    saver.commit()                        once it is true on all ranks; before the next save; before the run ends
     saver.save(step, tensors, meta)       without a copy: committed when it returns
 
 The thread fills a folder that is no checkpoint, and speaks with the threads of the other ranks over a process group of
 its own. The commit (manifest, rename, deleting old ones) happens on the main path only, so a crash at any moment leaves
 what it leaves in a save that is waited for. What went wrong in the thread is raised, on all ranks alike, by the
-`commit_written` that finds it. The copy stays allocated between saves: its pages cost more than the copying.
+`commit` that finds it. The copy stays allocated between saves: its pages cost more than the copying.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Write:
     partial: Path
     meta: Mapping[str, Any]
     also_keep: int | None
+    began: float = field(default_factory=time.monotonic)
     thread: threading.Thread | None = None
     files: dict[str, FileEntry] | None = None  # what the thread wrote
     error: BaseException | None = None  # or what it met
@@ -51,26 +53,27 @@ class BackgroundSaver:
         self._ranks = Ranks()  # for the thread alone: its messages never mix with those of the main path
         self._copy = HostCopy()
         self._write: Write | None = None
+        self.slowest_seconds = 0.0  # from the beginning of a save to its commit
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, also_keep: int | None = None
     ) -> None:
         """`CheckpointManager.save`, after what is under way."""
-        self.commit_written(wait=True)
+        self.commit()
         self._manager.save(step, tensors, meta, also_keep=also_keep)
 
     def try_save(
         self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, also_keep: int | None = None
     ) -> None:
         """`CheckpointManager.try_save`, after what is under way."""
-        self.commit_written(wait=True)
+        self.commit()
         self._manager.try_save(step, tensors, meta, also_keep=also_keep)
 
     def begin(
         self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, also_keep: int | None = None
     ) -> None:
         """Begin what `try_save` does; when this returns, `tensors` may be changed again."""
-        self.commit_written(wait=True)
+        self.commit()
         partial = None
         with self._manager.tolerating(step):
             partial = self._manager.open(step, tensors)
@@ -83,21 +86,18 @@ class BackgroundSaver:
         write.thread.start()
 
     @property
-    def is_writing(self) -> bool:
-        """Whether a save is under way; the same on all ranks."""
-        return self._write is not None
+    def is_written(self) -> bool:
+        """Whether this rank's part of a save is there to be committed."""
+        return self._write is not None and self._write.thread is not None and not self._write.thread.is_alive()
 
-    def commit_written(self, *, wait: bool = False) -> None:
-        """Commit the save under way if it is written, or once it is (`wait`). Nothing to do without one.
+    def commit(self) -> None:
+        """Commit the save under way, once it is written. Nothing to do without one.
 
         What the disk refused is told and passed over as by `try_save`. Raises on all ranks alike: StorageError for the
         third save in a row that fails, NonFiniteError.
         """
         write = self._write
         if write is None or write.thread is None:
-            return
-        # The thread's last act is an exchange between all ranks: where one has ended, the others are about to.
-        if not wait and not self._manager.ranks.from_main(not write.thread.is_alive()):
             return
         write.thread.join()
         self._write = None
@@ -107,6 +107,7 @@ class BackgroundSaver:
             assert write.files is not None
             self._manager.commit(write.step, write.partial, self._copy.tensors, write.files, write.meta)
             self._manager.retire(write.also_keep)
+            self.slowest_seconds = max(self.slowest_seconds, time.monotonic() - write.began)
 
     def _run(self, write: Write, copied: Mapping[str, Tensor]) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,19 @@ def folders(run_dir: str | Path) -> list[Path]:
 def set_aside(run_dir: str | Path) -> list[Path]:
     """Folders that were found bad and renamed, by name."""
     return sorted(p for p in (Path(run_dir) / FOLDER_NAME).glob("step-*.bad-*") if _SET_ASIDE.fullmatch(p.name))
+
+
+def open_to_all(run_dir: str | Path) -> Path | None:
+    """The first folder or file of the committed state that anyone on the machine may change or replace; None if none.
+
+    A folder with the sticky bit keeps others from replacing what is in it.
+    """
+    tops = (Path(run_dir), Path(run_dir) / FOLDER_NAME)
+    for path in (*tops, *(inner for folder in folders(run_dir) for inner in (folder, *folder.iterdir()))):
+        mode = path.lstat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX and not stat.S_ISLNK(mode):
+            return path
+    return None
 
 
 def list_checkpoints(run_dir: str | Path, *, prove: bool = False) -> list[Checkpoint]:

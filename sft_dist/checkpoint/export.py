@@ -11,6 +11,7 @@ import copy
 import json
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from sft_dist.checkpoint.catalog import find
@@ -48,6 +49,7 @@ from sft_dist.models.adapters import apply_tuning, apply_tuning_plain, is_adapte
 from sft_dist.models.load import DTYPES, load_model
 from sft_dist.models.packed import causal_lm
 from sft_dist.models.quantise import quantise
+from sft_dist.models.vocabulary import num_added
 
 WEIGHTS_PREFIX = "model."
 ADAPTER = "default"
@@ -119,6 +121,7 @@ def export_model(
             if ranks.is_main:
                 _describe(partial_folder, package, written)
                 certificate = _proven(partial_folder, out, package, written, probe)
+                _give_users_modes(partial_folder)
                 _replace(partial_folder, out)
     return certificate
 
@@ -145,7 +148,7 @@ def export_from_checkpoint(
     if merge:
         _refuse_to_merge(recipe.tuning, run_dir)
     compute = _compute_dtype(Path(run_dir), recipe)
-    rebuild = partial(_rebuild, recipe, len(words.tokenizer), compute=compute, merging=merge)
+    rebuild = partial(_rebuild, recipe, words.tokenizer, compute=compute, merging=merge)
     model = rebuild().eval()
     _fill(model, folder)
     lm = causal_lm(model)
@@ -163,9 +166,7 @@ def export_from_checkpoint(
     else:
         base = None
         if is_adapter(model):
-            base = Base(
-                lm.num_parameters() * compute.itemsize, partial(base_model, recipe, len(words.tokenizer), compute)
-            )
+            base = Base(lm.num_parameters() * compute.itemsize, partial(base_model, recipe, words.tokenizer, compute))
         package, weights = package_of(model, words, base, code), plain_weights(model.state_dict(), dtype)
     certificate = export_model(package, weights, out, probe, file_bytes=file_bytes)
     assert certificate is not None
@@ -315,6 +316,16 @@ def _model_class(config: PretrainedConfig) -> type:
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), nn.Module)
 
 
+def _give_users_modes(folder: Path) -> None:
+    """safetensors writes files that only their owner can read; a shared folder's umask says otherwise.
+
+    The folder itself was made under that umask, and reading it from there, not by setting it, disturbs no thread.
+    """
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for path in folder.iterdir():
+        path.chmod(mode)
+
+
 def _replace(partial: Path, out: Path) -> None:
     """Make `partial` durable and give it the name `out`; a former folder of that name goes afterwards."""
     for path in partial.iterdir():
@@ -335,12 +346,13 @@ def _compute_dtype(run_dir: Path, recipe: Recipe) -> torch.dtype:
     return DTYPES.get(chosen, torch.float32)
 
 
-def _rebuild(recipe: Recipe, vocab_size: int, *, compute: torch.dtype, merging: bool) -> nn.Module:
+def _rebuild(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, compute: torch.dtype, merging: bool) -> nn.Module:
     """The run's model as it was before its first step; for merging, a 4-bit base as plain matrices of the values that
     its codes stand for: those the adapter was trained on."""
     master, tuning = DTYPES[recipe.precision.master], recipe.tuning
     dtype = master if tuning.method == "full" else compute
-    model = load_model(recipe.model, dtype=dtype, seed=recipe.run.seed, vocab_size=vocab_size)
+    sizes = {"vocab_size": len(tokenizer), "num_added": num_added(tokenizer)}
+    model = load_model(recipe.model, dtype=dtype, seed=recipe.run.seed, **sizes)
     tuned = (apply_tuning_plain if merging else apply_tuning)(model, tuning, recipe.run.seed, compute)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
@@ -348,9 +360,10 @@ def _rebuild(recipe: Recipe, vocab_size: int, *, compute: torch.dtype, merging: 
     return tuned
 
 
-def base_model(recipe: Recipe, vocab_size: int, compute: torch.dtype) -> nn.Module:
+def base_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, compute: torch.dtype) -> nn.Module:
     """What an adapter of this run was trained on, loaded anew."""
-    model = load_model(recipe.model, dtype=compute, seed=recipe.run.seed, vocab_size=vocab_size)
+    sizes = {"vocab_size": len(tokenizer), "num_added": num_added(tokenizer)}
+    model = load_model(recipe.model, dtype=compute, seed=recipe.run.seed, **sizes)
     return quantise(model, compute) if recipe.tuning.method == "qlora" else model
 
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sft_dist.checkpoint.catalog import FOLDER_NAME, folders, set_aside
+from sft_dist.checkpoint.catalog import FOLDER_NAME, folders, open_to_all, set_aside
 from sft_dist.checkpoint.disk import check_space, free_name, fsync_path, rename_fresh, storage_errors
 from sft_dist.checkpoint.manifest import (
     FileEntry,
@@ -79,6 +79,7 @@ class CheckpointManager:
     `keep` newest ones stay. `notice` gets each line that a user should see (rank 0 only). `ready` is called on rank 0
     before each save, and an OSError of it fails the save: what the checkpoint stands for has to be on disk before it.
     `fence` is called on rank 0 right before the rename and raises LockedError when the folder has another owner by now.
+    `trusts_all` reads checkpoints that anyone on the machine may have changed, sums and all.
     `fail_point` is called with each name of FAIL_POINTS as the commit passes it: tests kill the process there.
     """
 
@@ -90,12 +91,14 @@ class CheckpointManager:
         notice: Callable[[str], None] = print_notice,
         ready: Callable[[], None] = lambda: None,
         fence: Callable[[], None] = lambda: None,
+        trusts_all: bool = False,
         fail_point: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.run_dir, self.keep = Path(run_dir), keep
         self.folder = self.run_dir / FOLDER_NAME
         self.ranks = Ranks()
         self._notice, self._fail_point, self._ready, self._fence = notice, fail_point, ready, fence
+        self._trusts_all = trusts_all
         self._failures = 0  # in a row
         self._proven: set[Path] = set()
         self._on_main(self._clear_leftovers)
@@ -249,8 +252,9 @@ class CheckpointManager:
         """The newest checkpoint whose every file is proven; None when this run has never committed one.
 
         Bad ones are renamed aside, one notice each. Raises CheckpointError when there are only bad ones: a run that
-        had state never starts again from nothing by itself.
+        had state never starts again from nothing by itself. So it does when anyone on the machine may write there.
         """
+        self._on_main(self._refuse_open_folders)
         for name in self.ranks.from_main([path.name for path in reversed(folders(self.run_dir))]):
             if self._is_good(self.folder / name):
                 return self.folder / name
@@ -313,6 +317,14 @@ class CheckpointManager:
             if self.ranks.is_main:
                 with storage_errors(self.folder, needed_bytes):
                     action()
+
+    def _refuse_open_folders(self) -> None:
+        found = None if self._trusts_all or not folders(self.run_dir) else open_to_all(self.run_dir)
+        if found is not None:
+            raise CheckpointError(
+                f"{found}: anyone on this machine may change it, so its sums prove nothing: "
+                f"chmod -R o-w {self.run_dir}, or set checkpoint.trust_world_writable=true"
+            )
 
     def _clear_leftovers(self) -> None:
         """Remove what earlier, killed saves left behind; the run's lock says that nobody is writing there."""

@@ -65,10 +65,10 @@ def prepare_them(args: argparse.Namespace) -> int:
 
     recipe, tokenizer, data = _prepared(args)
     if args.json:
-        print(json.dumps({"folder": str(data.folder), **data.report.as_dict()}, indent=2, ensure_ascii=False))
+        print(json.dumps({"folder": str(data.folder), **data.report_now().as_dict()}, indent=2, ensure_ascii=False))
         return EXIT_DONE
     console = _console()
-    for line in data.report.lines():
+    for line in data.report_now().lines():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     rows = _sample(len(data.train), _EXAMPLES_AFTER_PREPARE, recipe.run.seed)
     show_examples(console, views_of(data.train, rows, tokenizer))
@@ -108,6 +108,11 @@ def count_them(args: argparse.Namespace) -> int:
     from sft_dist.data.survey import survey
 
     recipe, tokenizer, data = _prepared(args)
+    if data.indexed is None:
+        raise ConfigError(
+            "data.sources are streamed, and this looks at all rows: set streaming=false and name one file of them; "
+            "`data prepare` counts what was read so far"
+        )
     stores = {name: getattr(data, name) for name in data.report.splits}
     with bar("looking", "rows") as progress:
         found = survey(stores, data.template, tokenizer, seed=recipe.run.seed, progress=progress)

@@ -47,6 +47,41 @@ REFUSED: tuple[Row, ...] = (
         "set parallel.sequence=1",
     ),
     Row(
+        {"run.deterministic": ("elastic",), "parallel.dp_replicate": (GIVEN,)},
+        "the order of sums is that of one group of processes",
+        "set parallel.dp_replicate=1",
+    ),
+    Row(
+        {"run.deterministic": ("elastic",), "precision.compile": (True,)},
+        "a compiled layer may split its sums otherwise at every new shape",
+        "set precision.compile=false",
+    ),
+    Row(
+        {"parallel.dp_replicate": (GIVEN,), "parallel.strategy": ("ddp", *ZERO)},
+        "replicas of shards are a mesh of fsdp2",
+        "set parallel.strategy=fsdp2, or parallel.dp_replicate=1",
+    ),
+    Row(
+        {"parallel.dp_replicate": (GIVEN,), "parallel.offload": ("optimizer", "params")},
+        "replicas of shards are a mesh of fsdp2, which offloads nothing",
+        "set parallel.offload=none, or parallel.dp_replicate=1",
+    ),
+    Row(
+        {"memory.activation_offload": (True,), "memory.activation_checkpointing": ("none", "selective")},
+        "what is offloaded are the layers' inputs, all that full checkpointing keeps",
+        "set memory.activation_checkpointing=full or auto",
+    ),
+    Row(
+        {"precision.compile": (True,), "memory.activation_checkpointing": ("selective",)},
+        "a compiled layer decides itself what it keeps, selective checkpointing does so by operation",
+        "set memory.activation_checkpointing=none or full, or precision.compile=false",
+    ),
+    Row(
+        {"precision.compile": (True,), "parallel.strategy": ("zero3",)},
+        "zero3 gathers the matrices of a layer one by one inside what would be compiled as one",
+        "set parallel.strategy=fsdp2, or precision.compile=false",
+    ),
+    Row(
         {"resilience.nonfinite": ("skip",), "parallel.strategy": ZERO},
         "DeepSpeed keeps what it has summed of a step that is not taken",
         "set parallel.strategy=fsdp2 or ddp",

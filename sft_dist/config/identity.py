@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_dist.config.schema import Recipe
-from sft_dist.errors import ConfigError
+from sft_dist.errors import CheckpointError, ConfigError
 
 # May change at a resume: names, cadence, what is shown, when to stop, where it runs.
 FREE_KEYS = (
@@ -54,9 +54,25 @@ def refuse_changes(
 
 def check_recipe(recipe: Recipe) -> None:
     """Refuse, before anything is written, a recipe that differs from the one that started the run in `run.dir`."""
-    path = Path(recipe.run.dir) / "fingerprint.json"
-    if path.exists():
-        refuse_changes(json.loads(path.read_text(encoding="utf-8"))["recipe"], identity(recipe), recipe.run.dir)
+    recorded = read_fingerprint(recipe.run.dir)
+    if recorded is not None:
+        refuse_changes(recorded["recipe"], identity(recipe), recipe.run.dir)
+
+
+def read_fingerprint(run_dir: str | Path) -> dict[str, Any] | None:
+    """The record of the run in `run_dir`, None when it is new; raises CheckpointError when it is damaged."""
+    path = Path(run_dir) / "fingerprint.json"
+    try:
+        record = json.loads(path.read_bytes().decode())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: altered ({error}); restore it from a copy, or choose another run.dir"
+        ) from error
+    if not isinstance(record, dict) or not isinstance(record.get("recipe"), dict):
+        raise CheckpointError(f"{path}: altered (it has no recipe); restore it from a copy, or choose another run.dir")
+    return record
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from sft_dist.config.deepspeed_file import adopt_file
 from sft_dist.config.export import dump_recipe, json_schema, settings
 from sft_dist.config.resolve import build_recipe, node_at
 from sft_dist.config.schema import Recipe
+from sft_dist.config.secrets import refuse_secrets
 from sft_dist.config.shipped import find_shipped
 from sft_dist.config.yaml12 import Branch, Leaf
 from sft_dist.errors import ConfigError
@@ -64,7 +65,9 @@ def _read_tree(files: Sequence[str | Path], assignments: Sequence[str]) -> Branc
     tree = Branch({}, names or overrides.COMMAND_LINE)
     for file in files:
         tree = _merged(tree, yaml12.parse(_read(file), str(file)))
-    return Branch(overrides.apply(tree, assignments).children, names or overrides.COMMAND_LINE)
+    tree = Branch(overrides.apply(tree, assignments).children, names or overrides.COMMAND_LINE)
+    refuse_secrets(tree)
+    return tree
 
 
 def _merged(tree: Branch, over: Branch) -> Branch:

@@ -6,6 +6,8 @@ listed in `NOT_YET`, so that asking for them is refused with the reason instead 
 
 from __future__ import annotations
 
+import re
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -37,7 +39,7 @@ class ModelSection(Section):
             raise ValueError("path is missing: name a folder or a hub id, or set model.init=random with model.config")
         if self.init == "random" and not (self.config or self.path):
             raise ValueError("config is missing: init: random needs the architecture (model_type, hidden_size, ...)")
-        if self.trust_remote_code and not (self.revision and len(self.revision) == 40):
+        if self.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
             raise ValueError("trust_remote_code needs model.revision pinned to a 40-digit commit")
         return self
 
@@ -203,18 +205,6 @@ class ParallelSection(Section):
     deepspeed_config: str | None = None  # a DeepSpeed JSON file whose settings are adopted, or refused
 
     @model_validator(mode="after")
-    def _replicates_what_is_sharded(self) -> ParallelSection:
-        if self.dp_replicate > 1 and (self.strategy not in ("auto", "fsdp2") or self.offload != "none"):
-            with_ = (
-                f"parallel.offload={self.offload}" if self.offload != "none" else f"parallel.strategy={self.strategy}"
-            )
-            raise ValueError(
-                f"parallel.dp_replicate={self.dp_replicate} is a mesh of fsdp2, not for {with_}: set "
-                "parallel.strategy=fsdp2 and parallel.offload=none, or dp_replicate=1"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _offloads_what_is_partitioned(self) -> ParallelSection:
         able = {"none": None, "optimizer": ("zero1", "zero2", "zero3"), "params": ("zero3",)}[self.offload]
         if able and self.strategy not in ("auto", *able):
@@ -229,15 +219,6 @@ class MemorySection(Section):
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     activation_offload: bool = False  # what full checkpointing keeps waits in host memory
 
-    @model_validator(mode="after")
-    def _offloads_what_checkpointing_keeps(self) -> MemorySection:
-        if self.activation_offload and self.activation_checkpointing not in ("auto", "full"):
-            raise ValueError(
-                "memory.activation_offload moves the layers' inputs that full checkpointing keeps, not all that "
-                f"{self.activation_checkpointing} keeps: set memory.activation_checkpointing=full (or auto)"
-            )
-        return self
-
 
 class KernelsSection(Section):
     head: Literal["auto", "reference", "triton"] = "auto"
@@ -248,6 +229,7 @@ class CheckpointSection(Section):
     keep: Annotated[int, Field(ge=2)] = 2
     background: bool = Field(True, alias="async")  # write while training goes on, from a copy in host memory
     resume: Literal["auto", "never"] = "auto"
+    trust_world_writable: bool = False  # continue from a folder that anyone on the machine may have written into
 
 
 class EvalSection(Section):
@@ -275,6 +257,21 @@ class ResilienceSection(Section):
     nonfinite: Literal["stop", "skip"] = "stop"  # skip: at most 3 steps in a row, 10 in all
     max_restarts: Annotated[int, Field(ge=0)] = 3  # by the local launcher, after a hang, a signal or a storage failure
     audit_every: Positive | None = None  # steps between proofs that all ranks hold and compute the same
+    end_time: float | str = "auto"  # of the job, for a checkpoint before it; auto: what Slurm says; none: no limit
+    end_margin_seconds: Annotated[float, Field(ge=0)] = 90.0
+
+    @field_validator("end_time")
+    @classmethod
+    def _is_a_moment(cls, value: float | str) -> float | str:
+        if isinstance(value, str) and value not in ("auto", "none"):
+            try:
+                datetime.fromisoformat(value)
+            except ValueError:
+                raise ValueError(
+                    f"end_time={value}: must be auto, none, seconds since 1970 or a date and time like "
+                    f"2026-01-31T18:00:00"
+                ) from None
+        return value
 
 
 class Recipe(Section):
@@ -341,22 +338,6 @@ class Recipe(Section):
             raise ValueError(
                 f"parallel.sequence={self.parallel.sequence} cuts packed rows, and data.packing=padded has none: "
                 "set data.packing=best_fit or none, or parallel.sequence=1"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _compiles_what_stays_whole(self) -> Recipe:
-        if not self.precision.compile:
-            return self
-        if self.memory.activation_checkpointing == "selective":
-            raise ValueError(
-                "precision.compile decides itself what a layer keeps, memory.activation_checkpointing=selective does "
-                "so by operation: set it to none or full, or precision.compile=false"
-            )
-        if self.parallel.strategy == "zero3" or self.parallel.offload == "params":
-            raise ValueError(
-                "precision.compile makes one graph of a layer, and zero3 gathers its matrices one by one inside it: "
-                "set parallel.strategy=fsdp2, or precision.compile=false"
             )
         return self
 

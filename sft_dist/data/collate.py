@@ -2,7 +2,7 @@
 
     documents   [a0 a1 a2] [b0 b1]  + padding document [p p p]      T rounded up to a multiple
     labels      [a1 a2  .] [b1  .]                     [. . .]      . is IGNORE_INDEX, also where the weight is 0
-    positions   [ 0  1  2] [ 0  1]                     [0 1 2]
+    positions   [ 0  1  2] [ 0  1]                     [0 0 0]      padding may be longer than any document may be
     cu_seqlens   0          3       5                          8
 
 The last token of a document has no label, so nothing predicts across a boundary. `padded` builds the classic [B, S]
@@ -101,11 +101,15 @@ def _packed(documents: list[tuple[np.ndarray, np.ndarray]], padding: _Padding) -
         segments.append(padding.document(missing))
         lengths.append(missing)
     row, starts = _join(segments), np.cumsum([0, *lengths])
+    positions = np.arange(len(row)) - np.repeat(starts[:-1], lengths)
+    positions[num_tokens:] = (
+        0  # as many as a row holds would leave a learned table, or turn `longrope` for all documents
+    )
     return PackedBatch(
         input_ids=torch.from_numpy(row.input_ids)[None],
         labels=torch.from_numpy(row.labels)[None],
         loss_weights=torch.from_numpy(row.loss_weights)[None],
-        position_ids=torch.from_numpy(np.arange(len(row)) - np.repeat(starts[:-1], lengths))[None],
+        position_ids=torch.from_numpy(positions)[None],
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         max_seqlen=max(lengths),
         num_tokens=num_tokens,

@@ -37,9 +37,9 @@ def read_messages(turns: Iterable[Any], role_key: str, content_key: str) -> list
 
 def _message(turn: Any, number: int, role_key: str, content_key: str) -> Message:
     if type(turn) is dict and len(turn) == 2:  # nothing but a role and a text: most messages
-        role, text = _PLAIN_ROLES.get(turn.get(role_key)), turn.get(content_key)  # type: ignore[arg-type]
-        if role is not None and type(text) is str:
-            return Message(role, text)
+        said, text = turn.get(role_key), turn.get(content_key)
+        if type(said) is str and type(text) is str and said in _PLAIN_ROLES:
+            return Message(_PLAIN_ROLES[said], text)
     if not isinstance(turn, Mapping) or role_key not in turn:
         raise BadRecord(f"message {number} must be an object with {role_key!r} and {content_key!r}")
     said = turn[role_key]
@@ -99,7 +99,8 @@ def _calls(parse: Callable[[Any], Any], given: Any, number: int) -> list[dict[st
         raise BadRecord(f"message {number}: the function call is not JSON: {error}") from None
     calls = []
     for call in parsed if isinstance(parsed, list) else [parsed]:
-        function = call.get("function", call) if isinstance(call, Mapping) else {}
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        function = function if isinstance(function, Mapping) else {}
         name, arguments = function.get("name"), function.get("arguments", {})
         if isinstance(arguments, str):
             arguments = _arguments(arguments)

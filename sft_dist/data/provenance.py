@@ -313,6 +313,8 @@ class Opaque(Traced):
         return False
 
     def _cut(self, name: str, chars: str | None) -> Traced:
+        if self._part is not None and self._part[1] == FIRST_OPERATION and chars is None:
+            return self  # stripped of all white space already
         if self._part is None or self._part[1] != CONTENT or (name, chars) not in OPERATIONS:
             raise Looked
         slot = FIRST_OPERATION + OPERATIONS.index((name, chars))

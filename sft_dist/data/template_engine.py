@@ -166,6 +166,7 @@ class TracingEnvironment(ImmutableSandboxedEnvironment):
         return lambda *args, **kwargs: formatter.vformat(text, args, kwargs)
 
 
+_SCOPE = ("_loop_vars", "_block_vars")  # what Jinja hands to calls inside loops, for functions that ask for its context
 _BLIND_CALLS = (jinja2.runtime.Macro,)  # they run code that was compiled with the same guards
 _BLIND_FILTERS = ("trim", "join", "first", "last", "length", "count", "default", "d", "string")
 _BLIND_TESTS = ("defined", "undefined", "none", "string", "mapping", "number", "integer", "float", "boolean", "true",
@@ -176,7 +177,8 @@ def _check_blind(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     """Refuse a call that could look at an opaque text. Its own methods answer for themselves."""
     if isinstance(getattr(function, "__self__", None), str) and type(function.__self__) is provenance.Opaque:
         return
-    if function in _IMPURE or holds_opaque((args, kwargs)):
+    given = {name: value for name, value in kwargs.items() if name not in _SCOPE}
+    if function in _IMPURE or getattr(function, "jinja_pass_arg", None) or holds_opaque((args, given)):
         raise Looked
 
 

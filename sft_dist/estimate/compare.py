@@ -140,6 +140,7 @@ def _layout(
         rounds=-(-micro_batches * shared_by // num_devices),
         checkpointing=choices.activation_checkpointing == "full",
         offload=recipe.parallel.offload,
+        optimizer=recipe.optim.name,
         dp_replicate=recipe.parallel.dp_replicate if strategy == "fsdp2" else 1,
     )
 
@@ -207,8 +208,11 @@ def _changes(recipe: Recipe, architecture: Architecture, num_devices: int) -> It
         yield "precision", f"precision.master=bfloat16 precision.compute=bfloat16 {text}", narrow, num_devices
     if recipe.tuning.method == "full":
         yield "lora", f"tuning.method=lora {text}", _set(small, "tuning", method="lora", freeze=[]), num_devices
+    if recipe.parallel.dp_replicate > 1:
+        alone = _set(small, "parallel", dp_replicate=1)
+        yield "mesh", f"parallel.dp_replicate=1 {text}", alone, num_devices
     for offload in ("optimizer", "params"):
-        moved = _set(small, "parallel", offload=offload, strategy="auto")
+        moved = _set(small, "parallel", offload=offload, strategy="auto", dp_replicate=1)
         yield "offload", f"parallel.offload={offload} {text}", moved, num_devices
     devices = num_devices
     while (devices := 2 * devices) <= MAX_GPUS:

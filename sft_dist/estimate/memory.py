@@ -45,6 +45,7 @@ class Layout:
     rounds: int  # micro-batches of a step on one rank
     checkpointing: bool
     offload: str = "none"
+    optimizer: str = "adamw"
     dp_replicate: int = 1  # replicas of the sharded model (fsdp2)
 
     @property
@@ -140,10 +141,24 @@ def head_bytes(architecture: Architecture, tuned: Tuned, layout: Layout) -> Part
     return {"loss head": 2 * rows + logits + cast, "gradient of the head": gradient}
 
 
+def optimizer_bytes(tuned: Tuned, layout: Layout) -> int:
+    """What `optim.name` keeps of all trained weights: `sft_dist.optim`. Rows and columns of Adafactor are next to
+    nothing beside the weights; AdamW's 8 bits count their scales, but not that small tensors keep 32."""
+    match layout.optimizer:
+        case "adamw8bit":
+            return int(2 * tuned.trained * (1 + FP32 / 256))
+        case "adafactor":
+            return 0
+        case "muon":  # one momentum where AdamW has two, but for embedding and head
+            return (tuned.trained + tuned.root.trained) * layout.master
+        case _:
+            return 2 * tuned.trained * layout.master
+
+
 def _states(tuned: Tuned, layout: Layout) -> Parts:
     """Weights, gradients and optimizer as the engine holds them between steps; gradients when they are complete."""
     weights, world, shards = weight_bytes(tuned, layout), layout.world_size, layout.shards
-    gradients, moments = tuned.trained * layout.master, 2 * tuned.trained * layout.master
+    gradients, moments = tuned.trained * layout.master, optimizer_bytes(tuned, layout)
     masters = tuned.trained * FP32
     match layout.strategy:
         case "ddp":
@@ -251,7 +266,7 @@ def _writing(tuned: Tuned, layout: Layout) -> dict[str, Parts]:
     """What saving and exporting add in host memory: a checkpoint's file is built twice before it is written (as tensors
     and as bytes); an export goes out tensor by tensor, and rank 0 re-opens it."""
     weights, world = weight_bytes(tuned, layout), layout.world_size
-    state = 3 * tuned.trained * layout.master
+    state = tuned.trained * layout.master + optimizer_bytes(tuned, layout)
     one_by_one = layout.master * (2 * tuned.root.base + tuned.layer.base)  # a tensor; embedding, head and a layer again
     return {
         "save": {"save": 2 * min(SAVE_FILE_BYTES, state // world)},

@@ -35,21 +35,22 @@ def step_flops(
     return float(body + attention + factor * a.hidden_size * a.vocab_size * num_loss_tokens)
 
 
-def step_bytes(tuned: Tuned, layout: Layout) -> float:
-    """Bytes that one rank sends in a step."""
-    share = (layout.world_size - 1) / layout.world_size
+def step_bytes(tuned: Tuned, layout: Layout) -> tuple[float, float]:
+    """Bytes that one rank sends in a step: (among those it shares state with, all ranks or a replica's; between
+    replicas of a mesh)."""
+    world, rounds = layout.shards, layout.rounds
+    share = (world - 1) / world
     gradients, weights = tuned.trained * FP32, tuned.base + tuned.added
     match layout.strategy:
         case "ddp":
-            return 2 * share * tuned.trained * layout.master
+            return 2 * share * tuned.trained * layout.master, 0.0
         case "zero1" | "zero2":
-            return share * (gradients + tuned.trained * layout.master)
+            return share * (gradients + tuned.trained * layout.master), 0.0
         case "fsdp2":
-            shards, replicas = layout.shards, layout.dp_replicate
-            within = (shards - 1) / shards * layout.rounds * (gradients + 2 * weights * layout.compute)
-            return within + 2 * (replicas - 1) / replicas * gradients / shards
+            between = 2 * (layout.dp_replicate - 1) / layout.dp_replicate * gradients / world
+            return share * rounds * (gradients + 2 * weights * layout.compute), between
         case _:
-            return share * layout.rounds * (gradients + 2 * weights * layout.master)
+            return share * rounds * (gradients + 2 * weights * layout.master), 0.0
 
 
 def step_seconds(
@@ -66,4 +67,6 @@ def step_seconds(
     )
     reached = device.flops * (efficiency or EFFICIENCY[device.kind])
     computing = flops / (layout.world_size * reached)
-    return max(computing, step_bytes(tuned, layout) / device.bandwidth(layout.world_size))
+    within, between = step_bytes(tuned, layout)
+    sending = within / device.bandwidth(layout.shards) + between / device.bandwidth(layout.world_size)
+    return max(computing, sending)

@@ -16,6 +16,7 @@ from sft_dist.resilience.lease import LEASE_VARIABLE
 from sft_dist.resilience.run_folder import attempt_dir
 
 RESOLVED_NAME = "config.yaml"
+LOOPBACK = "lo"
 _FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -57,7 +58,8 @@ class Job:
         """What worker `index` finds: its place, and where the ranks meet."""
         kept = {name: value for name, value in base.items() if name not in _FOREIGN}
         return (
-            kept
+            self._confinement()
+            | kept
             | self._meeting_point()
             | {
                 "RANK": str(self.rank(index)),
@@ -70,6 +72,12 @@ class Job:
                 LEASE_VARIABLE: self.lease,
             }
         )
+
+    def _confinement(self) -> dict[str, str]:
+        """On one machine nobody outside may connect to what gloo and NCCL open; set these yourself to overrule."""
+        if self.nodes.are_several:
+            return {}
+        return {"GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK}
 
     def _meeting_point(self) -> dict[str, str]:
         """A file on one machine, so that no port is opened; over several, rank 0's address."""

@@ -30,7 +30,7 @@ from sft_dist import errors
 from sft_dist.config.auto import refuse_uneven
 from sft_dist.config.loader import dump_recipe, load_recipe
 from sft_dist.config.schema import Recipe
-from sft_dist.errors import EXIT_DONE, EXIT_HANG, EXIT_NO_PROGRESS, StorageError
+from sft_dist.errors import EXIT_DONE, EXIT_HANG, EXIT_NO_PROGRESS, EXIT_STOPPED, StorageError
 from sft_dist.launch.job import RESOLVED_NAME, Job, choose_num_processes, worker_command
 from sft_dist.launch.nodes import hosting, join, read_nodes
 from sft_dist.launch.restarts import Ending, Restarts, newest_step
@@ -61,6 +61,9 @@ GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL for the peers of a dead work
 LOOK_SECONDS = 0.5  # between looks at the signs of life
 STACKS_SECONDS = 3.0  # for the ranks of a stuck run to give their stacks: milliseconds, where the machine is not busy
 TAIL_LINES = 20
+# A worker that listens never dies of these: it was still preparing, had nothing to save, and can be started again.
+# SIGINT is none of them: the second one is meant to end it.
+ASKED_EARLY = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP})
 FORWARDED = {
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGINT: signal.SIGINT,
@@ -231,7 +234,10 @@ def how_it_ended(job: Job, workers: Workers, failed: int | None) -> Ending:
         failed = failed if killed is None else killed
     returncode = returncodes[failed] or 0
     code = exit_code(job, returncodes, failed)
-    if failed > 0 or returncode != code:
+    if code == 1 and -returncode in ASKED_EARLY:
+        _say(f"rank {failed} was asked to stop ({_cause(returncode)}) before it could listen: the same command goes on")
+        code = EXIT_STOPPED
+    elif failed > 0 or returncode != code:
         print(obituary(job, failed, returncode), file=sys.stderr, flush=True)
     return Ending(code, f"rank {job.rank(failed)} died {_cause(returncode)}", -returncode if returncode < 0 else None)
 

@@ -10,6 +10,7 @@ import fnmatch
 import hashlib
 import math
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
@@ -59,9 +60,7 @@ def apply_tuning_plain(model: PreTrainedModel, tuning: TuningSection, seed: int,
     return apply_tuning(model, tuning, seed, compute)
 
 
-def frozen_digest(
-    model: nn.Module, value: Callable[[str, Tensor], Tensor] = lambda _, parameter: parameter
-) -> str | None:
+def frozen_digest(model: nn.Module, value: Callable[[str, Tensor], Tensor] = lambda _, held: held) -> str | None:
     """SHA-256 that changes with the weights that are not trained, hex; None when all are. `value` gives a parameter's
     values, by default its own.
 
@@ -70,7 +69,8 @@ def frozen_digest(
     """
     frozen = [(name, p.detach()) for name, p in model.named_parameters() if not p.requires_grad]
     digest = hashlib.sha256()
-    for name, tensor in [*((name, value(name, held)) for name, held in frozen), *scales(model)]:
+    of_model = ((name, value(name, held)) for name, held in frozen)
+    for name, tensor in chain(of_model, scales(model)):
         bits = tensor.contiguous().flatten().view(_BITS[tensor.element_size()])
         sums = [block.sum(dtype=torch.int64) for block in bits.split(_BLOCK)]
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {torch.stack(sums).tolist()}".encode())

@@ -301,7 +301,7 @@ def segment_attention(
     """What transformers calls in each layer. Refuses to run without explicit segments: a silent plain-causal
     fallback is the bug this module exists to rule out."""
     if cu_seq_lens_q is None or max_length_q is None:
-        raise RuntimeError(
+        raise ValueError(  # a batch without segments is our mistake; an architecture that keeps them back is refused
             f"{type(module).__name__}: segment attention was called without cu_seqlens; pass a PackedBatch"
         )
     if not getattr(module, "is_causal", True):

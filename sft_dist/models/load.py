@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from sft_dist.config.schema import ModelSection
 from sft_dist.errors import ConfigError
+from sft_dist.models.vocabulary import grow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,29 +67,22 @@ def load_config(model: ModelSection) -> PretrainedConfig:
         raise ConfigError(f"model.path={model.path}: no model config found there ({first_line(error)})") from error
 
 
-def load_model(model: ModelSection, *, dtype: torch.dtype, seed: int, vocab_size: int) -> PreTrainedModel:
+def load_model(
+    model: ModelSection, *, dtype: torch.dtype, seed: int, vocab_size: int, num_added: int = 0
+) -> PreTrainedModel:
     """The model on the CPU in `dtype`, `use_cache` off, in training mode.
 
-    `vocab_size` is the tokenizer's: a model that cannot embed its largest id is refused.
+    `vocab_size` is the tokenizer's: a model that cannot embed its largest id is refused, unless what is missing is
+    among the last `num_added` ids, which get new rows (`models.vocabulary`).
     """
     config = load_config(model)
     if model.init == "random":
         network = build_random(config, dtype=dtype, seed=seed, trust_remote_code=model.trust_remote_code)
     else:
         network = _load_pretrained(model, dtype)
-    check_vocabulary(network, vocab_size)
+    grow(network, vocab_size, num_added)
     network.config.use_cache = False  # a cache object makes transformers drop document boundaries silently
     return network.train()
-
-
-def check_vocabulary(network: PreTrainedModel, vocab_size: int) -> None:
-    """ConfigError when the model cannot embed the tokenizer's largest id."""
-    rows = network.get_input_embeddings().weight.shape[0]
-    if vocab_size > rows:
-        raise ConfigError(
-            f"model: the tokenizer has {vocab_size} ids but the embedding only {rows} rows: "
-            f"use the model's own tokenizer"
-        )
 
 
 def build_random(

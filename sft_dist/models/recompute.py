@@ -10,14 +10,19 @@ With offloading the inputs wait in host memory. The numbers do not change: the s
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from shutil import which
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import AttentionInterface
+
+from sft_dist.errors import ConfigError
 
 MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::linear")
 ATTENTION = (
@@ -81,15 +86,18 @@ def _offloaded(run: Callable[..., Any], on_gpu: bool, function: Callable[..., An
         return run(function, *args, **kw)
 
 
-def compile_layers(layers: Sequence[nn.Module], attention_name: str | None) -> None:
+def compile_layers(layers: Sequence[nn.Module], attention_name: str | None, *, on_gpu: bool) -> None:
     """torch.compile for each layer by itself: short compilation, one graph for layers that are alike. Before
     `keep_activations`, which computes again what was compiled.
 
     Attention (`attention_name` in transformers' interface) is left as it is: its kernels are compiled already, or loop
-    over documents, which would be compiled anew for every batch.
+    over documents, which would be compiled anew for every batch. Raises ConfigError on a CPU without a compiler.
     """
-    from transformers import AttentionInterface
-
+    if not on_gpu and not any(map(which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        raise ConfigError(
+            "precision.compile=true needs a C++ compiler on a CPU, and there is none: "
+            "apt-get install g++, or set precision.compile=false"
+        )
     if attention_name is not None:
         kernel = AttentionInterface()[attention_name]
         AttentionInterface.register(attention_name, torch.compiler.disable(kernel))

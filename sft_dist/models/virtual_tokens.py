@@ -14,6 +14,7 @@ T tokens of the row, N documents, P virtual tokens, L layers, Hk key heads, D si
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +22,8 @@ from peft import PeftModel, PeftType
 from torch import Tensor, nn
 
 from sft_dist.types import PackedBatch
+
+warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sft_dist.errors import CheckpointError
+
 
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` in one rename, so that a reader never sees half of it."""
@@ -37,11 +39,19 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All complete lines; the last one is left out while its writer was interrupted in it."""
+    """All complete lines; the last one is left out while its writer was interrupted in it.
+
+    Raises CheckpointError naming a line that is no JSON.
+    """
     if not path.exists():
         return []
-    data = path.read_bytes()
-    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].split(b"\n") if line]
+    data, records = path.read_bytes(), []
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n"), 1):
+        try:
+            records += [json.loads(line)] if line else []
+        except ValueError as error:
+            raise CheckpointError(f"{path}:{number}: altered (no JSON); restore it from a copy or remove it") from error
+    return records
 
 
 def _line(record: Mapping[str, Any]) -> str:

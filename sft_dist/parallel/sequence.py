@@ -18,6 +18,7 @@ k ranks in a group; T tokens of the row; H heads, Hk key heads; D dims of a head
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +34,8 @@ from sft_dist.parallel.runtime import Runtime, collective_timeout
 from sft_dist.types import IGNORE_INDEX, PackedBatch
 
 Kernel = Callable[..., Tensor]
+# Rates of random numbers, by the names architectures give them; those of classification heads are not drawn here.
+RANDOM = re.compile(r"^(?!classifier|summary|cls).*(dropout|pdrop|jitter)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,8 @@ class SequenceGroup:
         """
         rows, widths, dims = [], [], []
         for tensor in tensors:
-            heads = tensor[0].repeat_interleave(math.lcm(tensor.shape[1], self.size) // tensor.shape[1], dim=0)
+            copies = math.lcm(tensor.shape[1], self.size) // tensor.shape[1]
+            heads = tensor[0] if copies == 1 else tensor[0].repeat_interleave(copies, dim=0)
             by_rank = heads.unflatten(0, (self.size, -1)).transpose(1, 2).flatten(2)  # [k, T/k, H/k * D]
             rows.append(by_rank)
             widths.append(by_rank.shape[-1])
@@ -170,11 +174,9 @@ def sequence_group(size: int, place: Runtime) -> SequenceGroup:
     return SequenceGroup(size, place.rank % size, group)
 
 
-def refuse_what_cannot_be_cut(config: PretrainedConfig, size: int, dropouts: tuple[str, ...]) -> None:
-    """ConfigError for an architecture whose heads cannot be dealt to `size` ranks, or that drops activations itself.
-
-    `dropouts`: names under which architectures keep their rates. A rank cannot draw the others' part of such a mask.
-    """
+def refuse_what_cannot_be_cut(config: PretrainedConfig, size: int) -> None:
+    """ConfigError for an architecture whose heads cannot be dealt to `size` ranks, or that draws random numbers itself:
+    a rank cannot draw the others' part of a mask."""
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     if not heads or heads % size:
@@ -182,12 +184,17 @@ def refuse_what_cannot_be_cut(config: PretrainedConfig, size: int, dropouts: tup
             f"parallel.sequence={size} does not divide the {heads} attention heads of {text.model_type}; "
             f"use a divisor of them"
         )
-    for name in dropouts:
-        if getattr(text, name, None):
-            raise ConfigError(
-                f"parallel.sequence={size}: {text.model_type} has {name}={getattr(text, name)}, whose mask cannot be "
-                f"shared between ranks; set it to 0 in the model's config, or parallel.sequence=1"
-            )
+    for name, rate in random_rates(text).items():
+        raise ConfigError(
+            f"parallel.sequence={size}: {text.model_type} has {name}={rate}, whose mask cannot be shared between "
+            f"ranks; set it to 0 in the model's config, or parallel.sequence=1"
+        )
+
+
+def random_rates(text: PretrainedConfig) -> dict[str, float]:
+    """How much an architecture drops or jitters while training, by the names it gives the rates; those above 0."""
+    values = text.to_dict().items()
+    return {name: rate for name, rate in values if isinstance(rate, float) and rate and RANDOM.search(name)}
 
 
 def share_dropout(model: nn.Module, sequence: SequenceGroup) -> None:

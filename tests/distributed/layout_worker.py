@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import zero_worker
 from architectures import tiny_config
 
 from sft_dist import train
+from sft_dist.assembly import spread
 from sft_dist.config.auto import Choices
 from sft_dist.config.schema import Recipe
 from sft_dist.errors import CertificateError
@@ -28,33 +30,42 @@ from sft_dist.network import tune
 from sft_dist.parallel import ddp, fsdp
 from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.runtime import Runtime, runtime
-from sft_dist.parts import spread
+from sft_dist.parallel.sequence import sequence_group
 
 Fault = Callable[[], Any]
 TWO = [("ddp", "none"), ("fsdp2", "none"), ("zero1", "none"), ("zero2", "optimizer"), ("zero3", "params")]
 
+METHODS = ("qlora", "dora", "prompt")  # in bf16, as a 4-bit base needs it
 
-def recipe(strategy: str, method: str = "full", offload: str = "none", dp_replicate: int = 1) -> Recipe:
+
+def recipe(
+    strategy: str, method: str = "full", offload: str = "none", dp_replicate: int = 1, sequence: int = 1
+) -> Recipe:
     return Recipe.model_validate(
         {
             "model": {"path": "x"},
             "data": {"sources": [{"path": "d.json"}]},
             "tuning": {"method": method, **({"rank": 3, "dropout": 0.1} if method == "lora" else {})},
-            "parallel": {"strategy": strategy, "offload": offload, "dp_replicate": dp_replicate},
+            "parallel": {"strategy": strategy, "offload": offload, "dp_replicate": dp_replicate, "sequence": sequence},
         }
     )
 
 
 def figures(
-    asked: Recipe, place: Runtime, compute: str = "float32", step: Callable[..., Any] = train.train_step
+    asked: Recipe,
+    place: Runtime,
+    compute: str = "float32",
+    step: Callable[..., Any] = train.train_step,
+    keep: str = "none",
 ) -> dict[str, float] | str:
     """What each check found, or the refusal."""
-    choices = Choices(1, 4, 1e-3, asked.parallel.strategy, "none", compute)
+    choices = Choices(1, 4, 1e-3, asked.parallel.strategy, keep, compute)
     config = tiny_config("llama")
     try:
-        return {c.name: c.figure for c in certify_layout(asked, choices, config, place, step)}
-    except CertificateError as error:
-        return str(error)
+        sequence = sequence_group(asked.parallel.sequence, place)
+        return {c.name: c.figure for c in certify_layout(asked, choices, config, place, step, sequence=sequence)}
+    except (CertificateError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        return str(error) if isinstance(error, CertificateError) else f"{type(error).__name__}: {error}"
 
 
 @contextmanager
@@ -81,7 +92,7 @@ def engine_with(**parts: Callable[[Engine], Any]) -> Any:
 
 
 def no_sync_ddp() -> Any:
-    def alone(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def alone(_state, bucket):  # type: ignore[no-untyped-def]  # DDP wants the types themselves, not their names
         done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         done.set_result(bucket.buffer())
         return done
@@ -90,7 +101,7 @@ def no_sync_ddp() -> Any:
 
 
 def mean_ddp() -> Any:
-    def mean(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def mean(_state, bucket):  # type: ignore[no-untyped-def]
         future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
         return future.then(lambda done: done.value()[0] / dist.get_world_size())
 
@@ -212,6 +223,20 @@ def digest(made: Engine) -> str:
     return total.hexdigest()
 
 
+def discarded(strategy: str, offload: str, place: Runtime) -> bool:
+    """Whether steps after gradients were made and dropped are those without: what a rehearsal leaves behind."""
+    case, found = f"{strategy}-{offload}-full-2-float32", []
+    for rehearsed in (False, True):
+        made = zero_worker.build(case, place)
+        if rehearsed:
+            for index, batch in enumerate(zero_worker.load_step(9, 2, place).batches):
+                with made.accumulate(index == 1 and strategy != "ddp"):
+                    made.forward(batch).backward()
+            made.discard_gradients()
+        found.append([(r.loss, r.grad_norm) for r in zero_worker.train(made, range(1, 4), 2, place)])
+    return found[0] == found[1]
+
+
 def main(folder: Path) -> None:
     found: dict[str, Any] = {"sound": {}, "faults": {}}
     with runtime() as place:
@@ -224,13 +249,23 @@ def main(folder: Path) -> None:
                 found["sound"][name] = figures(recipe(strategy, method, offload, replicas), place)
         if place.world_size == 2:
             for strategy in ("ddp", "fsdp2", "zero3"):
+                for method in METHODS:
+                    found["sound"][f"{strategy}-{method}-bfloat16"] = figures(
+                        recipe(strategy, method), place, "bfloat16"
+                    )
+                found["sound"][f"{strategy}-sequence"] = figures(recipe(strategy, sequence=2), place)
                 found["sound"][f"{strategy}-bfloat16"] = figures(recipe(strategy), place, "bfloat16")
+                found["sound"][f"{strategy}-selective"] = figures(recipe(strategy), place, keep="selective")
+                found["sound"][f"{strategy}-lora-full"] = figures(recipe(strategy, "lora"), place, keep="full")
             found["untouched"] = untouched(place)
+            found["discarded"] = {f"{s}-{o}": discarded(s, o, place) for s, o in [*TWO, ("zero3", "none")]}
             for name, (strategy, fault) in FAULTS.items():
                 with fault():
                     found["faults"][name] = figures(recipe(strategy), place)
             found["faults"]["loop: mean of means"] = figures(recipe("ddp"), place, step=wrong_divisor)
         if place.world_size == 4:
+            both = recipe("fsdp2", dp_replicate=2, sequence=2)
+            found["sound"]["hsdp-sequence"] = figures(both, place)
             for name, fault in FAULTS_OF_FOUR.items():
                 with fault():
                     found["faults"][name] = figures(recipe("fsdp2", dp_replicate=2), place)

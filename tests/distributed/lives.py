@@ -44,9 +44,9 @@ def run_script(script: Path, folder: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def run_life(name: str, world_size: int, body: Callable[[], int | None], folder: Path, code: int = 0) -> str:
+def run_life(name: str, world_size: int, body: Callable[[], int | None], folder: Path, code: int | None = 0) -> str:
     """Fork the ranks and wait for all; when one does not end with `code` the others are killed and this process ends
-    with its output. Returns what rank 0 printed."""
+    with its output; with `code` None the first end of any kind ends all. Returns what rank 0 printed."""
     meeting = Path(tempfile.mkdtemp(dir=folder)) / "rendezvous"
     children = {}
     for rank in range(world_size):
@@ -57,7 +57,7 @@ def run_life(name: str, world_size: int, body: Callable[[], int | None], folder:
         pid, status = os.wait()
         output = children.pop(pid)
         if os.waitstatus_to_exitcode(status) != code:
-            failed.append(output)
+            failed += [output] if code is not None else []
             for other in children:
                 os.kill(other, 9)
     if failed:

@@ -113,9 +113,9 @@ def run(case: str, place: Runtime, sequence: SequenceGroup) -> dict[str, list[fl
     return {figure: [getattr(result, figure) for result in results] for figure in ("loss", "grad_norm")}
 
 
-def prove(config: PretrainedConfig, sequence: SequenceGroup) -> dict[str, float]:
+def prove(config: PretrainedConfig, sequence: SequenceGroup, dtype: torch.dtype = torch.float32) -> dict[str, float]:
     """Figures of the certificate with rows cut, by name of the check."""
-    model = build_random(config, dtype=torch.float32, seed=0)
+    model = build_random(config, dtype=dtype, seed=0)
     model.config.use_cache = False
     attention.install(model, "sdpa", sequence.across)
     packed = PackedCausalLM(model, HEAD).eval()
@@ -124,7 +124,7 @@ def prove(config: PretrainedConfig, sequence: SequenceGroup) -> dict[str, float]
     def hidden(batch: PackedBatch) -> Tensor:
         return packed.hidden_states(batch)
 
-    kind = {"head": HEAD, "backend": "sdpa", "packing": "best_fit", "device": CPU, "dtype": torch.float32}
+    kind = {"head": HEAD, "backend": "sdpa", "packing": "best_fit", "device": CPU, "dtype": dtype}
     checks = certify(hidden, config, **kind, sequence=sequence)
     return {check.name.split(":")[0]: check.figure for check in checks}
 
@@ -258,6 +258,7 @@ def find(place: Runtime, size: int, cases: list[str]) -> dict[str, Any]:
             print(f"{size} {case}: {time.perf_counter() - started:.1f} s", flush=True)
     if place.world_size == size > 1:
         found["certificates"] = {name: prove(config, sequence) for name, config in architectures()}
+        found["certificates"]["bfloat16"] = prove(tiny_config("llama"), sequence, torch.bfloat16)
         found["refusals"] = refusals(sequence)
         found["dispatched"] = dispatched(sequence)
     return found

@@ -11,7 +11,7 @@ from harness import run_ranks
 from pydantic import ValidationError
 
 from sft_dist.config.auto import refuse_uneven
-from sft_dist.config.schema import ParallelSection, Recipe
+from sft_dist.config.schema import Recipe
 from sft_dist.errors import ConfigError
 
 WORKER = Path(__file__).with_name("hsdp_worker.py")
@@ -81,13 +81,13 @@ def test_another_mesh_than_asked_for_is_an_error(found: tuple[Found, Found]) -> 
     ids=["ddp", "zero3", "offload"],
 )
 def test_only_fsdp2_has_a_mesh(parallel: dict[str, str]) -> None:
-    with pytest.raises(ValidationError, match=r"parallel\.dp_replicate=2 is a mesh of fsdp2, not for parallel\."):
-        ParallelSection.model_validate({"dp_replicate": 2, **parallel})
+    with pytest.raises(ValidationError, match=r"parallel\.dp_replicate=2 with parallel\..*mesh of fsdp2"):
+        recipe(dp_replicate=2, **parallel)
 
 
 def test_replicas_divide_the_processes() -> None:
     refuse_uneven(recipe(dp_replicate=2), 4)
     with pytest.raises(ConfigError, match=r"parallel\.dp_replicate=2: 3 process\(es\) cannot form 2 equal replicas"):
         refuse_uneven(recipe(dp_replicate=2), 3)
-    with pytest.raises(ConfigError, match=r"dp_replicate=4: .* shards of one process"):
+    with pytest.raises(ConfigError, match=r"dp_replicate=4 on 4 .* leaves shards of one process"):
         refuse_uneven(recipe(dp_replicate=4), 4)

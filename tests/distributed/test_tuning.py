@@ -1,8 +1,8 @@
 """Every tuning method and optimizer trains under every engine what it trains in one process.
 
 The reference is one process without any wrapper, on the same global batches. Measured on two cores over ten steps:
-losses differ by 7e-8 and gradient norms by 4e-7 in fp32, a 4-bit base included; Muon orthogonalises in bf16, which turns
-such a difference into 2e-6 and 9e-5.
+losses differ by 7e-8 and gradient norms by 4e-7 in fp32, a 4-bit base included; Muon orthogonalises in bf16, which
+turns such a difference into 2e-6 and 9e-5.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from harness import run_ranks
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from tuning_worker import base_model
-
-from sft_dist.models.quantise import quantise
+from tuning_worker import adapted_base
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,8 +106,7 @@ def test_export_reloads_in_stock_libraries_with_the_trainers_logits(engines: tup
     if method == "bitfit":
         model = AutoModelForCausalLM.from_pretrained(folder)
     else:
-        base = base_model(torch.float32)
-        model = PeftModel.from_pretrained(quantise(base, torch.float32) if method == "qlora" else base, folder)
+        model = PeftModel.from_pretrained(adapted_base(method), folder)
     with torch.no_grad():
         found = model.eval()(input_ids=torch.arange(1, 25)[None]).logits[:, -24:]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

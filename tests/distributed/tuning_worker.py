@@ -14,25 +14,33 @@ from pathlib import Path
 
 import torch
 import zero_worker
-from architectures import tiny_config
-from transformers import PreTrainedModel
-from zero_worker import export, load_step
+from architectures import SMALL
+from safetensors.torch import save_file
+from tiny_run import write_tokenizer
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
+from zero_worker import load_step, logits
 
+from sft_dist.checkpoint.export import export_model, package_of
+from sft_dist.checkpoint.export_certificate import Base, Words
 from sft_dist.checkpoint.manager import CheckpointManager
+from sft_dist.checkpoint.weights import live_weights
 from sft_dist.config.schema import OptimSection, TuningSection
+from sft_dist.milestones import trained_probe
 from sft_dist.models import attention
-from sft_dist.models.adapters import apply_tuning
+from sft_dist.models.adapters import apply_tuning, is_adapter
 from sft_dist.models.load import DTYPES, build_random
 from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers
+from sft_dist.models.quantise import quantise
 from sft_dist.optim import build_optimizer, set_step
 from sft_dist.parallel.build import CASTS_ITSELF, build_engine
 from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.runtime import Runtime, runtime
+from sft_dist.resilience.ending import run_and_end
 from sft_dist.train import StepResult, train_step
 from sft_kernels import choose_head
 
 STEPS, SAVED_AFTER = 10, 4
-ARCHITECTURE = "qwen2"  # has biases
+WIDE = SMALL | {"hidden_size": 64, "intermediate_size": 128}  # rows of whole 4-bit blocks; qwen2 has biases
 OPTIMIZERS = {
     "adamw": OptimSection(weight_decay=0.1),
     "plus": OptimSection(weight_decay=0.1, lora_plus_ratio=4.0),
@@ -46,7 +54,7 @@ OPTIMIZERS = {
 
 def base_model(dtype: torch.dtype) -> PreTrainedModel:
     """The untrained model of all cases."""
-    model = build_random(tiny_config(ARCHITECTURE), dtype=dtype, seed=0)
+    model = build_random(AutoConfig.for_model("qwen2", **WIDE), dtype=dtype, seed=0)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # random weights start with zeros there
             torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(len(name)))
@@ -101,7 +109,8 @@ def resumed(case: str, path: Path, manager: CheckpointManager, accumulation: int
 
 def run(case: str, folder: Path, place: Runtime) -> dict[str, list[float]]:
     """Ten steps with a checkpoint on the way; accumulation 1 resumes from it too, else the result is exported."""
-    accumulation = int(case.split("-")[2])
+    _, method, rounds, *_ = case.split("-")
+    accumulation = int(rounds)
     made = build(case, place)
     manager = CheckpointManager(folder / f"{case}-{place.world_size}")
     before = train(made, range(1, SAVED_AFTER + 1), accumulation, place)
@@ -112,12 +121,31 @@ def run(case: str, folder: Path, place: Runtime) -> dict[str, list[float]]:
         found["resumed"] = resumed(case, path, manager, accumulation, place)
         found["replicas"] = resumed("ddp-" + case.split("-", 1)[1], path, manager, accumulation, place)
     elif place.world_size > 1:
-        export(made, folder / "exports" / case, place)
+        export(made, folder / "exports" / case, method, place)
     return {
         f"{name}_{figure}": [getattr(result, figure) for result in results]
         for name, results in found.items()
         for figure in ("loss", "grad_norm")
     }
+
+
+def export(made: Engine, out: Path, method: str, place: Runtime) -> None:
+    """The Hugging Face or adapter folder, certified, and the logits that it has to give when it is loaded again."""
+    expected = logits(made)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(write_tokenizer(out.parent / f"tokenizer-{place.rank}"))
+    base = Base(0, partial(adapted_base, method)) if is_adapter(made.model) else None
+    probe = trained_probe(made, place.device, 1e-5)
+    weights = live_weights(made, torch.float32)
+    certificate = export_model(package_of(made.model, Words(tokenizer, ""), base), weights, out, probe)
+    if place.is_main:
+        assert certificate is not None
+        save_file({"logits": expected}, out / "expected.safetensors")
+
+
+def adapted_base(method: str) -> PreTrainedModel:
+    """What an adapter stands on when it is loaded again."""
+    base = base_model(torch.float32)
+    return quantise(base, torch.float32) if method == "qlora" else base
 
 
 def main(folder: Path, cases: list[str]) -> None:
@@ -134,4 +162,4 @@ def main(folder: Path, cases: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    run_and_end(lambda: main(Path(sys.argv[1]), sys.argv[2:]))

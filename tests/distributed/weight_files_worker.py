@@ -15,13 +15,13 @@ import torch
 import zero_worker
 from torch import Tensor
 
+from sft_dist.assembly import spread
 from sft_dist.config.auto import Choices
 from sft_dist.config.schema import Recipe
 from sft_dist.models.packed import causal_lm
 from sft_dist.network import build_empty_network, build_network
 from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.runtime import Runtime, runtime
-from sft_dist.parts import spread
 
 MIB = 2**20
 

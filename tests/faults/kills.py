@@ -206,7 +206,16 @@ def run_cell(folder: Path, cell: str, seed: int, number: int) -> dict[str, Any]:
 
 
 def check(folder: Path, number: int) -> list[bool]:
-    """Compare everything the two runs left; returns for each attempt whether its kill struck."""
+    """Compare the two runs; returns for each attempt whether its kill struck. No checkpoint may have been found bad."""
+    compare(folder)
+    attempts = sorted((folder / "killed" / "logs").iterdir())
+    logs = "".join(path.read_text() for attempt in attempts for path in attempt.glob("rank_*.log"))
+    assert "is bad" not in logs, logs
+    return [ended_by_a_kill(path) for path in attempts[:-1]][:number]
+
+
+def compare(folder: Path) -> None:
+    """Everything that FOLDER/killed left against what FOLDER/straight did."""
     straight, killed = folder / "straight", folder / "killed"
     assert trajectory(killed) == trajectory(straight), "the trajectory differs"
     scored = [[(x["step"], x["eval_loss"]) for x in lines(run, "eval")] for run in (straight, killed)]
@@ -215,12 +224,8 @@ def check(folder: Path, number: int) -> list[bool]:
     for path in folders(killed):
         assert state(path) == state(straight / "checkpoints" / path.name), f"{path} differs"
     assert len(folders(killed)) == 2 and not list((killed / "checkpoints").glob(".tmp-*"))
-    attempts = sorted((killed / "logs").iterdir())
-    logs = "".join(path.read_text() for folder in attempts for path in folder.glob("rank_*.log"))
-    assert "is bad" not in logs, logs
     audited = forked.fork(lambda: forked.command_line(["audit", str(killed)]), folder / "audit.txt").wait()
     assert audited == 0, (folder / "audit.txt").read_text()
-    return [ended_by_a_kill(path) for path in attempts[:-1]][:number]
 
 
 def state(folder: Path) -> dict[str, Any]:

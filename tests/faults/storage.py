@@ -30,7 +30,7 @@ def recipe(folder: Path, name: str) -> Path:
         name,
         parallel={"strategy": "fsdp2"},
         optim={"max_steps": STEPS},
-        checkpoint={"every_steps": EVERY_STEPS},
+        checkpoint={"every_steps": EVERY_STEPS, "async": False},  # so that a fault hits the save it is meant for
         eval={"generate": 0, "every_steps": 99},
         resilience={"max_restarts": 0},
     )

@@ -145,6 +145,8 @@ def fail_at_each(folder: Path, call: str, error: str, limit: int) -> str:
             refused += 1
         steps = [folder_step(path) for path in folders(run_dir)]
         assert steps[-1] == (4 if code == REFUSED else 3), (where, steps)
+        left = list((run_dir / "checkpoints").glob(".tmp-*"))
+        assert not left or call == "unlinkat", (where, left)
         newest_step(run_dir)
         shutil.rmtree(run_dir)
         if (code == SAVED and not said) or number == limit:

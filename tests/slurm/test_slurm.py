@@ -24,7 +24,7 @@ def endings(run: Submitted) -> list[dict[str, object]]:
 def test_every_interruption_ends_in_the_same_weights(
     cluster: Cluster, prepare_run: Prepare, uninterrupted: Submitted
 ) -> None:
-    """One job, interrupted in the four ways that Slurm has, each time after further steps."""
+    """One job, interrupted in every way that Slurm has and by a crash, each time after further steps."""
     run = prepare_run("interrupted")
     job = run.submit()
 
@@ -51,48 +51,19 @@ def test_every_interruption_ends_in_the_same_weights(
     assert victim not in cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).stdout.split()
     cluster.run("scontrol", "update", f"NodeName={victim}", "State=RESUME")
 
-    urgent = cluster.run(
-        "sbatch", "--parsable", "-p", "urgent", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "true"
-    )
+    (worker,) = (pid for pid in cluster.pids(cluster.job(job)["BatchHost"]) if is_worker(cluster, pid))
+    cluster.run("kill", "-9", worker)  # rank 0; nothing but the script requeues after a crash
+    cluster.wait(lambda: cluster.job(job)["Restarts"] == "4", 60, run.log())
+    hurry(cluster, job)
+    run.wait_for_step(len(lines(run.run_dir, "step")) + 1)
+
+    preempt = ("sbatch", "--parsable", "-p", "urgent", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "true")
+    urgent = cluster.run(*preempt).stdout.strip()
     assert run.wait()["JobState"] == "COMPLETED", run.log()
-    assert cluster.job(urgent.stdout.strip())["JobState"] == "COMPLETED"
-    assert cluster.job(job)["Restarts"] == "4" and run.attempts == 5
+    assert cluster.job(urgent)["JobState"] == "COMPLETED"
+    assert cluster.job(job)["Restarts"] == "5" and run.attempts == 6
+    assert [(e["code"], e["again"]) for e in endings(run) if not e["ended"]] == [(75, True), (1, True), (0, False)]
     assert run.result == uninterrupted.result
-
-
-def hurry(cluster: Cluster, job: str) -> None:
-    """A requeued job waits some seconds; go on at once."""
-    cluster.wait_job(job, 60, {"RUNNING"})
-
-
-def test_a_cancelled_job_saves_stays_cancelled_and_goes_on_when_submitted_again(
-    prepare_run: Prepare, uninterrupted: Submitted
-) -> None:
-    run = prepare_run("cancelled")
-    job = run.submit()
-    run.wait_for_step(15)
-    run.sft("slurm", "cancel", run.run_dir)
-    assert run.wait(job)["JobState"] == "CANCELLED"
-    steps = len(lines(run.run_dir, "step"))
-    assert 15 <= steps < NUM_STEPS and (run.run_dir / "checkpoints" / f"step-{steps:08d}").is_dir(), run.log()
-    again = run.submit()
-    assert run.wait(again)["JobState"] == "COMPLETED", run.log()
-    assert run.cluster.job(job)["JobState"] == "CANCELLED" and run.attempts == 2
-    assert run.result == uninterrupted.result
-
-
-def test_a_killed_worker_is_started_again_by_the_job(
-    cluster: Cluster, prepare_run: Prepare, uninterrupted: Submitted
-) -> None:
-    run = prepare_run("killed")
-    job = run.submit()
-    run.wait_for_step(15)
-    other = cluster.nodes[1]
-    workers = [pid for pid in cluster.pids(other) if is_worker(cluster, pid)]
-    assert len(workers) == 1
-    cluster.run("kill", "-9", *workers)
-    assert run.wait(job)["JobState"] == "COMPLETED", run.log()
-    assert cluster.job(job)["Restarts"] == "1" and run.result == uninterrupted.result
 
 
 def is_worker(cluster: Cluster, pid: str) -> bool:
@@ -100,33 +71,39 @@ def is_worker(cluster: Cluster, pid: str) -> bool:
     return "sft_dist.train" in words
 
 
-def test_a_chain_goes_on_where_requeueing_is_forbidden(
+def hurry(cluster: Cluster, job: str) -> None:
+    """A requeued job waits some seconds; go on at once."""
+    cluster.wait_job(job, 60, {"RUNNING"})
+
+
+def test_a_cancelled_job_saves_stays_cancelled_and_goes_on_in_a_chain(
     cluster: Cluster, prepare_run: Prepare, uninterrupted: Submitted
 ) -> None:
-    run = prepare_run("chain", cluster={"chain": 3, "requeue": False})
-    run.submit()
-    first, second, third = run.jobs
+    """Cancelled, then submitted again as a chain of three for a site without requeueing, of which two are needed."""
+    run = prepare_run("cancelled")
+    job = run.submit()
     run.wait_for_step(15)
+    run.sft("slurm", "cancel", run.run_dir)
+    assert run.wait(job)["JobState"] == "CANCELLED"
+    steps = len(lines(run.run_dir, "step"))
+    assert 15 <= steps < NUM_STEPS and (run.run_dir / "checkpoints" / f"step-{steps:08d}").is_dir(), run.log()
+
+    run.submit("cluster.chain=3", "cluster.requeue=false")
+    first, second, third = run.jobs[1:]
+    run.wait_for_step(steps + 10)
     cluster.run("scancel", "--signal=USR1", "--batch", first)
     assert run.wait(third)["JobState"] == "COMPLETED", run.log()
     assert cluster.job(first)["ExitCode"] == "75:0" and cluster.job(second)["JobState"] == "COMPLETED"
-    assert run.attempts == 2  # the third link finds the run done
+    assert cluster.job(job)["JobState"] == "CANCELLED" and run.attempts == 3
     assert run.result == uninterrupted.result
 
 
-def test_an_array_is_one_run_for_each_seed_and_requeues_one_alone(cluster: Cluster, prepare_run: Prepare) -> None:
-    changes = {"cluster": {"array": [7, 8], "nodes": 1}, "optim": {"lr": 1e-3, "max_steps": 30}}
-    run = prepare_run("array", **changes)
+def test_an_array_is_one_run_for_each_seed(prepare_run: Prepare) -> None:
+    run = prepare_run("array", cluster={"array": [7, 8], "nodes": 1}, optim={"lr": 1e-3, "max_steps": 4})
     job = run.submit()
-    runs = [run.run_dir / f"seed-{seed}" for seed in (7, 8)]
-    cluster.wait(lambda: len(lines(runs[0], "step")) >= 5, 120, "step 5")
-    cluster.run("scancel", "--signal=USR1", "--batch", f"{job}_0")
-    tasks = [run.wait(f"{job}_{number}") for number in (0, 1)]
-    assert [(task["JobState"], task["Restarts"]) for task in tasks] == [("COMPLETED", "1"), ("COMPLETED", "0")], (
-        run.log()
-    )
-    first, second = ([line["loss"] for line in lines(folder, "step")] for folder in runs)
-    assert len(first) == len(second) == 30 and first != second
+    assert [run.wait(f"{job}_{task}")["JobState"] for task in (0, 1)] == ["COMPLETED"] * 2, run.log()
+    first, second = ([line["loss"] for line in lines(run.run_dir / f"seed-{seed}", "step")] for seed in (7, 8))
+    assert len(first) == len(second) == 4 and first != second
 
 
 def test_hostile_names_stay_words(prepare_run: Prepare, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_groups_equal_one_document_at_a_time(lengths: list[int], window: int | N
 
 def test_without_segments_it_refuses_instead_of_attending_across_documents() -> None:
     q = torch.randn(1, 2, 4, 8)
-    with pytest.raises(RuntimeError, match="cu_seqlens"):
+    with pytest.raises(ValueError, match="cu_seqlens"):
         segment_attention(sdpa_segments, torch.nn.Identity(), q, q, q, None)
 
 

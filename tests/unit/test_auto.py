@@ -99,4 +99,4 @@ def test_activations_are_what_the_estimate_counts(device: str, compute: int) -> 
         layout = Layout("ddp", 8, device, compute, 4, 1000, 1000, 1, False)
         counted = layers * layer_activation_bytes(architecture, tuned(architecture, TuningSection()), layout) / 1000
         facts = replace(EIGHT_B, hidden_size=hidden, intermediate_size=inner, num_layers=layers, device=device)
-        assert _activation_bytes(facts) == pytest.approx(counted, rel=0.06)
+        assert _activation_bytes(recipe(), facts) == pytest.approx(counted, rel=0.06)

@@ -49,10 +49,9 @@ def test_the_state_at_the_save_is_committed_whatever_training_does_meanwhile(tmp
     assert gate.reached.wait(30)
     for tensor in state.values():
         tensor.fill_(2.0)  # the next step
-    saver.commit_written()
-    assert names(tmp_path) == []  # not written yet: nothing is committed, nothing waits
+    assert not saver.is_written
     gate.opened.set()
-    saver.commit_written(wait=True)
+    saver.commit()
     assert names(tmp_path) == ["step-00000001"]
     loaded = tensors(0.0)
     assert CheckpointManager(tmp_path).load(folders(tmp_path)[0], loaded) == {"step": 1}
@@ -63,11 +62,12 @@ def test_a_later_boundary_commits_what_is_written(tmp_path: Path) -> None:
     saver = BackgroundSaver(CheckpointManager(tmp_path))
     saver.begin(1, tensors(1.0), {})
     assert names(tmp_path) == []  # never by the thread
-    assert saver._write is not None and saver._write.thread is not None
-    saver._write.thread.join(30)
-    saver.commit_written()
+    while not saver.is_written:
+        threading.Event().wait(0.001)
+    assert names(tmp_path) == []
+    saver.commit()
     assert names(tmp_path) == ["step-00000001"] and not leftovers(tmp_path)
-    assert not saver.is_writing
+    assert not saver.is_written
 
 
 def test_the_next_save_commits_the_one_before_and_old_ones_go(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_nonfinite_state_is_found_at_the_next_boundary_and_never_committed(tmp_p
     poisoned["optim.w.exp_avg"][7, 1] = float("inf")
     saver.begin(2, poisoned, {})
     with pytest.raises(NonFiniteError, match=r"optim\.w\.exp_avg holds a NaN or infinity: nothing was saved"):
-        saver.commit_written(wait=True)
+        saver.commit()
     assert names(tmp_path) == ["step-00000001"] and not leftovers(tmp_path)
     saver.save(3, tensors(3.0), {})  # and the saver is free again
     assert names(tmp_path) == ["step-00000001", "step-00000003"]
@@ -116,7 +116,7 @@ def test_a_disk_that_refuses_the_thread_gives_the_same_line_as_a_save_that_is_wa
         for step in (1, 2, 3):
             with pytest.raises(StorageError, match="3 saves in a row") if step == 3 else nullcontext():
                 getattr(saver, save)(step, tensors(1.0), {})
-                saver.commit_written(wait=True)
+                saver.commit()
         for file in leftovers(tmp_path):
             file.unlink()
     plain = [re.sub(r"tmp-\w+|[\d.]+ \w?i?B", "", line) for line in told]
@@ -129,7 +129,7 @@ def test_another_set_of_tensors_gets_a_copy_of_its_own(tmp_path: Path) -> None:
     saver = BackgroundSaver(CheckpointManager(tmp_path))
     saver.begin(1, tensors(1.0), {})
     saver.begin(2, {"model.v": torch.ones(2, dtype=torch.bfloat16)}, {})
-    saver.commit_written(wait=True)
+    saver.commit()
     loaded = {"model.v": torch.zeros(2, dtype=torch.bfloat16)}
     CheckpointManager(tmp_path).load(folders(tmp_path)[1], loaded)
     assert loaded["model.v"].tolist() == [1, 1]

@@ -140,6 +140,7 @@ def test_values_become_what_their_key_holds(setting: str, value: object) -> None
         ("model.config.tie_word_embeddings=no", 'model.config = no: is text in YAML 1.2: write true or false, or "no"'),
         ("model.path=", "model: path is missing"),
         ("hub.push_to=x", "hub.push_to = x: must be text like"),
+        ("data.sources.0.streaming=true", "data.eval_fraction needs all rows at once, and data.sources are streamed"),
         ("weird=1", "weird: unknown key: the keys at the top are run, model,"),
         ("lr=1e-4", "lr: unknown key: did you mean 'optim.lr'?"),
         ("every_steps=5", "did you mean 'checkpoint.every_steps' or 'eval.every_steps' or 'log.every_steps'?"),

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sft_dist.certify import Documents
 from sft_dist.cli import main as cli
 from sft_dist.config.loader import load_recipe
-from sft_dist.config.schema import Recipe, TuningSection
+from sft_dist.config.schema import OptimSection, Recipe, TuningSection
 from sft_dist.config.shipped import CHECKOUT
 from sft_dist.data.collate import collate
 from sft_dist.data.store import write_store
@@ -29,7 +29,7 @@ from sft_dist.errors import ConfigError
 from sft_dist.estimate.architecture import FAMILIES, Architecture, config_path, derive
 from sft_dist.estimate.compare import Estimate, estimate
 from sft_dist.estimate.hardware import GIB, GPUS, Device, find_device
-from sft_dist.estimate.memory import STRATEGIES, Layout, activation_bytes, memory, weight_bytes
+from sft_dist.estimate.memory import STRATEGIES, Layout, activation_bytes, memory, optimizer_bytes, weight_bytes
 from sft_dist.estimate.pace import step_flops
 from sft_dist.estimate.tuning import tuned
 from sft_dist.models import attention
@@ -38,6 +38,7 @@ from sft_dist.models.load import build_random
 from sft_dist.models.packed import PackedCausalLM, pick_head
 from sft_dist.models.quantise import quantise, scales
 from sft_dist.observe import perf
+from sft_dist.optim import build_optimizer
 from sft_dist.types import TokenizedExample
 
 EIGHT_B = {
@@ -103,6 +104,20 @@ def test_a_base_in_four_bits_takes_what_bitsandbytes_makes_of_it() -> None:
     held = quantise(model, torch.bfloat16)
     tensors = [*held.parameters(), *(t for name, t in scales(held) if "absmax" in name)]
     assert expected == pytest.approx(sum(t.numel() * t.element_size() for t in tensors), rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor", "muon"])
+def test_optimizers_keep_what_is_estimated(name: Any) -> None:
+    """Within what vectors and small matrices differ in, and Adafactor's rows and columns."""
+    values = small("llama") | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    model = build_random(AutoConfig.for_model("llama", **values), dtype=torch.float32, seed=0)
+    optimizer = build_optimizer(dict(model.named_parameters()), OptimSection(name=name), 1e-3)
+    optimizer.allocate(model.parameters())
+    held = [t for state in optimizer.state.values() for key, t in state.items() if key != "step"]
+    counts = tuned(derive({"model_type": "llama", **values}, "x"), TuningSection())
+    expected = optimizer_bytes(counts, Layout("ddp", 1, "cuda", 2, 4, 16, 16, 1, False, optimizer=name))
+    slack = 0.02 * 8 * counts.trained
+    assert expected == pytest.approx(sum(t.numel() * t.element_size() for t in held), abs=slack)
 
 
 def test_frozen_parameters_are_not_trained() -> None:

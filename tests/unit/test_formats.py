@@ -191,6 +191,13 @@ REFUSED = {
         turns({"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}),
         "needs 'name'",
     ),
+    "call-of-null": (
+        "messages",
+        turns({"role": "assistant", "tool_calls": [{"function": None}]}),
+        "needs 'name'",
+    ),
+    "call-of-text": ("messages", turns({"role": "assistant", "tool_calls": [{"function": "f"}]}), "needs 'name'"),
+    "role-is-a-list": ("messages", turns({"role": ["assistant"], "content": "a"}), "has the unknown role"),
     "tools-not-json": ("messages", {"messages": PAIR, "tools": "[{"}, "'tools' is not JSON"),
     "tools-not-a-list": ("messages", {"messages": PAIR, "tools": {"name": "f"}}, "'tools' must be a list"),
 }

@@ -65,3 +65,15 @@ def test_a_long_neighbour_moves_a_short_document(model_type: str, rope: dict[str
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt_oss", "gpt_neox", "opt"])
 def test_other_rotary_embeddings_have_no_turning_point(model_type: str) -> None:
     assert turning_point(tiny_config(model_type)) is None
+
+
+@torch.no_grad()
+def test_padding_longer_than_the_table_of_positions_does_not_matter() -> None:
+    """GPT-2 learns 256 positions here; a row with little in it is padded to 512 tokens."""
+    model = build_random(tiny_config("gpt2"), dtype=torch.float32, seed=0)
+    attention.install(model, "sdpa")
+    packed = PackedCausalLM(model, choose_head("reference", "cpu")[1]).eval()
+    probe = Documents((TokenizedExample(np.arange(3, 12, dtype=np.int32), np.ones(9, np.float32)),))
+    rows = [collate(probe.packs, probe, packing="best_fit", pad_token_id=0, pad_to_multiple_of=n) for n in (8, 512)]
+    short, long = (packed.hidden_states(row)[0, :9] for row in rows)
+    torch.testing.assert_close(short, long)

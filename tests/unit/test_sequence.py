@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from architectures import tiny_config
 from pydantic import ValidationError
 from torch import Tensor, nn
+from transformers import AutoConfig
 
-from sft_dist.certify import DROPOUTS, Documents, merge
+from sft_dist.certify import Documents, merge
 from sft_dist.config.auto import Facts, choose, refuse_uneven
 from sft_dist.config.schema import Recipe
 from sft_dist.data.collate import collate
@@ -111,14 +112,31 @@ def test_dropout_modules_are_exchanged_where_rows_are_cut() -> None:
 @pytest.mark.parametrize(("size", "words"), [(3, "does not divide the 4 attention heads of llama"), (8, "divisor")])
 def test_heads_that_cannot_be_dealt_are_refused(size: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        refuse_what_cannot_be_cut(tiny_config("llama"), size, DROPOUTS)
+        refuse_what_cannot_be_cut(tiny_config("llama"), size)
 
 
-def test_dropout_of_the_architecture_is_refused_where_rows_are_cut() -> None:
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("llama", "attention_dropout"),
+        ("phi3", "embd_pdrop"),
+        ("gpt_neox", "hidden_dropout"),
+        ("mixtral", "router_jitter_noise"),
+    ],
+)
+def test_random_numbers_of_the_architecture_are_refused(model_type: str, name: str) -> None:
+    config = AutoConfig.for_model(model_type, num_attention_heads=4, hidden_size=32, pad_token_id=0)
+    setattr(config, name, 0.0)
+    refuse_what_cannot_be_cut(config, 2)
+    setattr(config, name, 0.1)
+    with pytest.raises(ConfigError, match=rf"parallel\.sequence=2: {model_type} has {name}=0\.1"):
+        refuse_what_cannot_be_cut(config, 2)
+
+
+def test_dropout_of_a_head_that_is_not_there_is_no_matter() -> None:
     config = tiny_config("llama")
-    config.attention_dropout = 0.1
-    with pytest.raises(ConfigError, match=r"parallel\.sequence=2: llama has attention_dropout=0\.1"):
-        refuse_what_cannot_be_cut(config, 2, DROPOUTS)
+    config.classifier_dropout, config.summary_first_dropout = 0.1, 0.1
+    refuse_what_cannot_be_cut(config, 2)
 
 
 def recipe(**sections: Any) -> Recipe:
@@ -127,9 +145,23 @@ def recipe(**sections: Any) -> Recipe:
     )
 
 
-def test_padded_rows_are_refused() -> None:
-    with pytest.raises(ValidationError, match=r"parallel\.sequence=2 cuts packed rows.*data\.packing=best_fit"):
-        recipe(data={"packing": "padded"}, parallel={"sequence": 2})
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("data", {"packing": "padded"}),
+        ("tuning", {"method": "prefix"}),
+        ("tuning", {"method": "prompt"}),
+        ("optim", {"neftune_alpha": 5.0}),
+        ("run", {"deterministic": "elastic"}),
+    ],
+    ids=str,
+)
+def test_what_needs_whole_rows_is_refused_with_the_way_out(section: str, values: dict[str, Any]) -> None:
+    ((name, value),) = values.items()
+    recipe(**{section: values})
+    asked = rf"(?=.*parallel\.sequence=2)(?=.*{section}\.{name}={value}).*set .*parallel\.sequence=1"
+    with pytest.raises(ValidationError, match=asked):
+        recipe(**{section: values}, parallel={"sequence": 2})
 
 
 def test_processes_that_form_no_groups_are_refused() -> None:

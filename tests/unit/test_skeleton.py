@@ -68,7 +68,10 @@ def test_a_skeleton_gives_what_a_full_rendering_gives(
     agree(bound(name, shared), talk, loss_on, prompt)
 
 
-@pytest.mark.parametrize("name", ["chatml", "phi3", "llama3", "alpaca", "trl/qwen2_5_training", "trl/deepseekv3"])
+USUAL = ["chatml", "phi3", "llama3", "alpaca", "trl/qwen2_5_training", "trl/deepseekv3", "trl/qwen3_training"]
+
+
+@pytest.mark.parametrize("name", USUAL)
 def test_the_usual_templates_have_one(name: str, shared: Path) -> None:
     assert agree(bound(name, shared), Conversation((Message("user", "a b"), Message("assistant", " c\n"))))
 
@@ -150,6 +153,12 @@ LOOKS = {
 @example(Conversation((Message("user", "same"), Message("assistant", "same"))))
 def test_whatever_a_template_does_with_a_content_it_is_followed_or_refused(body: str, talk: Conversation) -> None:
     agree(ChatTemplate("x", HEAD + body + TAIL).bind(BYTES), talk)
+
+
+@pytest.mark.parametrize("text", ["{{ ['a', 'b'] | random }}", "{{ strftime_now('%S') }}", "{{ range(9) | random }}"])
+def test_what_differs_from_time_to_time_has_none(text: str) -> None:
+    template = ChatTemplate("z", HEAD + text + "{{ m.content }}" + TAIL).bind(BYTES)
+    assert not any(template._learn((("user", None), ("assistant", None)), "assistant", 0.0) for _ in range(40))
 
 
 def test_records_come_from_the_skeleton_after_a_few_and_are_compared_again_and_again(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 
 import numpy as np
@@ -19,6 +21,16 @@ def draw(contents: list[str], eval_fraction: float, test_fraction: float, seed: 
     ]
     places = np.zeros(len(keys), np.int64) if sources is None else np.array(sources)
     return draw_splits(np.array(keys, np.uint64), places, eval_fraction, test_fraction, seed).tolist()
+
+
+@given(st.lists(st.tuples(st.sampled_from(["user", 'a"b']), st.text(), st.booleans()), min_size=1, max_size=3))
+def test_a_content_key_is_a_hash_of_json(turns):
+    """Written by hand because it is faster; no two conversations may come out alike."""
+    extra = {"tool_calls": [{"b": 1, "a": "é"}]}
+    talk = Conversation(tuple(Message(role, text, extra=extra if calls else {}) for role, text, calls in turns))
+    said = [[[role, text, extra if calls else {}] for role, text, calls in turns], []]
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()
+    assert content_key(talk) == int.from_bytes(digest[:8], "little")
 
 
 @given(

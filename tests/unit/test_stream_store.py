@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import resource
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +73,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         rows: list[Any] = records(num, f"answer {number}-{{}}")
         for place in range(7, num, 97):
             rows[place] = {"instruction": "no answer"}
-        write_lines(folder / f"a-{number}.jsonl", rows)
+        lines = write_lines(folder / f"a-{number}.jsonl", rows).read_text().splitlines()
+        for place in range(30, num, 301):
+            lines.insert(place, "{ no JSON")
+        (folder / f"a-{number}.jsonl").write_text("\n".join(lines))
     (folder / "b.json.gz").write_bytes(gzip.compress(json.dumps(records(2600, "b {}")).encode()))
     return [{"path": f"{folder}/a-*.jsonl", "weight": 2.0}, {"path": f"{folder}/b.json.gz"}]
 
@@ -93,7 +97,7 @@ def test_reading_does_not_depend_on_interruptions_or_workers(tmp_path: Path, sou
         for store in (straight, stopped)
     ]
     assert listed[0] == listed[1]
-    assert len(listed[0]) == sum(source["rejected"] for source in reports[0]["sources"]) == 27
+    assert len(listed[0]) == sum(source["rejected"] for source in reports[0]["sources"]) == 27 + 9
 
 
 def test_a_stream_holds_what_an_indexed_preparation_holds(tmp_path: Path, sources: list[dict[str, Any]]) -> None:
@@ -279,3 +283,26 @@ def test_what_a_stream_cannot_give_is_refused_with_the_remedy(
         return
     with pytest.raises(ConfigError, match=message):
         load_recipe([str(recipe)], [*BASE, *changes])
+
+
+def test_memory_does_not_grow_with_the_stream(tmp_path: Path) -> None:
+    """Of the writer and of a reader, from the first fifth of a stream to its end."""
+    job = job_of(stream_recipe(tmp_path, write_lines(tmp_path / "x.jsonl", records(24_000))), segment_examples=500)
+    written, read = [], []
+    with Workers(tokenised, 0) as workers:
+        segments = Segments(job, workers)
+        while segments.make():
+            written.append(resident())
+    store = StreamStore(job.folder, ["x"], None)
+    for first in range(0, 24_000, 500):
+        for index in range(first, first + len(store.numbers(first, first + 500).lengths)):
+            store.verify(index)
+        read.append(resident())
+    for sizes in (written, read):
+        assert len(sizes) > 15
+        assert sizes[-1] - sizes[len(sizes) // 5] < 16 << 20
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from architectures import tiny_config
@@ -15,11 +16,12 @@ from sft_dist.certify import Builder, Documents, certify, locate, probe_document
 from sft_dist.config.schema import TuningSection
 from sft_dist.data.collate import collate
 from sft_dist.errors import CertificateError
+from sft_dist.evaluate.generation import stock_attention
 from sft_dist.models import attention, virtual_tokens
 from sft_dist.models.adapters import apply_tuning
 from sft_dist.models.load import build_random
-from sft_dist.models.packed import PackedCausalLM
-from sft_dist.types import PackedBatch
+from sft_dist.models.packed import PackedCausalLM, carries_virtual_tokens
+from sft_dist.types import PackedBatch, TokenizedExample
 from sft_kernels import choose_head
 
 HEAD = choose_head("reference", "cpu")[1]
@@ -122,5 +124,33 @@ def test_documents_of_one_token_and_padding_have_their_places() -> None:
     for start, end, first, last in zip(edges, edges[1:], made.batch.cu_seqlens[:-1], made.batch.cu_seqlens[1:],
                                        strict=False):  # fmt: skip
         assert widened[first:last].tolist() == [-2, -1, *row[start:end].tolist()]
-        assert made.batch.position_ids[0, first:last].tolist() == list(range(end - start + 2))
+        own = range(2, end - start + 2) if start < batch.num_tokens else [2] * (end - start)
+        assert made.batch.position_ids[0, first:last].tolist() == [0, 1, *own]
     assert torch.equal(widened[made.own], row)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@torch.no_grad()
+def test_generation_sees_the_virtual_tokens(kind: str) -> None:
+    """Greedy answers of PEFT's `generate`, token by token those of the packed forward."""
+    ours, _ = models(kind, "best_fit", "qwen2")
+    lm = ours.model.get_base_model()
+    ids = DOCUMENTS.examples[3].input_ids[:12].tolist()
+    expected = list(ids)
+    for _ in range(6):
+        document = Documents(
+            (TokenizedExample(np.array(expected, dtype=np.int32), np.ones(len(expected), np.float32)),)
+        )
+        hidden = ours.hidden_states(Builder(collate, "none")(document))
+        expected.append(int(lm.get_output_embeddings()(hidden[0, len(expected) - 1]).argmax()))
+    with stock_attention(lm):
+        prompt = torch.tensor([ids])
+        found = ours.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=None,
+        )
+    assert found[0].tolist() == expected
+    assert carries_virtual_tokens(ours) and not carries_virtual_tokens(lm)

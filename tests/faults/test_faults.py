@@ -1,4 +1,4 @@
-"""SIGKILL anywhere, resume, and not one bit differs. The programs fork their runs, so each is a process of its own."""
+"""Faults in real runs, and not one bit differs afterwards. Programs fork the runs, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -56,3 +56,45 @@ def test_a_save_struck_at_each_of_its_system_calls_is_whole_or_not_there(tmp_pat
     print(printed)
     assert sum(line.startswith("killed at") for line in printed.splitlines()) == 7
     assert sum("the next save worked" in line for line in printed.splitlines()) == 20
+
+
+def test_a_folder_has_one_writer_however_two_of_them_race(tmp_path: Path) -> None:
+    assert len(run_program("races.py", str(tmp_path), seconds=300).splitlines()) == 3
+
+
+def test_signals_to_any_process_in_any_phase_stop_in_order(tmp_path: Path) -> None:
+    printed = run_program("stops.py", str(tmp_path), "--cells", "16", seconds=600)
+    assert printed.count("the same bits") == 19, printed
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+def test_every_signal_to_every_process_in_every_phase_stops_in_order(tmp_path: Path) -> None:
+    assert run_program("stops.py", str(tmp_path), seconds=3600).count("the same bits") == 67
+
+
+def test_a_rank_that_no_longer_moves_is_found_and_named(tmp_path: Path) -> None:
+    """What tests/e2e/test_hang.py and tests/unit/test_local.py have not."""
+    cases = ("in another collective", "segmentation fault", "stuck reader")
+    assert run_program("hangs.py", str(tmp_path), *cases, seconds=600).count("the same bits afterwards") == 3
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1200)
+def test_a_rank_that_no_longer_moves_in_any_way_is_found_and_named(tmp_path: Path) -> None:
+    assert run_program("hangs.py", str(tmp_path), seconds=1200).count("the same bits afterwards") == 7
+
+
+def test_nothing_gets_in_and_no_secret_gets_out(tmp_path: Path) -> None:
+    quick = ("sockets", "secrets", "umask", "open_folder", "weights_in_pickles", "remote_code")
+    assert run_program("security.py", str(tmp_path), *quick, seconds=600).count(": kept") == len(quick)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+def test_no_file_of_a_run_can_carry_code(tmp_path: Path) -> None:
+    assert ": kept" in run_program("security.py", str(tmp_path), "payloads", seconds=3600)
+
+
+def test_what_a_run_was_made_from_may_not_change_under_it(tmp_path: Path) -> None:
+    assert run_program("touches.py", str(tmp_path), seconds=300).count("refused by name with both values") == 8

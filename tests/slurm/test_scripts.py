@@ -1,0 +1,145 @@
+"""slurm/*.sbatch on a real Slurm, each ending of a run played by a shell script in Python's place: seconds, no torch.
+
+What is proven here is the batch side: who requeues, with which code a job leaves, which nodes it is given next. That a
+real run goes on with the same bits is test_slurm.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from slurm.cluster import Cluster
+
+from sft_dist.config.loader import load_recipe
+from sft_dist.launch.submission import sbatch_command, write_files
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+WAIT = 'for _ in $(seq 200); do [ ! -e "$SFT_STOP_FILE" ] || exit $((SFT_NODE_RANK ? 0 : 75)); sleep 0.1; done; exit 0'
+
+
+ONE_NODE_KNOWS = "[ $SFT_NODE_RANK = 0 ] && exec env --default-signal=TERM sleep 60; exit 65"
+
+
+class Played:
+    """A job whose runs are the shell lines `body`; $RESTART is 0 at the first start."""
+
+    def __init__(self, cluster: Cluster, folder: Path, body: str, settings: tuple[str, ...]) -> None:
+        self.cluster, self.run_dir, self.up = cluster, folder / "run", folder / "up"
+        program = folder / "python"
+        program.write_text(f"#!/bin/bash\nRESTART=${{SLURM_RESTART_COUNT:-0}}\ntouch {self.up}.$RESTART\n{body}\n")
+        program.chmod(0o755)
+        given = ["model.path=gpt2", "data.sources=[{path: x.json}]", f"run.dir={self.run_dir}", "cluster.target=slurm"]
+        given += ["cluster.time=5", "cluster.preflight=false", "cluster.processes_per_node=1", "cluster.nodes=2"]
+        recipe = load_recipe([], [*given, *settings])
+        write_files(recipe, "one")
+        for path in self.run_dir.rglob("job.env"):
+            text = path.read_text().replace(f"SFT_PYTHON={sys.executable}\n", f"SFT_PYTHON={program}\n")
+            path.write_text(text)
+        search = f"{Path(__file__).resolve().parents[2]}:{Path(__file__).resolve().parents[2] / 'kernels'}"
+        self.job = cluster.run(*sbatch_command(recipe), cwd=folder, PYTHONPATH=search).stdout.strip()
+
+    def started(self, restart: int = 0) -> None:
+        """Until the workers of this start run."""
+        self.cluster.wait(Path(f"{self.up}.{restart}").exists, 30, f"start {restart}: {self.log()}")
+
+    def end(self, job: str = "") -> tuple[str, str, str]:
+        """(state, restarts, exit code) once the job is over."""
+        record = self.cluster.wait_job(job or self.job, 60)
+        return record["JobState"], record["Restarts"], record["ExitCode"].partition(":")[0]
+
+    def log(self) -> str:
+        return "\n".join(path.read_text() for path in (self.run_dir / "slurm").glob("*.out"))
+
+    def endings(self) -> list[dict[str, object]]:
+        return [json.loads(line) for line in (self.run_dir / "slurm" / "endings.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def play(cluster: Cluster, tmp_path: Path) -> Callable[..., Played]:
+    """`play("exit 70", "cluster.nodes=1")`: submitted."""
+    return lambda body, *settings: Played(cluster, tmp_path, textwrap.dedent(body), settings)
+
+
+def test_near_the_time_limit_it_requeues_itself(cluster: Cluster, play: Callable[..., Played]) -> None:
+    job = play(f"[ $RESTART = 0 ] || exit 0\n{WAIT}")
+    job.started()
+    cluster.run("scancel", "--signal=USR1", "--batch", job.job)
+    assert job.end() == ("COMPLETED", "1", "0"), job.log()
+    assert [(e["code"], e["near_end"], e["again"]) for e in job.endings()] == [(75, True, True), (0, False, False)]
+
+
+def test_a_cancelled_job_stays_cancelled_even_after_the_warning(cluster: Cluster, play: Callable[..., Played]) -> None:
+    job = play("trap '' TERM\nfor _ in $(seq 30); do sleep 0.1; done; exit $((SFT_NODE_RANK ? 0 : 75))")
+    job.started()
+    cluster.run("scancel", "--signal=USR1", "--batch", job.job)
+    cluster.run("scancel", job.job)
+    assert job.end()[:2] == ("CANCELLED", "0"), job.log()
+    cluster.wait(
+        lambda: not cluster.run("squeue", "-hj", job.job, check=False).stdout.strip(), 30, "all its processes gone"
+    )
+    assert cluster.job(job.job)["JobState"] == "CANCELLED" and [(e["ended"], e["again"]) for e in job.endings()] == [
+        (True, False)
+    ]
+
+
+def test_what_slurm_requeues_is_not_requeued_twice(cluster: Cluster, play: Callable[..., Played]) -> None:
+    job = play(f"[ $RESTART = 0 ] || exit 0\n{WAIT}")
+    job.started()
+    cluster.run("scontrol", "requeue", job.job)
+    assert job.end() == ("COMPLETED", "1", "0"), job.log()
+    assert [(e["code"], e["ended"], e["again"]) for e in job.endings()] == [(75, True, False), (0, False, False)]
+
+
+@pytest.mark.parametrize(
+    ("body", "settings", "end"),
+    [
+        ("exit $((SFT_NODE_RANK ? 0 : 70))", [], ("FAILED", "0", "70")),
+        ("exit $((SFT_NODE_RANK ? 0 : 75))", [], ("FAILED", "0", "75")),  # RUN_DIR/stop: somebody wants it to stay so
+        (ONE_NODE_KNOWS, [], ("FAILED", "0", "65")),
+        ("exit 71", ["resilience.max_restarts=1"], ("FAILED", "1", "71")),
+        ("[ $RESTART = 1 ] && exit 0; kill -9 $$", [], ("COMPLETED", "1", "0")),
+        ("exit 0", ["cluster.setup=[\"false\"]"], ("FAILED", "0", "2")),
+        ("exit 71", ["cluster.requeue=false"], ("FAILED", "0", "71")),
+    ],
+    ids=["nan", "stop", "second node", "twice", "crash", "setup", "no requeue"],
+)  # fmt: skip
+def test_other_endings(play: Callable[..., Played], body: str, settings: list[str], end: tuple[str, str, str]) -> None:
+    job = play(body, *settings)
+    assert job.end() == end, job.log()
+
+
+def test_three_starts_without_a_checkpoint_are_enough(cluster: Cluster, play: Callable[..., Played]) -> None:
+    job = play("exit $((SFT_NODE_RANK ? 0 : 71))", "resilience.max_restarts=9", "cluster.nodes=1")
+    assert job.end() == ("FAILED", "2", "76"), job.log()
+    assert "no new checkpoint in 3 starts" in job.log()
+
+
+def test_a_bad_node_is_left_out(cluster: Cluster, play: Callable[..., Played], tmp_path: Path) -> None:
+    """As the preflight does it: its name in the launch's folder, and 77."""
+    meeting = tmp_path / "run" / "logs" / "preflight-$SFT_MEETING"
+    job = play(f"""
+        [ $RESTART = 0 ] || exit 0
+        [ $SFT_NODE_RANK = 0 ] || exec env --default-signal=TERM sleep 60
+        mkdir -p {meeting}
+        set -- $SFT_NODE_NAMES
+        echo $2 >{meeting}/bad_nodes
+        exit 77
+    """)
+    assert job.end() == ("COMPLETED", "1", "0"), job.log()
+    bad = str(job.endings()[0]["bad_nodes"][0])  # type: ignore[index]
+    record = cluster.job(job.job)
+    assert record["ExcNodeList"] == bad and bad in cluster.nodes
+    assert bad not in cluster.run("scontrol", "show", "hostnames", record["NodeList"]).stdout.split()
+
+
+def test_an_arrays_member_requeues_alone(cluster: Cluster, play: Callable[..., Played]) -> None:
+    wait = WAIT.replace("200", "50")
+    job = play(f"[ $RESTART = 0 ] || exit 0\n{wait}", "cluster.array=[7,8]", "cluster.nodes=1")
+    job.started()
+    cluster.run("scancel", "--signal=USR1", "--batch", f"{job.job}_1")  # the last one's own id is the array's
+    assert [job.end(f"{job.job}_{task}")[:2] for task in (0, 1)] == [("COMPLETED", "0"), ("COMPLETED", "1")], job.log()
