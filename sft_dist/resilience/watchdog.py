@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from statistics import median
 from typing import Literal
 
@@ -101,12 +102,13 @@ class Witness:
 def odd_group(witnesses: Sequence[Witness]) -> list[Witness]:
     """The ranks that are elsewhere than the others; empty when all are at the same place.
 
-    Of groups of the same size the one that gave no stack counts as the odd one, then the one that is furthest behind.
+    Of groups of the same size the one that gave no stack counts as the odd one, then the one that does not wait inside
+    torch (who waits there, waits for the others), then the one that is furthest behind.
     """
     for place in (_position, _frames):
         groups = list(_grouped(witnesses, place).values())
         if len(groups) > 1:
-            return min(groups, key=lambda g: (len(g), any(w.frames for w in g), _behind(g)))
+            return min(groups, key=lambda g: (len(g), any(w.frames for w in g), all(map(_waits, g)), _behind(g)))
     return []
 
 
@@ -128,6 +130,10 @@ def _position(witness: Witness) -> Hashable:
 
 def _frames(witness: Witness) -> Hashable:
     return witness.frames
+
+
+def _waits(witness: Witness) -> bool:
+    return bool(witness.frames) and "torch" in PurePath(witness.frames[0].file).parts
 
 
 def _behind(group: Sequence[Witness]) -> tuple[int, float]:

@@ -22,6 +22,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,9 @@ def listening(pids: list[int]) -> Iterator[str]:
     inodes = set()
     for pid in pids:
         for link in Path(f"/proc/{pid}/fd").iterdir():
-            if match := re.fullmatch(r"socket:\[(\d+)\]", os.readlink(link)):
-                inodes.add(match[1])
+            with suppress(FileNotFoundError):  # closed meanwhile: the folder that is being listed is one of them
+                if match := re.fullmatch(r"socket:\[(\d+)\]", os.readlink(link)):
+                    inodes.add(match[1])
     for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             words = line.split()

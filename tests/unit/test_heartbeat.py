@@ -146,6 +146,7 @@ def test_ranks_that_have_all_ended_are_no_hang() -> None:
 
 # ---- who holds it up
 
+INSIDE = Frame("/env/site-packages/torch/distributed/c10d.py", 7, "all_reduce")
 WAIT, SEND, READ = Frame("/x/c.py", 9, "all_reduce"), Frame("/x/c.py", 30, "send"), Frame("/x/d.py", 3, "read")
 
 
@@ -158,6 +159,8 @@ WAIT, SEND, READ = Frame("/x/c.py", 9, "all_reduce"), Frame("/x/c.py", 30, "send
         pytest.param([(5, "train", WAIT), (5, "train", None)], [1], id="stopped, of two"),
         pytest.param([(6, "train", None), (5, "train", WAIT)], [0], id="stopped, ahead of the other"),
         pytest.param([(5, "train", WAIT), (4, "train", READ)], [1], id="behind, of two"),
+        pytest.param([(5, "train", INSIDE), (5, "train", READ)], [1], id="not waiting, of two"),
+        pytest.param([(5, "train", READ), (5, "train", INSIDE)], [0], id="not waiting, of two, the other way round"),
         pytest.param([(5, "train", WAIT), (5, "train", WAIT)], [], id="all in the same place"),
         pytest.param([(5, "train", WAIT)], [], id="alone"),
     ],
