@@ -64,7 +64,7 @@ from sft_dist.parallel.runtime import Runtime, read_place, runtime, seed_for
 from sft_dist.parts import Inputs, Parts, build_parts, header_rows, read_inputs
 from sft_dist.rehearsal import fit
 from sft_dist.resilience.corruption import audit, baseline
-from sft_dist.resilience.ending import run_and_end
+from sft_dist.resilience.ending import letting_go, run_and_end
 from sft_dist.resilience.heartbeat import heart
 from sft_dist.resilience.lease import LEASE_VARIABLE
 from sft_dist.resilience.orphan import launcher_commands
@@ -347,7 +347,7 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
         job.mind_the_end(end_time(recipe.resilience.end_time, os.environ), recipe.resilience.end_margin_seconds)
         folder = attempt_dir(run_dir, attempt) if place.is_main else None
         try:
-            with failing_storage(run_dir):
+            with letting_go(), failing_storage(run_dir):
                 return train(inputs, job, place), folder
         except SftError as error:
             if folder is not None:

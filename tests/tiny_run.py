@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,18 @@ def train(recipe: Path, *arguments: str, code: int = 0) -> str:
     output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == code, output
     return output
+
+
+def kill_after(recipe: Path, run_dir: Path, step: int, nproc: int) -> None:
+    """Start the run and SIGKILL its launcher once the line of `step` is in metrics.jsonl."""
+    process = start("train", str(recipe), "--nproc", str(nproc))
+    deadline = time.monotonic() + SECONDS
+    while len(lines(run_dir, "step")) < step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        os.sched_yield()
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()  # returns once every process that holds the pipe is gone
 
 
 def lines(run_dir: Path, kind: str) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ class Ranks:
     """Rank, world size, and the three things that ranks do together: tell, gather, agree on an error."""
 
     def __init__(self) -> None:
-        # Rank 0 proves an export alone, seconds a gigabyte: where a watchdog looks on, nobody gives up before it.
+        # Rank 0 proves an export alone, seconds for each gigabyte: under a watchdog nobody gives up before it.
         longest = max(collective_timeout(), timedelta(minutes=30))
         self.group = dist.new_group(backend="gloo", timeout=longest) if dist.is_initialized() else None
         self.rank = dist.get_rank() if self.group is not None else 0

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NoReturn
+
+
+@contextmanager
+def letting_go() -> Iterator[None]:
+    """Free what the finished frames of an error inside and of its causes hold; their lines can still be printed.
+
+    A DDP wrapper that lives on in a traceback when the process group is destroyed joins gloo's thread while it holds
+    the interpreter lock, and hangs (seen on one of two ranks after a NaN, with torch 2.13).
+    """
+    try:
+        yield
+    except BaseException as error:
+        link: BaseException | None = error
+        while link is not None:
+            traceback.clear_frames(link.__traceback__)
+            link = link.__cause__ or link.__context__
+        gc.collect()
+        raise
 
 
 def run_and_end(main: Callable[[], int | None]) -> NoReturn:

@@ -40,7 +40,7 @@ from sft_dist.train import StepResult, train_step
 from sft_kernels import choose_head
 
 STEPS, SAVED_AFTER = 10, 4
-WIDE = SMALL | {"hidden_size": 64, "intermediate_size": 128}  # rows of whole 4-bit blocks; qwen2 has biases
+WIDE = SMALL | {"hidden_size": 64, "intermediate_size": 128, "attention_bias": True}  # whole 4-bit blocks, and biases
 OPTIMIZERS = {
     "adamw": OptimSection(weight_decay=0.1),
     "plus": OptimSection(weight_decay=0.1, lora_plus_ratio=4.0),
@@ -54,7 +54,7 @@ OPTIMIZERS = {
 
 def base_model(dtype: torch.dtype) -> PreTrainedModel:
     """The untrained model of all cases."""
-    model = build_random(AutoConfig.for_model("qwen2", **WIDE), dtype=dtype, seed=0)
+    model = build_random(AutoConfig.for_model("llama", **WIDE), dtype=dtype, seed=0)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # random weights start with zeros there
             torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(len(name)))

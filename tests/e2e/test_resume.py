@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import SECONDS, lines, start, train, trajectory, weights, write_recipe
+from tiny_run import kill_after, lines, train, trajectory, weights, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -21,18 +18,6 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
         2,
     ),
 }
-
-
-def kill_after(recipe: Path, run_dir: Path, step: int, nproc: int) -> None:
-    """Start the run and SIGKILL its launcher once the line of `step` is in metrics.jsonl."""
-    process = start("train", str(recipe), "--nproc", str(nproc))
-    deadline = time.monotonic() + SECONDS
-    while len(lines(run_dir, "step")) < step:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        os.sched_yield()
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()  # returns once every process that holds the pipe is gone
 
 
 @pytest.fixture(scope="module", params=CASES, ids=CASES.keys())

@@ -119,8 +119,7 @@ def workers(cluster: Cluster, node: str) -> list[str]:
 def test_over_ssh_a_slow_link_a_stop_and_a_killed_launcher_change_nothing(
     cluster: Cluster, launch: Callable[..., Launched], uninterrupted: Submitted
 ) -> None:
-    """Started, stopped by a signal, started, killed, started on a slow link that breaks for a moment: the weights of the
-    Slurm run."""
+    """Stopped by a signal, killed, then on a slow link that breaks for a moment: the weights of the Slurm run."""
     first = launch("ssh", env={"SFT_PREFLIGHT": "1"})
     first.wait_for_step(8)
     first.process.send_signal(signal.SIGTERM)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import traceback
+import weakref
 
 import pytest
+
+from sft_dist.resilience.ending import letting_go
 
 PROGRAM = """
 import atexit, sys
@@ -45,3 +49,23 @@ def test_the_interpreter_is_not_taken_down_around_living_threads() -> None:
         [sys.executable, "-c", program.replace("run_and_end(main)", "main()")], capture_output=True, text=True
     )
     assert "taken down" in ordinary.stdout and "taken down" not in ended.stdout
+
+
+def test_an_error_holds_nothing_of_the_frames_it_came_through() -> None:
+    class Wrapper:
+        pass
+
+    seen: list[weakref.ref[Wrapper]] = []
+
+    def work() -> None:
+        wrapper = Wrapper()
+        seen.append(weakref.ref(wrapper))
+        try:
+            raise KeyError("first")
+        except KeyError as error:
+            raise ValueError("second") from error
+
+    with pytest.raises(ValueError, match="second") as caught, letting_go():
+        work()
+    assert seen[0]() is None
+    assert "in work" in "".join(traceback.format_exception(caught.value))
