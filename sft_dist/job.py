@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from sft_dist.config.loader import dump_recipe
 from sft_dist.config.schema import Recipe
@@ -41,7 +41,7 @@ class Job:
         self._seconds: list[float] = []
         self._spikes = Spikes()
 
-    def mind_the_end(self, end: float | None, margin_seconds: float) -> None:
+    def mind_the_end(self, end: float | None, margin_seconds: float | Literal["auto"]) -> None:
         """Ask for a stop in time when the job ends at `end` (seconds since 1970; None: it does not)."""
         self._limit = TimeLimit(end, margin_seconds)
 
@@ -53,8 +53,13 @@ class Job:
         """`phase` (one of resilience.heartbeat.PHASES) of `step` begins on this rank."""
         heart().beat(step, phase)
         self._limit.enter(phase)
-        if self._limit.is_near:
+        if self.is_near_end:
             self.stop.request("the time limit is near")
+
+    @property
+    def is_near_end(self) -> bool:
+        """Whether another step and its checkpoint might no longer fit into the job."""
+        return self._limit.is_near
 
     def open_records(
         self, recipe: Recipe, fingerprint: dict[str, Any], report: dict[str, Any], header: list[tuple[str, str]]

@@ -68,7 +68,7 @@ from sft_dist.resilience.ending import letting_go, run_and_end
 from sft_dist.resilience.heartbeat import heart
 from sft_dist.resilience.lease import LEASE_VARIABLE
 from sft_dist.resilience.orphan import launcher_commands
-from sft_dist.resilience.run_folder import attempt_dir, claim, put_aside, write_exit_code
+from sft_dist.resilience.run_folder import attempt_dir, claim, leave_near_end, put_aside, write_exit_code
 from sft_dist.resilience.time_limit import end_time
 from sft_dist.types import StepMetrics, StepPlan, StepResult
 
@@ -222,6 +222,8 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
             anew = inputs.recipe.checkpoint.resume == "never"
             how = "with checkpoint.resume=auto" if anew else "the same command"
             why = f" ({job.stop.reason})" if job.stop.reason else ""
+            if place.is_main and job.is_near_end:
+                leave_near_end(job.run_dir, job.attempt)
             job.console.say(f"stopped with a checkpoint{why}; run {how} to continue")
             return EXIT_STOPPED
         exported = milestones.restore_best(parts, manager, job)

@@ -39,7 +39,7 @@ from sft_dist.errors import (
 )
 from sft_dist.launch.restarts import FRUITLESS_LIMIT, newest_step
 from sft_dist.launch.submission import ENDINGS, RECIPE, slurm_dir
-from sft_dist.resilience.run_folder import BEGUN_ANEW_NAME
+from sft_dist.resilience.run_folder import BEGUN_ANEW_NAME, has_left_near_end
 
 MAY_PASS = frozenset({EXIT_HANG, EXIT_STORAGE})
 OUR_CODES = frozenset({EXIT_DONE, EXIT_USAGE, *range(EXIT_DATA, EXIT_HARDWARE + 1)})
@@ -147,7 +147,7 @@ def end(run_dir: Path, code: int, near_end: bool, ended: bool, environ: Mapping[
         restart=int(environ.get("SLURM_RESTART_COUNT", "0")),
         nodes=environ.get("SLURM_JOB_NODELIST", ""),
         code=code,
-        near_end=near_end,
+        near_end=near_end or has_left_near_end(run_dir),
         ended=ended,
         step=newest_step(run_dir),
         bad_nodes=tuple(bad.read_text().split()) if allowed and bad.exists() else (),
