@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from sft_dist.config.loader import dump_recipe
 from sft_dist.config.schema import Recipe
@@ -41,7 +41,7 @@ class Job:
         self._seconds: list[float] = []
         self._spikes = Spikes()
 
-    def mind_the_end(self, end: float | None, margin_seconds: float) -> None:
+    def mind_the_end(self, end: float | None, margin_seconds: float | Literal["auto"]) -> None:
         """Ask for a stop in time when the job ends at `end` (seconds since 1970; None: it does not)."""
         self._limit = TimeLimit(end, margin_seconds)
 
