@@ -21,7 +21,7 @@ from sft_dist.resilience.heartbeat import heart
 from sft_dist.resilience.lease import LEASE_VARIABLE, check_ours
 from sft_dist.resilience.run_folder import attempt_dir
 from sft_dist.resilience.signals import StopFlag
-from sft_dist.resilience.time_limit import TimeLimit
+from sft_dist.resilience.time_limit import REASON, TimeLimit
 from sft_dist.types import StepMetrics, StepPlan
 
 MAX_LISTED = 20
@@ -53,13 +53,8 @@ class Job:
         """`phase` (one of resilience.heartbeat.PHASES) of `step` begins on this rank."""
         heart().beat(step, phase)
         self._limit.enter(phase)
-        if self.is_near_end:
-            self.stop.request("the time limit is near")
-
-    @property
-    def is_near_end(self) -> bool:
-        """Whether another step and its checkpoint might no longer fit into the job."""
-        return self._limit.is_near
+        if self._limit.is_near:
+            self.stop.request(REASON)
 
     def open_records(
         self, recipe: Recipe, fingerprint: dict[str, Any], report: dict[str, Any], header: list[tuple[str, str]]

@@ -47,11 +47,6 @@ REFUSED: tuple[Row, ...] = (
         "set parallel.sequence=1",
     ),
     Row(
-        {"run.deterministic": ("elastic",), "parallel.dp_replicate": (GIVEN,)},
-        "the order of sums is that of one group of processes",
-        "set parallel.dp_replicate=1",
-    ),
-    Row(
         {"run.deterministic": ("elastic",), "precision.compile": (True,)},
         "a compiled layer may split its sums otherwise at every new shape",
         "set precision.compile=false",
@@ -90,11 +85,6 @@ REFUSED: tuple[Row, ...] = (
         {"resilience.audit_every": (GIVEN, 1), "parallel.sequence": (GIVEN,)},
         "processes that share a row compute different parts of it",
         "set parallel.sequence=1, or leave the audit out",
-    ),
-    Row(
-        {"run.deterministic": ("elastic",), "parallel.dp_replicate": (GIVEN,)},
-        "sums over shards and over replicas are made one after the other",
-        "set parallel.dp_replicate=1",
     ),
     Row(
         {"parallel.sequence": (GIVEN,), "precision.compile": (True,)},

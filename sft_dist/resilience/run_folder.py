@@ -30,7 +30,6 @@ EXIT_CODE_VARIABLE = "SFT_EXIT_CODE_FILE"  # where launchers of ours wait for th
 RESULT_VARIABLE = "SFT_RESULT_FILE"  # where a scheduler's script looks for it, on a file system that all nodes share
 STOP_NAME = "stop"
 BEGUN_ANEW_NAME = "begun_anew"
-NEAR_END_NAME = "near_end"
 RESULTS = (  # of attempts; the checkpoints go last, so that a half-moved run still has its state
     "summary.json",
     "export",
@@ -121,16 +120,6 @@ def put_aside(run_dir: str | Path, attempt: int) -> Path | None:
 def has_begun_anew(taken: Claim) -> bool:
     """Whether this attempt has put earlier ones aside: what is in the folder since then is its own."""
     return (taken.attempt_dir / BEGUN_ANEW_NAME).exists()
-
-
-def leave_near_end(run_dir: str | Path, attempt: int) -> None:
-    """Note that this attempt stops because the job's time limit is near, so that a scheduler may start it again."""
-    (attempt_dir(run_dir, attempt) / NEAR_END_NAME).touch()
-
-
-def has_left_near_end(run_dir: str | Path) -> bool:
-    """Whether the newest attempt has stopped because of the time limit, without having been told."""
-    return (attempt_dir(run_dir, last_attempt(run_dir)) / NEAR_END_NAME).exists()
 
 
 def write_exit_code(folder: str | Path | None, code: int) -> None:

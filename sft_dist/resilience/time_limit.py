@@ -18,6 +18,7 @@ from sft_dist.errors import ConfigError
 
 END_VARIABLE = "SLURM_JOB_END_TIME"  # seconds since 1970; newer versions of Slurm set it, 22.05 does not
 MARGIN_SECONDS = 90.0  # Slurm looks at its limits every 30 s; a test job of minutes must not spend all of it on waiting
+REASON = "the time limit is near"  # of a stop that this module has asked for
 _STEP = ("data", "train")
 
 

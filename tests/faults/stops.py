@@ -27,7 +27,6 @@ from sft_dist.checkpoint.catalog import folders
 from sft_dist.checkpoint.manifest import folder_step
 from sft_dist.resilience.heartbeat import Heart
 from sft_dist.resilience.lock import RunLock
-from sft_dist.resilience.run_folder import has_left_near_end
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGKILL)
 TARGETS = ("launcher", "rank 0", "rank 1", "all")
@@ -113,7 +112,6 @@ def time_limit(folder: Path) -> str:
     path, log = recipe(folder, "limit"), folder / "limit.txt"
     settings = [f"resilience.end_time={time.time() + 60}", "resilience.end_margin_seconds=60"]
     assert forked.Forked(path, 2, log, settings=settings).run(SECONDS) == 75, log.read_text()
-    assert has_left_near_end(folder / "limit")  # so that a scheduler starts it again
     assert "(the time limit is near)" in log.read_text() and len(trajectory(folder / "limit")) == 1, log.read_text()
     assert forked.Forked(path, 2, log).run() == 0, log.read_text()
     assert trajectory(folder / "limit") == trajectory(folder / "straight")
