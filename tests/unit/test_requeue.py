@@ -13,6 +13,8 @@ from sft_dist.config.cluster import ClusterSection
 from sft_dist.config.loader import dump_recipe, load_recipe, load_resolved
 from sft_dist.launch import requeue
 from sft_dist.launch.requeue import Ending, excluded, judge
+from sft_dist.resilience.run_folder import append_event
+from sft_dist.resilience.time_limit import REASON
 
 ENVIRON = {"SFT_SUBMISSION": "s", "SLURM_JOB_ID": "7", "SFT_MEETING": "7.0", "SLURM_JOB_NODELIST": "n[1-2]"}
 
@@ -100,6 +102,13 @@ def test_later_links_of_a_chain_see_that_it_is_over(run_dir: Path, capsys: pytes
     assert requeue.begin(run_dir, ENVIRON | {"SFT_SUBMISSION": "later"}) == "go"
     lines = (run_dir / "slurm" / "endings.jsonl").read_text().splitlines()
     assert [json.loads(line)["code"] for line in lines] == [75, 65]
+
+
+def test_a_run_that_left_before_its_limit_untold_goes_on(run_dir: Path) -> None:
+    (run_dir / "logs" / "attempt_0001").mkdir(parents=True)
+    assert requeue.end(run_dir, 75, False, False, ENVIRON) == (75, "")
+    append_event(run_dir / "logs" / "attempt_0001", "stopped", reason=REASON)
+    assert requeue.end(run_dir, 75, False, False, ENVIRON)[1].startswith("requeue")
 
 
 def test_without_requeue_nothing_is_asked_of_slurm(run_dir: Path) -> None:
