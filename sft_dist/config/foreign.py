@@ -76,10 +76,6 @@ def _drop(remark: str) -> Translate:
     return lambda value, lookup: Advice((), remark)
 
 
-def _later(what: str) -> Translate:
-    return _drop(f"{what} is not available in this version")
-
-
 # --- translations that compute -------------------------------------------------------------------------------------
 
 
@@ -214,7 +210,7 @@ NAMES: dict[str, Translate] = {
     "dtype": _words("precision.compute", _DTYPES),
     "torch_dtype": _words("precision.compute", _DTYPES),
     "mixed_precision": _words("precision.compute", _DTYPES),
-    "torch_compile": _switch(_later("torch.compile"), _drop("models are never compiled")),
+    "torch_compile": _switch(_set(precision__compile="true"), _set(precision__compile="false")),
     "tf32": _drop("matrix products keep PyTorch's default"),
     # what is tuned
     "adapter": _METHOD,

@@ -17,7 +17,7 @@ from sft_dist.config import foreign, keys
 from sft_dist.config.foreign import Advice
 from sft_dist.config.keys import Key
 from sft_dist.config.overrides import COMMAND_LINE
-from sft_dist.config.schema import NOT_YET, Recipe
+from sft_dist.config.schema import Recipe
 from sft_dist.config.yaml12 import OLD_TRUTH, Branch, Items, Leaf, Node, write_text
 from sft_dist.errors import ConfigError
 
@@ -137,11 +137,8 @@ class _Reader:
     def _unknown(self, node: Node, path: str) -> None:
         """One problem for a key that the schema does not have, with the best remedy there is."""
         parent, _, name = path.rpartition(".")
-        later = NOT_YET.get(keys.generic(path))
         advice = foreign.translate(name, text_of(node), self._lookup)
-        if later:
-            self._refuse(node, path, f": not available in this version ({later}): leave it out")
-        elif advice is not None:
+        if advice is not None:
             self._advise(node, path, "is the name of another tool", advice)
         elif not (isinstance(node, Branch) and self._foreign_group(node, path)):
             near = " or ".join(f"'{key}'" for key in keys.suggest(path))
@@ -244,12 +241,8 @@ def _known_path(location: tuple[int | str, ...]) -> str:
 
 
 def _meant(node: Node, key: keys.Key) -> str:
-    """A hint for a word: one of a later version, or a misspelt one of this."""
+    """A hint for a misspelt word."""
     words = [child.text for child in (node.children if isinstance(node, Items) else [node]) if isinstance(child, Leaf)]
-    for word in words:
-        later = NOT_YET.get(f"{key.path}={word}")
-        if later:
-            return f" ({word} is not available in this version: {later})"
     near = [near for word in words for near in keys.nearest(word, key.words)]
     return f" (did you mean {near[0]!r}?)" if near and near[0] not in words else ""
 

@@ -1,7 +1,7 @@
 """The recipe as a typed tree. Unknown keys are refused at every level; every key here does something.
 
-Words choose variants, never import paths. Keys of the public recipe that this version does not implement yet are
-listed in `NOT_YET`, so that asking for them is refused with the reason instead of being ignored.
+Words choose variants, never import paths. What each value may be stands beside it; what may not be combined is in
+`compatibility`.
 """
 
 from __future__ import annotations
@@ -392,7 +392,3 @@ def check_streams(recipe: Recipe) -> None:
             "batch.tokens_per_step=auto depends on the size of the data, and data.sources are streamed: set it, or "
             "batch.examples_per_step"
         )
-
-
-# Public keys, and values as `key=word`, that later versions implement; asking for one is refused with this text.
-NOT_YET: dict[str, str] = {}

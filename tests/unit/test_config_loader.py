@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sft_dist.config.export import annotate_recipe, settings
 from sft_dist.config.loader import dump_recipe, json_schema, load_recipe, load_resolved, origins
 from sft_dist.config.overrides import split_arguments
-from sft_dist.config.schema import NOT_YET, Recipe
+from sft_dist.config.schema import Recipe
 from sft_dist.errors import ConfigError
 
 LEAST = ("model.path=gpt2", "data.sources.0.path=x.json")
@@ -197,18 +197,6 @@ def test_a_recipe_that_is_not_there(write: Write) -> None:
         load_recipe(["alpca.yaml"])
     with pytest.raises(ConfigError, match="cannot be read"):
         load_recipe(["."])
-
-
-@pytest.mark.parametrize("key", [key for key in NOT_YET if "=" not in key])
-def test_keys_of_later_versions_are_refused_with_the_reason(key: str) -> None:
-    assert f"not available in this version ({NOT_YET[key]})" in complaint(f"{key.replace('*', '0')}=1")
-
-
-@pytest.mark.parametrize("key", [key for key in NOT_YET if "=" in key])
-def test_words_of_later_versions_are_refused_with_the_reason(key: str) -> None:
-    path, _, word = key.partition("=")
-    value = f"[{word}]" if path == "log.trackers" else word
-    assert f"{word} is not available in this version: {NOT_YET[key]}" in complaint(f"{path}={value}")
 
 
 def test_origins_name_the_last_writer(write: Write) -> None:
