@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from sft_dist.config.loader import dump_recipe
 from sft_dist.config.schema import Recipe
@@ -21,7 +21,7 @@ from sft_dist.resilience.heartbeat import heart
 from sft_dist.resilience.lease import LEASE_VARIABLE, check_ours
 from sft_dist.resilience.run_folder import attempt_dir
 from sft_dist.resilience.signals import StopFlag
-from sft_dist.resilience.time_limit import TimeLimit
+from sft_dist.resilience.time_limit import REASON, TimeLimit
 from sft_dist.types import StepMetrics, StepPlan
 
 MAX_LISTED = 20
@@ -41,7 +41,7 @@ class Job:
         self._seconds: list[float] = []
         self._spikes = Spikes()
 
-    def mind_the_end(self, end: float | None, margin_seconds: float) -> None:
+    def mind_the_end(self, end: float | None, margin_seconds: float | Literal["auto"]) -> None:
         """Ask for a stop in time when the job ends at `end` (seconds since 1970; None: it does not)."""
         self._limit = TimeLimit(end, margin_seconds)
 
@@ -54,7 +54,7 @@ class Job:
         heart().beat(step, phase)
         self._limit.enter(phase)
         if self._limit.is_near:
-            self.stop.request("the time limit is near")
+            self.stop.request(REASON)
 
     def open_records(
         self, recipe: Recipe, fingerprint: dict[str, Any], report: dict[str, Any], header: list[tuple[str, str]]

@@ -87,9 +87,14 @@ REFUSED: tuple[Row, ...] = (
         "set parallel.sequence=1, or leave the audit out",
     ),
     Row(
-        {"run.deterministic": ("elastic",), "parallel.dp_replicate": (GIVEN,)},
-        "sums over shards and over replicas are made one after the other",
-        "set parallel.dp_replicate=1",
+        {"run.deterministic": ("elastic",), "optim.name": ("adamw8bit", "adafactor", "muon")},
+        "its sums over a tensor follow the shards",
+        "set optim.name=adamw",
+    ),
+    Row(
+        {"run.deterministic": ("elastic",), "precision.stochastic_rounding": (True,)},
+        "the random bits follow the shards",
+        "set precision.stochastic_rounding=false",
     ),
     Row(
         {"parallel.sequence": (GIVEN,), "precision.compile": (True,)},

@@ -258,7 +258,7 @@ class ResilienceSection(Section):
     max_restarts: Annotated[int, Field(ge=0)] = 3  # by the local launcher, after a hang, a signal or a storage failure
     audit_every: Positive | None = None  # steps between proofs that all ranks hold and compute the same
     end_time: float | str = "auto"  # of the job, for a checkpoint before it; auto: what Slurm says; none: no limit
-    end_margin_seconds: Annotated[float, Field(ge=0)] = 90.0
+    end_margin_seconds: Annotated[float, Field(ge=0)] | Auto = "auto"  # 90, at most a tenth of what is left at start
 
     @field_validator("end_time")
     @classmethod

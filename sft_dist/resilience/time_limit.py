@@ -12,10 +12,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from typing import Literal
 
 from sft_dist.errors import ConfigError
 
-END_VARIABLE = "SLURM_JOB_END_TIME"  # seconds since 1970, set by Slurm 22.05 and later
+END_VARIABLE = "SLURM_JOB_END_TIME"  # seconds since 1970; newer versions of Slurm set it, 22.05 does not
+MARGIN_SECONDS = 90.0  # Slurm looks at its limits every 30 s; a test job of minutes must not spend all of it on waiting
+REASON = "the time limit is near"  # of a stop that this module has asked for
 _STEP = ("data", "train")
 
 
@@ -43,13 +46,15 @@ class TimeLimit:
     def __init__(
         self,
         end: float | None,
-        margin_seconds: float,
+        margin_seconds: float | Literal["auto"],
         *,
         wall: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._clock, self._margin_seconds = clock, margin_seconds
-        self._deadline = None if end is None else clock() + end - wall()  # the wall clock may jump later on
+        left = 0.0 if end is None else end - wall()
+        self._clock = clock
+        self._margin_seconds = min(MARGIN_SECONDS, 0.1 * left) if margin_seconds == "auto" else margin_seconds
+        self._deadline = None if end is None else clock() + left  # the wall clock may jump later on
         self._slowest = {"step": 0.0, "save": 0.0, "evaluate": 0.0}
         self._began, self._what, self._num_steps = clock(), "", 0
 

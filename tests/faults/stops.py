@@ -25,6 +25,7 @@ from tiny_run import trajectory, weights, write_recipe
 from sft_dist import train
 from sft_dist.checkpoint.catalog import folders
 from sft_dist.checkpoint.manifest import folder_step
+from sft_dist.launch.requeue import left_in_time
 from sft_dist.resilience.heartbeat import Heart
 from sft_dist.resilience.lock import RunLock
 
@@ -112,6 +113,7 @@ def time_limit(folder: Path) -> str:
     path, log = recipe(folder, "limit"), folder / "limit.txt"
     settings = [f"resilience.end_time={time.time() + 60}", "resilience.end_margin_seconds=60"]
     assert forked.Forked(path, 2, log, settings=settings).run(SECONDS) == 75, log.read_text()
+    assert left_in_time(folder / "limit", 1, None)  # so that a scheduler starts it again
     assert "(the time limit is near)" in log.read_text() and len(trajectory(folder / "limit")) == 1, log.read_text()
     assert forked.Forked(path, 2, log).run() == 0, log.read_text()
     assert trajectory(folder / "limit") == trajectory(folder / "straight")

@@ -13,6 +13,8 @@ from sft_dist.config.cluster import ClusterSection
 from sft_dist.config.loader import dump_recipe, load_recipe, load_resolved
 from sft_dist.launch import requeue
 from sft_dist.launch.requeue import Ending, excluded, judge
+from sft_dist.resilience.run_folder import append_event
+from sft_dist.resilience.time_limit import REASON
 
 ENVIRON = {"SFT_SUBMISSION": "s", "SLURM_JOB_ID": "7", "SFT_MEETING": "7.0", "SLURM_JOB_NODELIST": "n[1-2]"}
 
@@ -102,6 +104,13 @@ def test_later_links_of_a_chain_see_that_it_is_over(run_dir: Path, capsys: pytes
     assert [json.loads(line)["code"] for line in lines] == [75, 65]
 
 
+def test_a_run_that_left_before_its_limit_untold_goes_on(run_dir: Path) -> None:
+    (run_dir / "logs" / "attempt_0001").mkdir(parents=True)
+    assert requeue.end(run_dir, 75, False, False, ENVIRON) == (75, "")
+    append_event(run_dir / "logs" / "attempt_0001", "stopped", reason=REASON)
+    assert requeue.end(run_dir, 75, False, False, ENVIRON)[1].startswith("requeue")
+
+
 def test_without_requeue_nothing_is_asked_of_slurm(run_dir: Path) -> None:
     recipe = run_dir / "slurm" / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("requeue: true", "requeue: false"))
@@ -120,3 +129,20 @@ def test_starting_anew_is_obeyed_once_for_each_submission(run_dir: Path) -> None
     mark.touch()
     assert requeue.begin(run_dir, ENVIRON) == "go"
     assert load_resolved(recipe).checkpoint.resume == "auto"
+
+
+@pytest.mark.parametrize(
+    ("reason", "stop_file", "again"),
+    [("the time limit is near", False, True), (None, False, True), (None, True, False), ("SIGUSR1", False, False)],
+)
+def test_a_run_that_left_in_time_by_itself_goes_on(
+    run_dir: Path, reason: str | None, stop_file: bool, again: bool
+) -> None:
+    attempt = run_dir / "logs" / "attempt_0002"
+    attempt.mkdir(parents=True)
+    events = [{"event": "start"}, {"event": "stopped", "reason": reason}, {"event": "end", "code": 75}]
+    (attempt / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    if stop_file:
+        (run_dir / "stop").touch()
+    code, action = requeue.end(run_dir, 75, False, False, ENVIRON)
+    assert code == 75 and action.startswith("requeue") is again

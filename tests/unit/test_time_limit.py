@@ -52,6 +52,16 @@ def test_it_is_near_when_two_steps_two_saves_and_the_margin_no_longer_fit() -> N
     assert limit.is_near
 
 
+@pytest.mark.parametrize(("left", "margin"), [(36000.0, 90.0), (900.0, 90.0), (60.0, 6.0)])
+def test_the_margin_is_ninety_seconds_or_a_tenth_of_a_short_job(left: float, margin: float) -> None:
+    clock = Clock()
+    limit = TimeLimit(NOW + left, "auto", wall=lambda: NOW, clock=clock)
+    clock.seconds += left - margin - 0.01
+    assert not limit.is_near
+    clock.seconds += 0.02
+    assert limit.is_near
+
+
 def test_the_first_step_in_which_kernels_are_compiled_does_not_count() -> None:
     clock = Clock()
     limit = TimeLimit(NOW + 1000, 0.0, wall=lambda: NOW, clock=clock)
