@@ -13,7 +13,8 @@ cannot see is what only the full depth or width would show. The reference is pla
 shares neither engine nor loop with what it judges.
 
 AdamW forgets the scale of gradients (a sum and a mean give the same update). Here its epsilon is 1, so that the update
-is proportional to the gradient, and clipping halves the gradient: a wrong scale or clip shows as a wrong length.
+is nearly proportional to the gradient, and clipping halves the gradient: a wrong scale or clip shows as a wrong length
+and direction.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ SOUND += [*(f"{s}-sequence" for s in ("ddp", "fsdp2", "zero3")), "hsdp-sequence"
 # Which figure has to tell of a fault.
 TELLS = {
     "not exchanged": "gradient norm",
-    "not clipped": "length: of updates",
-    "clipped to the half": "length: of updates",
+    "not clipped": "of updates",
+    "clipped to the half": "of updates",
     "mean of means": "loss: of one step",
     "replicas are not added up": "gradient norm",
 }
