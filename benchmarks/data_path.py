@@ -153,6 +153,10 @@ def ours(file: Path) -> dict[str, Any]:
     import torch  # noqa: F401 (both sides have paid for their imports when the clock starts)
     import transformers  # noqa: F401
 
+    import sft_dist.data.compiled
+    import sft_dist.data.loader
+    import sft_dist.data.prepare  # noqa: F401
+
     clock = Clock()
     with tempfile.TemporaryDirectory(prefix="sft-data-") as folder:
         store, plan = prepare_ours(file, folder)

@@ -21,7 +21,7 @@ from sft_dist.resilience.heartbeat import heart
 from sft_dist.resilience.lease import LEASE_VARIABLE, check_ours
 from sft_dist.resilience.run_folder import attempt_dir
 from sft_dist.resilience.signals import StopFlag
-from sft_dist.resilience.time_limit import TimeLimit
+from sft_dist.resilience.time_limit import REASON, TimeLimit
 from sft_dist.types import StepMetrics, StepPlan
 
 MAX_LISTED = 20
@@ -54,7 +54,7 @@ class Job:
         heart().beat(step, phase)
         self._limit.enter(phase)
         if self._limit.is_near:
-            self.stop.request("the time limit is near")
+            self.stop.request(REASON)
 
     def open_records(
         self, recipe: Recipe, fingerprint: dict[str, Any], report: dict[str, Any], header: list[tuple[str, str]]

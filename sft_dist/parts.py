@@ -92,7 +92,6 @@ class Parts:
         """End the loaders' threads."""
         for split in (self.train, *self.heldout.values()):
             split.loader.close()
-        self.inputs.data.close()
 
 
 def read_inputs(recipe: Recipe, notice: Callable[[str], None]) -> Inputs:

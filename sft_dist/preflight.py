@@ -43,7 +43,7 @@ REACH_SECONDS = 8.0
 REDUCE_SECONDS = 20.0  # for one all-reduce, the meeting of the ranks included
 LARGEST_SKEW_SECONDS = 2.0  # events of several nodes are read side by side; leases and certificates break later
 SLOW_FRACTION = 0.7  # of the median matrix product of all GPUs
-REDUCE_FLOATS = 1 << 21  # 8 MiB
+REDUCE_FLOATS = {"cuda": 1 << 24, "cpu": 1 << 18}  # 64 MiB, 1 MiB: enough to fill the link of either
 _POLL_SECONDS = 0.05
 _GPU_FIELDS = {  # ours -> nvidia-smi's
     "index": "index",
@@ -276,17 +276,18 @@ def reduce_rate(nodes: Nodes) -> tuple[float | None, str | None]:
             world_size=nodes.count,
             timeout=timedelta(seconds=REDUCE_SECONDS),
         )
-        values = torch.full((REDUCE_FLOATS,), float(nodes.index + 1), device=device)
+        count = REDUCE_FLOATS[device.type]
+        values = torch.full((count,), float(nodes.index + 1), device=device)
         dist.all_reduce(values)  # the first one builds the connections
         expected = nodes.count * (nodes.count + 1) / 2
         wrong = int((values != expected).sum())
         if wrong:
-            return None, f"all-reduce: {wrong} of {REDUCE_FLOATS} sums are wrong: suspect memory or network hardware"
+            return None, f"all-reduce: {wrong} of {count} sums are wrong: suspect memory or network hardware"
         started = time.perf_counter()
         for _ in range(3):
             dist.all_reduce(values.fill_(1.0))
         float(values[0])  # waits for the device
-        return 3 * 4 * REDUCE_FLOATS / (time.perf_counter() - started) / 1e9, None
+        return 3 * 4 * count / (time.perf_counter() - started) / 1e9, None
     except Exception as error:  # the libraries below raise what they like
         return None, f"all-reduce: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}"
 
@@ -313,7 +314,7 @@ def check_nodes(recipe: Recipe, nodes: Nodes, names: Sequence[str], say: Callabl
         return _await_verdict(meeting)
     told = collect(meeting, nodes.count, "node", REDUCE_SECONDS)
     complaints = settle(compare(told, names), names)
-    speed = "" if rate is None else f", all-reduce {rate:.2f} GB/s"
+    speed = "" if rate is None else f", all-reduce {1000 * rate:,.0f} MB/s"
     seconds = time.monotonic() - started
     for complaint in complaints:
         say(f"sft-dist: preflight: node {complaint.name}: {complaint.what}")

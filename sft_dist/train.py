@@ -68,7 +68,7 @@ from sft_dist.resilience.ending import letting_go, run_and_end
 from sft_dist.resilience.heartbeat import heart
 from sft_dist.resilience.lease import LEASE_VARIABLE
 from sft_dist.resilience.orphan import launcher_commands
-from sft_dist.resilience.run_folder import attempt_dir, claim, put_aside, write_exit_code
+from sft_dist.resilience.run_folder import append_event, attempt_dir, claim, put_aside, write_exit_code
 from sft_dist.resilience.time_limit import end_time
 from sft_dist.types import StepMetrics, StepPlan, StepResult
 
@@ -223,6 +223,8 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
             how = "with checkpoint.resume=auto" if anew else "the same command"
             why = f" ({job.stop.reason})" if job.stop.reason else ""
             job.console.say(f"stopped with a checkpoint{why}; run {how} to continue")
+            if place.is_main:
+                append_event(attempt_dir(job.run_dir, job.attempt), "stopped", reason=job.stop.reason)
             return EXIT_STOPPED
         exported = milestones.restore_best(parts, manager, job)
         milestones.check_answers(parts, "after", job.run_dir)
@@ -339,6 +341,7 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
     inputs = read_inputs(recipe, notice)
     heart().beat(0, "build")
     with ExitStack() as stack:
+        stack.callback(inputs.data.close)
         place = stack.enter_context(runtime(num_threads=1 if elastic else None))
         attempt = broadcast_json(take_attempt(run_dir, stack) if place.is_main else None)
         if anew and place.is_main and (aside := put_aside(run_dir, attempt)):

@@ -30,6 +30,12 @@ name_meeting_point() {
   export SFT_NODE_NAMES MASTER_ADDR=${SFT_NODE_NAMES%% *} MASTER_PORT=$((20000 + 7 * SLURM_JOB_ID % 10000))
   export SFT_MEETING=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
   export SFT_STOP_FILE=$run/slurm/stop.$SFT_MEETING SFT_RESULT_FILE=$run/slurm/code.$SFT_MEETING
+  local end
+  if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then # not told by every Slurm (22.05 does not); a run without a limit has no date
+    end=$(squeue -h -j "$SLURM_JOB_ID" -o %e 2>/dev/null | head -n1 || true)
+    [[ $end != 2* ]] || SLURM_JOB_END_TIME=$(date -d "$end" +%s)
+    export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-0}
+  fi
 }
 
 # task.sh on every node, in the background, because bash runs traps only while it waits: a trap that sets `again` ends a

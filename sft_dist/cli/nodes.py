@@ -31,8 +31,9 @@ def examine_nodes(recipe: Recipe, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(report, indent=2))
     for node in () if as_json else report["nodes"]:
-        rate = node["gigabytes_per_second"]
-        print(f"{node['name']}: GPUs {node['same']['GPUs']}, torch {node['same']['torch']}, {rate or 0:.2f} GB/s")
+        rate = 1000 * (node["gigabytes_per_second"] or 0)
+        same = node["same"]
+        print(f"{node['name']}: GPUs {same['GPUs']}, torch {same['torch']}, all-reduce {rate:,.0f} MB/s")
     for complaint in report["complaints"]:
         print(f"sft-dist: error: node {complaint['name']}: {complaint['what']}", file=sys.stderr)
     return EXIT_HARDWARE if report["complaints"] else EXIT_DONE

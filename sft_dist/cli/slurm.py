@@ -143,7 +143,9 @@ def _progress(run_dir: Path) -> dict[str, object]:
 def _places(job: str, run_dir: Path) -> list[Place]:
     """Where the ranks of a running job are: asked on each of its nodes, beside the run."""
     look = [sys.executable, "-m", "sft_dist.launch.where", str(run_dir.absolute())]
-    told = scheduler.ask(["srun", "--overlap", f"--jobid={job}", "--ntasks-per-node=1", "--quiet", *look], check=False)
+    nodes = scheduler.records(job)[0].get("NumNodes", "1")
+    each = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]  # srun alone would ask one node
+    told = scheduler.ask(["srun", "--overlap", f"--jobid={job}", *each, "--quiet", *look], check=False)
     found = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
     return sorted((Place(**{**one, "calls": tuple(one["calls"])}) for one in found), key=lambda place: place.rank)
 

@@ -48,7 +48,7 @@ REFUSED: tuple[Row, ...] = (
     ),
     Row(
         {"run.deterministic": ("elastic",), "parallel.dp_replicate": (GIVEN,)},
-        "the order of sums is that of one group of processes",
+        "sums over shards and over replicas are made one after the other",
         "set parallel.dp_replicate=1",
     ),
     Row(

@@ -5,7 +5,7 @@
 
     how it ended                                    then
     0, or a mistake, bad data, NaN                  over
-    75 near the time limit                          again
+    75 near the time limit                          again (Slurm has warned, or the run has left in time by itself)
     75 otherwise: somebody made RUN_DIR/stop        over
     71 hang, 74 storage, a crash                    again, at most resilience.max_restarts times
     77 with nodes that the preflight found bad      the same, without them (cluster.exclude_bad_nodes)
@@ -39,7 +39,8 @@ from sft_dist.errors import (
 )
 from sft_dist.launch.restarts import FRUITLESS_LIMIT, newest_step
 from sft_dist.launch.submission import ENDINGS, RECIPE, slurm_dir
-from sft_dist.resilience.run_folder import BEGUN_ANEW_NAME
+from sft_dist.resilience.run_folder import BEGUN_ANEW_NAME, STOP_NAME, attempt_dir, last_attempt
+from sft_dist.resilience.time_limit import REASON
 
 MAY_PASS = frozenset({EXIT_HANG, EXIT_STORAGE})
 OUR_CODES = frozenset({EXIT_DONE, EXIT_USAGE, *range(EXIT_DATA, EXIT_HARDWARE + 1)})
@@ -122,6 +123,20 @@ def begin(run_dir: Path, environ: Mapping[str, str]) -> str:
     return str(last.code)
 
 
+def left_in_time(run_dir: Path, step: int, stop_after_step: int | None) -> bool:
+    """Whether the newest attempt stopped by itself because its time was nearly up (resilience.end_time).
+
+    Rank 0 says why it stopped. It may not know, when another rank was the first to notice: then it was the time, unless
+    somebody has made RUN_DIR/stop or the recipe wanted the stop.
+    """
+    path = attempt_dir(run_dir, last_attempt(run_dir)) / "events.jsonl"
+    events = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    reasons = [event.get("reason") for event in events if event["event"] == "stopped"]
+    if not reasons or reasons[-1] is not None:
+        return bool(reasons) and reasons[-1] == REASON
+    return step != stop_after_step and not (run_dir / STOP_NAME).exists()
+
+
 def go_on(run_dir: Path) -> None:
     """`checkpoint.resume: never` is obeyed once for each submission: a start that has put earlier results aside must
     not be put aside by the next one."""
@@ -141,6 +156,8 @@ def end(run_dir: Path, code: int, near_end: bool, ended: bool, environ: Mapping[
     submission = environ["SFT_SUBMISSION"]
     allowed = recipe.cluster.exclude_bad_nodes
     bad = run_dir / "logs" / f"preflight-{environ['SFT_MEETING']}" / "bad_nodes"  # as sft_dist.preflight writes it
+    step = newest_step(run_dir)
+    near_end = near_end or (code == EXIT_STOPPED and left_in_time(run_dir, step, recipe.optim.stop_after_step))
     ending = Ending(
         submission=submission,
         job=environ["SLURM_JOB_ID"],
@@ -149,7 +166,7 @@ def end(run_dir: Path, code: int, near_end: bool, ended: bool, environ: Mapping[
         code=code,
         near_end=near_end,
         ended=ended,
-        step=newest_step(run_dir),
+        step=step,
         bad_nodes=tuple(bad.read_text().split()) if allowed and bad.exists() else (),
     )
     earlier = read_endings(run_dir, submission)

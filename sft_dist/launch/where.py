@@ -27,6 +27,7 @@ from sft_dist.resilience.stacks import STACKS_SIGNAL, main_thread
 
 STACKS_SECONDS = 2.0
 _POLL_SECONDS = 0.05
+_NODE = "SLURMD_NODENAME"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def find_ranks(run_dir: Path) -> list[Place]:
         beat = _beat(worker)
         calls = tuple(str(frame) for frame in main_thread(answers.get(worker.pid, ""))[:8])
         silent = max(0.0, time.monotonic() - beat.seconds) if beat.seconds else 0.0
-        found.append(Place(worker.rank, socket.gethostname(), worker.pid, beat.step, beat.phase, silent, calls))
+        found.append(Place(worker.rank, _here(), worker.pid, beat.step, beat.phase, silent, calls))
     return found
 
 
@@ -90,9 +91,17 @@ def _environ(process: Path) -> dict[str, str]:
 
 
 def _belongs(environ: Mapping[str, str], run_dir: Path) -> bool:
-    """Whether its exit code is to go into this run folder."""
+    """Whether its exit code is to go into this run folder, and its node is this one: containers of a machine, and the
+    virtual nodes of our tests, may see each other's processes."""
+    if environ.get(_NODE, _here()) != _here():
+        return False
     named = (environ.get(name, "") for name in (EXIT_CODE_VARIABLE, RESULT_VARIABLE))
     return "RANK" in environ and any(name.startswith(f"{run_dir}/") for name in named)
+
+
+def _here() -> str:
+    """This node's name, the scheduler's where there is one."""
+    return os.environ.get(_NODE) or socket.gethostname()
 
 
 def _rank(environ: Mapping[str, str]) -> tuple[int, int]:

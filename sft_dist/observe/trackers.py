@@ -30,7 +30,7 @@ from sft_dist.config.schema import Recipe
 from sft_dist.errors import ConfigError
 
 RECORD = "trackers.json"
-CLOSE_SECONDS = 60.0
+CLOSE_SECONDS = 20.0  # a preempted job has little more
 MOST_QUEUED = 10_000  # lines: hours of a service that is away
 BATCH_LINES = 50
 _MODULES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}

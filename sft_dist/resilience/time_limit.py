@@ -16,6 +16,7 @@ from datetime import datetime
 from sft_dist.errors import ConfigError
 
 END_VARIABLE = "SLURM_JOB_END_TIME"  # seconds since 1970, set by Slurm 22.05 and later
+REASON = "the time limit is near"  # of a stop that this module has asked for
 _STEP = ("data", "train")
 
 

@@ -35,7 +35,7 @@ from sft_dist.parallel.sequence import sequence_group
 Fault = Callable[[], Any]
 TWO = [("ddp", "none"), ("fsdp2", "none"), ("zero1", "none"), ("zero2", "optimizer"), ("zero3", "params")]
 
-METHODS = ("qlora", "dora", "prompt")  # in bf16, as a 4-bit base needs it
+METHODS = ("qlora", "prompt")  # in bf16, as a 4-bit base needs it
 
 
 def recipe(

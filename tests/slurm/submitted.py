@@ -10,7 +10,7 @@ from typing import Any
 from slurm.cluster import Cluster
 from tiny_run import ROOT, lines, weights
 
-NUM_STEPS = 80
+NUM_STEPS = 40
 TINY = {
     "data": {"seq_len": 256},
     "batch": {"tokens_per_micro_batch": 256, "tokens_per_step": 512},

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 from slurm.cluster import Cluster
+from tiny_run import ROOT
 
+from sft_dist.cli.submit import note_job
 from sft_dist.config.loader import load_recipe
 from sft_dist.launch.submission import sbatch_command, write_files
 
@@ -40,8 +42,16 @@ class Played:
         for path in self.run_dir.rglob("job.env"):
             text = path.read_text().replace(f"SFT_PYTHON={sys.executable}\n", f"SFT_PYTHON={program}\n")
             path.write_text(text)
-        search = f"{Path(__file__).resolve().parents[2]}:{Path(__file__).resolve().parents[2] / 'kernels'}"
+        search = f"{ROOT}:{ROOT / 'kernels'}"
         self.job = cluster.run(*sbatch_command(recipe), cwd=folder, PYTHONPATH=search).stdout.strip()
+        note_job(recipe, self.job, "one")
+
+    def sft(self, *words: str) -> str:
+        """What `sft-dist slurm WORDS RUN_DIR` prints on the login node."""
+        search = f"{ROOT}:{ROOT / 'kernels'}"
+        return self.cluster.run(
+            sys.executable, "-m", "sft_dist", "slurm", *words, self.run_dir, PYTHONPATH=search
+        ).stdout
 
     def started(self, restart: int = 0) -> None:
         """Until the workers of this start run."""
@@ -143,3 +153,53 @@ def test_an_arrays_member_requeues_alone(cluster: Cluster, play: Callable[..., P
     job.started()
     cluster.run("scancel", "--signal=USR1", "--batch", f"{job.job}_1")  # the last one's own id is the array's
     assert [job.end(f"{job.job}_{task}")[:2] for task in (0, 1)] == [("COMPLETED", "0"), ("COMPLETED", "1")], job.log()
+
+
+def test_the_run_is_told_when_the_job_ends(play: Callable[..., Played]) -> None:
+    """Five minutes from its start, also by a Slurm that does not say so itself."""
+    job = play("left=$((SLURM_JOB_END_TIME - $(date +%s))); [ $left -gt 240 ] && [ $left -le 300 ] || exit 65")
+    assert job.end() == ("COMPLETED", "0", "0"), job.log()
+
+
+RANK = """
+import os, time
+from pathlib import Path
+from sft_dist.resilience.heartbeat import heart
+from sft_dist.resilience.stacks import answer_with_stacks
+def wait_for_the_stop():
+    Path(os.environ["SFT_RESULT_FILE"]).with_name("beats." + os.environ["RANK"]).touch()
+    while not Path(os.environ["SFT_STOP_FILE"]).exists():
+        time.sleep(0.05)
+answer_with_stacks()
+heart().beat(7 - int(os.environ["RANK"]), "train")
+wait_for_the_stop()
+"""
+
+
+def test_an_operator_sees_every_rank_requeues_and_cancels(
+    cluster: Cluster, play: Callable[..., Played], tmp_path: Path
+) -> None:
+    """The ranks are processes that beat and can show their stacks, as real ones do, without the model."""
+    program = tmp_path / "rank.py"
+    program.write_text(RANK)
+    rank = f"RANK=$SFT_NODE_RANK LOCAL_RANK=0 {sys.executable} {program} sft_dist.train"
+    job = play(f"{rank}; exit $((SFT_NODE_RANK ? 0 : 75))")
+    beats = [job.run_dir / "slurm" / f"beats.{number}" for number in (0, 1)]
+    cluster.wait(lambda: all(path.exists() for path in beats), 30, job.log())
+
+    told = json.loads(job.sft("status", "--json"))
+    assert (told["jobs"][0]["state"], told["jobs"][0]["job"]) == ("RUNNING", job.job)
+    assert [(place["rank"], place["host"]) for place in told["ranks"]] == list(enumerate(cluster.nodes[:2]))
+    assert ["step 7, train" in place["where"] for place in told["ranks"]] == [True, False]
+    assert all("wait_for_the_stop" in place["where"] for place in told["ranks"]), told
+    assert "behind: rank 1; the others wait for it" in job.sft("status")
+
+    for path in beats:
+        path.unlink()
+    assert job.sft("requeue") == f"requeued {job.job}\n"
+    cluster.wait_job(job.job, 60, {"PENDING"})
+    cluster.wait_job(job.job, 60, {"RUNNING"})
+    cluster.wait(lambda: all(path.exists() for path in beats), 30, job.log())
+    assert job.sft("cancel") == f"cancelled {job.job}\n"
+    assert job.end()[:2] == ("CANCELLED", "1") and job.sft("cancel") == "nothing is queued or running\n"
+    assert "restart 1] SIGTERM: asked to end" in job.sft("logs")

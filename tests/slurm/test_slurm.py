@@ -28,7 +28,7 @@ def test_every_interruption_ends_in_the_same_weights(
     run = prepare_run("interrupted")
     job = run.submit()
 
-    run.wait_for_step(8)  # the signal that Slurm sends before the time limit; scancel saves the minute
+    run.wait_for_step(4)  # the signal that Slurm sends before the time limit; scancel saves the minute
     cluster.run("scancel", "--signal=USR1", "--batch", job)
     cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", 60, run.log())
     first = endings(run)[0]
@@ -36,18 +36,18 @@ def test_every_interruption_ends_in_the_same_weights(
     stopped_after = len(lines(run.run_dir, "step"))
 
     hurry(cluster, job)
-    run.wait_for_step(stopped_after + 5)
+    run.wait_for_step(stopped_after + 3)
     cluster.run("scontrol", "requeue", job)
     cluster.wait(lambda: cluster.job(job)["Restarts"] == "2", 60, run.log())
 
     hurry(cluster, job)
-    run.wait_for_step(stopped_after + 15)
+    run.wait_for_step(stopped_after + 6)
     victim = cluster.nodes[1]
     cluster.run("scontrol", "update", f"NodeName={victim}", "State=DRAIN", "Reason=test")
     cluster.run("scontrol", "update", f"NodeName={victim}", "State=DOWN", "Reason=test")
     cluster.wait(lambda: cluster.job(job)["Restarts"] == "3", 60, run.log())
     hurry(cluster, job)
-    run.wait_for_step(stopped_after + 25)
+    run.wait_for_step(stopped_after + 9)
     assert victim not in cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).stdout.split()
     cluster.run("scontrol", "update", f"NodeName={victim}", "State=RESUME")
 
@@ -82,15 +82,15 @@ def test_a_cancelled_job_saves_stays_cancelled_and_goes_on_in_a_chain(
     """Cancelled, then submitted again as a chain of three for a site without requeueing, of which two are needed."""
     run = prepare_run("cancelled")
     job = run.submit()
-    run.wait_for_step(15)
+    run.wait_for_step(5)
     run.sft("slurm", "cancel", run.run_dir)
     assert run.wait(job)["JobState"] == "CANCELLED"
     steps = len(lines(run.run_dir, "step"))
-    assert 15 <= steps < NUM_STEPS and (run.run_dir / "checkpoints" / f"step-{steps:08d}").is_dir(), run.log()
+    assert 5 <= steps < NUM_STEPS and (run.run_dir / "checkpoints" / f"step-{steps:08d}").is_dir(), run.log()
 
     run.submit("cluster.chain=3", "cluster.requeue=false")
     first, second, third = run.jobs[1:]
-    run.wait_for_step(steps + 10)
+    run.wait_for_step(steps + 5)
     cluster.run("scancel", "--signal=USR1", "--batch", first)
     assert run.wait(third)["JobState"] == "COMPLETED", run.log()
     assert cluster.job(first)["ExitCode"] == "75:0" and cluster.job(second)["JobState"] == "COMPLETED"

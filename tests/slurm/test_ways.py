@@ -18,42 +18,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 Prepare = Callable[..., Submitted]
 
 
-def test_tasks_of_srun_are_the_ranks(cluster: Cluster, prepare_run: Prepare, uninterrupted: Submitted) -> None:
-    run = prepare_run("srun")
-    search = f"{ROOT}:{ROOT / 'kernels'}"
-    command = ("srun", "-N2", "--ntasks-per-node=1", sys.executable, "-m", "sft_dist", "train", run.recipe)
-    cluster.run(*command, cwd=run.recipe.parent, PYTHONPATH=search, HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
-    assert run.result == uninterrupted.result
-
-
-def test_two_processes_of_one_machine_take_the_same_steps(prepare_run: Prepare, uninterrupted: Submitted) -> None:
-    run = prepare_run("laptop")
-    command = [sys.executable, "-m", "sft_dist", "train", str(run.recipe), "--nproc", "2"]
-    done = subprocess.run(
-        command, env=environment(), cwd=run.recipe.parent, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert run.result == uninterrupted.result
-
-
-def test_torchrun_inside_the_job_is_stopped_and_goes_on(
-    cluster: Cluster, prepare_run: Prepare, uninterrupted: Submitted
-) -> None:
-    """torchrun knows neither our signals nor our codes; worker.sh and the files do. An operator looks meanwhile."""
-    run = prepare_run("torchrun", cluster={"launcher": "torchrun"})
-    job = run.submit()
-    run.wait_for_step(8)
-    status = json.loads(run.sft("slurm", "status", run.run_dir, "--json").stdout)
-    assert status["jobs"][0]["state"] == "RUNNING" and status["step"] >= 8
-    assert [place["rank"] for place in status["ranks"]] == [0, 1]
-    assert {place["host"] for place in status["ranks"]} == set(cluster.nodes[:2])
-    assert all(place["where"].startswith("step ") and ", at " in place["where"] for place in status["ranks"]), status
-    cluster.run("scancel", "--signal=USR1", "--batch", job)
-    assert run.wait(job)["JobState"] == "COMPLETED", run.log()
-    assert cluster.job(job)["Restarts"] == "1" and run.result == uninterrupted.result
-    assert "goes on after the time limit" in run.sft("slurm", "logs", run.run_dir).stdout
-
-
 def test_a_node_with_other_code_is_named_and_left_out(
     cluster: Cluster, prepare_run: Prepare, uninterrupted: Submitted, tmp_path: Path
 ) -> None:
@@ -71,6 +35,42 @@ def test_a_node_with_other_code_is_named_and_left_out(
     record = cluster.job(job)
     assert (record["Restarts"], record["ExcNodeList"]) == ("1", victim)
     assert f"preflight: node {victim}: sft_dist is" in run.log() and ", 0 complaints, all-reduce" in run.log()
+    assert run.result == uninterrupted.result
+
+
+def test_torchrun_inside_the_job_is_stopped_and_goes_on(
+    cluster: Cluster, prepare_run: Prepare, uninterrupted: Submitted
+) -> None:
+    """torchrun knows neither our signals nor our codes; worker.sh and the files do. An operator looks meanwhile."""
+    run = prepare_run("torchrun", cluster={"launcher": "torchrun"})
+    job = run.submit()
+    run.wait_for_step(4)
+    status = json.loads(run.sft("slurm", "status", run.run_dir, "--json").stdout)
+    assert status["jobs"][0]["state"] == "RUNNING" and status["step"] >= 4
+    assert [place["rank"] for place in status["ranks"]] == [0, 1]
+    assert {place["host"] for place in status["ranks"]} == set(cluster.nodes[:2])
+    assert all(place["where"].startswith("step ") and ", at " in place["where"] for place in status["ranks"]), status
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    assert run.wait(job)["JobState"] == "COMPLETED", run.log()
+    assert cluster.job(job)["Restarts"] == "1" and run.result == uninterrupted.result
+    assert "goes on after the time limit" in run.sft("slurm", "logs", run.run_dir).stdout
+
+
+def test_tasks_of_srun_are_the_ranks(cluster: Cluster, prepare_run: Prepare, uninterrupted: Submitted) -> None:
+    run = prepare_run("srun")
+    search = f"{ROOT}:{ROOT / 'kernels'}"
+    command = ("srun", "-N2", "--ntasks-per-node=1", sys.executable, "-m", "sft_dist", "train", run.recipe)
+    cluster.run(*command, cwd=run.recipe.parent, PYTHONPATH=search, HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
+    assert run.result == uninterrupted.result
+
+
+def test_two_processes_of_one_machine_take_the_same_steps(prepare_run: Prepare, uninterrupted: Submitted) -> None:
+    run = prepare_run("laptop")
+    command = [sys.executable, "-m", "sft_dist", "train", str(run.recipe), "--nproc", "2"]
+    done = subprocess.run(
+        command, env=environment(), cwd=run.recipe.parent, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     assert run.result == uninterrupted.result
 
 

@@ -99,4 +99,4 @@ def test_nodes_tell_each_other_through_the_run_folder(
     assert codes == [77, 77]
     assert (tmp_path / "logs" / "preflight-m" / "bad_nodes").read_text() == "b\n"
     assert any("sft_dist is wrong, on the others right" in line for line in said)
-    assert any("2 nodes, 1 complaints, all-reduce 1.50 GB/s" in line for line in said)
+    assert any("2 nodes, 1 complaints, all-reduce 1,500 MB/s" in line for line in said)

@@ -120,3 +120,20 @@ def test_starting_anew_is_obeyed_once_for_each_submission(run_dir: Path) -> None
     mark.touch()
     assert requeue.begin(run_dir, ENVIRON) == "go"
     assert load_resolved(recipe).checkpoint.resume == "auto"
+
+
+@pytest.mark.parametrize(
+    ("reason", "stop_file", "again"),
+    [("the time limit is near", False, True), (None, False, True), (None, True, False), ("SIGUSR1", False, False)],
+)
+def test_a_run_that_left_in_time_by_itself_goes_on(
+    run_dir: Path, reason: str | None, stop_file: bool, again: bool
+) -> None:
+    attempt = run_dir / "logs" / "attempt_0002"
+    attempt.mkdir(parents=True)
+    events = [{"event": "start"}, {"event": "stopped", "reason": reason}, {"event": "end", "code": 75}]
+    (attempt / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    if stop_file:
+        (run_dir / "stop").touch()
+    code, action = requeue.end(run_dir, 75, False, False, ENVIRON)
+    assert code == 75 and action.startswith("requeue") is again

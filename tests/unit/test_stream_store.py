@@ -15,13 +15,19 @@ import numpy as np
 import pytest
 from preparing import byte_tokenizer, records, write_lines
 
+from sft_dist.audit import prove
 from sft_dist.config.loader import load_recipe
 from sft_dist.config.schema import Recipe, SourceSection
 from sft_dist.data import files, hub
 from sft_dist.data.cache import rules_digest
+from sft_dist.data.collate import batch_digest
+from sft_dist.data.inspect import view_packs
+from sft_dist.data.layout import PlanSpec
+from sft_dist.data.ledger import START, fold
 from sft_dist.data.prepare import prepare, rules_of
 from sft_dist.data.sources import stream_versions
 from sft_dist.data.store import CORPUS, Corpus
+from sft_dist.data.stream_plan import StreamPlan
 from sft_dist.data.stream_store import StreamStore, read_end, read_state, segment_folder
 from sft_dist.data.stream_writer import Segments, StreamJob, StreamWriter, tokenised
 from sft_dist.data.streams import stream_job
@@ -306,3 +312,27 @@ def test_memory_does_not_grow_with_the_stream(tmp_path: Path) -> None:
 def resident() -> int:
     """Bytes of this process in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_a_run_on_a_stream_is_proven_and_shown(tmp_path: Path) -> None:
+    """Two passes over a stream: the audit proves each example once in the first; an altered token is told."""
+    store = make(job_of(stream_recipe(tmp_path, write_lines(tmp_path / "x.jsonl", records(900)))))
+    spec = PlanSpec(
+        seq_len=256, packing="best_fit", packs_per_micro_batch=4, micro_batches_per_step=4, examples_per_step=None,
+        seed=1, epochs=1, max_steps=25, shuffle=True, store_fingerprint=store.fingerprint, window_examples=200,
+    )  # fmt: skip
+    plan, ledger, lines, ledgers = StreamPlan(spec, store), START, [], {}
+    for step in map(plan.step, range(1, 26)):
+        ledger = fold(ledger, step)
+        counts = {"num_tokens": step.num_tokens, "num_loss_tokens": step.num_loss_tokens}
+        lines.append({"step": step.step, **counts, "batch_digest": batch_digest(step, store)})
+        ledgers[step.step] = ledger
+    proven = prove(StreamPlan(spec, store), store, lines, ledgers)
+    assert not proven.faults
+    assert [(epoch.finished, epoch.trained_once) for epoch in proven.epochs[:-1]] == [(True, 900)]
+    assert not prove(StreamPlan(spec, store), store, lines[:7], {7: ledgers[7]}).faults
+    changed = [*lines[:5], lines[5] | {"batch_digest": lines[4]["batch_digest"]}, *lines[6:]]
+    (fault,) = prove(StreamPlan(spec, store), store, changed, {}).faults
+    assert fault.startswith("step 6: batch_digest was ")
+    (pack, *_) = view_packs(plan.step(9), store.lengths, 256)
+    assert pack.lengths == tuple(len(store.token_ids(row)) for row in pack.rows)
