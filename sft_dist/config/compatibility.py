@@ -47,6 +47,11 @@ REFUSED: tuple[Row, ...] = (
         "set parallel.sequence=1",
     ),
     Row(
+        {"run.deterministic": ("elastic",), "parallel.dp_replicate": (GIVEN,)},
+        "sums over shards and over replicas are made one after the other",
+        "set parallel.dp_replicate=1",
+    ),
+    Row(
         {"run.deterministic": ("elastic",), "precision.compile": (True,)},
         "a compiled layer may split its sums otherwise at every new shape",
         "set precision.compile=false",

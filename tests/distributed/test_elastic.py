@@ -26,7 +26,7 @@ BATCHES: dict[str, dict[str, Any]] = {
     "lora-dropout": {"tokens_per_micro_batch": 256, "tokens_per_step": 1024},
     "full-bfloat16": {"tokens_per_micro_batch": 256, "tokens_per_step": "auto", "examples_per_step": 11},
 }
-MAX_NORM = {"full": 1.8, "lora-dropout": 0.5, "full-bfloat16": 1.8}
+MAX_NORM = {"full": 1.8, "lora-dropout": 1.6, "full-bfloat16": 1.6}
 STEPS = 7
 
 
