@@ -25,13 +25,10 @@ from sft_dist.data.sources import Rejects, read_records
 from sft_dist.data.supervision import Span, Stops
 from sft_dist.data.templates import (
     ChatTemplate,
-    ranges_by_offsets,
     resolve_template,
     spans,
-    token_answers,
-    token_ranges,
-    token_weights,
 )
+from sft_dist.data.token_masks import ranges_by_offsets, token_answers, token_ranges, token_weights
 from sft_dist.errors import BadRecord, ConfigError
 from sft_dist.types import Conversation, Message, TokenizedExample
 
