@@ -77,24 +77,3 @@ def test_lora_shards_on_multi_turn_messages_with_two_processes(shared: Path, tmp
     train(write(shared, tmp_path, "pt_mt_bench_messages.jsonl", **changes), "--nproc", "2")
     first, last = lines(tmp_path / "run", "eval")[0], lines(tmp_path / "run", "eval")[-1]
     assert last["eval_loss"] < first["eval_loss"]
-
-
-def test_rows_cut_between_two_processes_learn_the_same(shared: Path, tmp_path: Path) -> None:
-    """Against one process with whole rows; answers are sampled before and after."""
-    changes = {"optim": {"max_steps": 20}, "eval": {"every_steps": 20, "generate": 2, "max_new_tokens": 20}}
-    found = {}
-    for name, size in (("whole", "1"), ("cut", "2")):
-        folder = tmp_path / name
-        folder.mkdir()
-        train(
-            write(shared, folder, "rasbt_instruction_data.json", **changes),
-            f"parallel.sequence={size}",
-            "--nproc",
-            size,
-        )
-        found[name] = folder / "run"
-    for kind, figure in (("step", "loss"), ("eval", "eval_loss")):
-        cut, whole = ([line[figure] for line in lines(found[name], kind)] for name in ("cut", "whole"))
-        assert cut == pytest.approx(whole, rel=1e-6), figure
-    digests = [[line["batch_digest"] for line in lines(run_dir, "step")] for run_dir in found.values()]
-    assert digests[0] == digests[1]
