@@ -39,7 +39,8 @@ from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers
 from sft_dist.optim import build_optimizer
 from sft_dist.parallel.build import build_engine
 from sft_dist.parallel.engine import Engine
-from sft_dist.parallel.exact import TreeSum, local
+from sft_dist.parallel.engine import local_part as local
+from sft_dist.parallel.exact import TreeSum
 from sft_dist.parallel.runtime import runtime
 from sft_dist.train import train_step
 from sft_dist.types import StepPlan, TokenizedExample

@@ -48,6 +48,7 @@ def spread(network: Network, recipe: Recipe, choices: Choices, place: Runtime) -
             build_optimizer,
             optim=recipe.optim,
             lr=choices.lr,
+            exact=recipe.run.deterministic == ELASTIC,
             rounding_seed=recipe.run.seed if recipe.precision.stochastic_rounding else None,
         ),
         offload=recipe.parallel.offload,

@@ -82,7 +82,7 @@ def build_empty_network(
     or in other formats."""
     if recipe.model.init != "pretrained" or recipe.tuning.method not in FROM_FILES or recipe.model.trust_remote_code:
         return None
-    files = find_files(recipe.model, recipe.run.seed)
+    files = find_files(recipe.model, recipe.run.seed, base_dtype(recipe, compute))
     if files is None:
         return None
     model = empty_model(recipe.model, dtype=base_dtype(recipe, compute))

@@ -87,6 +87,16 @@ REFUSED: tuple[Row, ...] = (
         "set parallel.sequence=1, or leave the audit out",
     ),
     Row(
+        {"run.deterministic": ("elastic",), "optim.name": ("adamw8bit", "adafactor", "muon")},
+        "its sums over a tensor follow the shards",
+        "set optim.name=adamw",
+    ),
+    Row(
+        {"run.deterministic": ("elastic",), "precision.stochastic_rounding": (True,)},
+        "the random bits follow the shards",
+        "set precision.stochastic_rounding=false",
+    ),
+    Row(
         {"parallel.sequence": (GIVEN,), "precision.compile": (True,)},
         "a layer that exchanges tokens for heads is no single graph",
         "set parallel.sequence=1, or precision.compile=false",

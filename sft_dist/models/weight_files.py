@@ -42,6 +42,7 @@ class WeightFiles:
 
     files: dict[str, Path]  # name -> file
     seed: int  # of what stands in no file
+    dtype: torch.dtype  # of the base model: everything passes through it, as it does when a model is loaded whole
 
     def gap(self, model: nn.Module) -> str | None:
         """A parameter or saved buffer that no file holds under its own name (files of an older layout, which
@@ -73,8 +74,9 @@ class WeightFiles:
     def _read(self, file: Any, name: str, shape: tuple[int, ...], rows: slice) -> Tensor:
         key = self._file_name(name)
         if key is None:
-            return initial_adapter(name, shape, self.seed)[rows]
-        return file.get_slice(key)[rows] if shape else file.get_tensor(key)
+            return initial_adapter(name, shape, self.seed)[rows].to(self.dtype)
+        held = file.get_slice(key)[rows] if shape else file.get_tensor(key)
+        return held.to(self.dtype) if held.is_floating_point() else held
 
     def _file_name(self, name: str) -> str | None:
         for part in WRAPPED:
@@ -82,7 +84,7 @@ class WeightFiles:
         return name if name in self.files else None
 
 
-def find_files(model: ModelSection, seed: int) -> WeightFiles | None:
+def find_files(model: ModelSection, seed: int, dtype: torch.dtype) -> WeightFiles | None:
     """The safetensors of `model.path`, a folder or a hub id (downloaded then); None where there are none."""
     index = _locate(model, INDEX)
     if index is not None:
@@ -90,12 +92,12 @@ def find_files(model: ModelSection, seed: int) -> WeightFiles | None:
         found = {name: _locate(model, name) for name in set(placed.values())}
         if None in found.values():
             return None
-        return WeightFiles({key: found[name] for key, name in placed.items()}, seed)  # type: ignore[misc]
+        return WeightFiles({key: found[name] for key, name in placed.items()}, seed, dtype)  # type: ignore[misc]
     whole = _locate(model, WHOLE)
     if whole is None:
         return None
     with safe_open(whole, framework="pt") as file:
-        return WeightFiles(dict.fromkeys(file.keys(), whole), seed)
+        return WeightFiles(dict.fromkeys(file.keys(), whole), seed, dtype)
 
 
 def empty_model(model: ModelSection, *, dtype: torch.dtype) -> PreTrainedModel:

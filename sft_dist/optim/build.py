@@ -12,6 +12,7 @@ from sft_dist.config.schema import OptimSection
 from sft_dist.optim.adafactor import Adafactor
 from sft_dist.optim.adamw import AdamW
 from sft_dist.optim.adamw8bit import AdamW8bit
+from sft_dist.optim.adamw_exact import ExactAdamW
 from sft_dist.optim.groups import is_edge, parameter_groups
 from sft_dist.optim.muon import Muon
 from sft_dist.optim.stochastic import StochasticAdamW
@@ -19,12 +20,18 @@ from sft_dist.parallel.engine import RunOptimizer
 
 
 def build_optimizer(
-    parameters: Mapping[str, nn.Parameter], optim: OptimSection, lr: float, *, rounding_seed: int | None = None
+    parameters: Mapping[str, nn.Parameter],
+    optim: OptimSection,
+    lr: float,
+    *,
+    rounding_seed: int | None = None,
+    exact: bool = False,
 ) -> RunOptimizer:
     """`optim.name` over `parameters`, which carry their names in the model. The engine has the state allocated: only it
     knows which tensors are moved (`RunOptimizer.allocate`).
 
     `rounding_seed`: weights and moments are bfloat16, rounded stochastically (`precision.stochastic_rounding`).
+    `exact`: the bits of AdamW's update are those of any sharding (`run.deterministic: elastic`).
     """
     groups = parameter_groups(parameters, optim)
     adam: dict[str, Any] = {"lr": lr, "betas": optim.betas, "eps": optim.eps}
@@ -37,7 +44,7 @@ def build_optimizer(
     if optim.name == "muon":
         matrices = {id(p) for name, p in parameters.items() if p.ndim == 2 and not is_edge(name)}
         return Muon(groups, matrices=matrices, **adam)
-    return AdamW(groups, fused=True, **adam)
+    return ExactAdamW(groups, **adam) if exact else AdamW(groups, fused=True, **adam)
 
 
 def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -124,6 +124,11 @@ def trained_parameters(packed: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's rows of a sharded tensor, a plain tensor as it is; shares memory."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor  # type: ignore[attr-defined]
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor; a plain tensor as it is. Collective for DTensors."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

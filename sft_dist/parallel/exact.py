@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from sft_dist.parallel.engine import Engine
+from sft_dist.parallel.engine import Engine, local_part
 
 NORM_ELEMENTS = 1 << 22  # of a gradient in float64 at a time
 
@@ -59,7 +59,7 @@ def with_exact_sums(engine: Engine) -> Engine:
         norm = global_norm(gradients)  # type: ignore[arg-type]
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
         for gradient in gradients:
-            local(gradient).mul_(scale)  # type: ignore[arg-type]
+            local_part(gradient).mul_(scale)  # type: ignore[arg-type]
         return norm.float()
 
     return replace(engine, accumulate=accumulate, clip_grad_norm=clip_grad_norm)
@@ -113,16 +113,16 @@ class TreeSum:
         while self._partial:
             total = _add(self._partial.pop()[1], total)
         for tensor in total:
-            local(tensor).add_(0.0)
+            local_part(tensor).add_(0.0)
         return total
 
 
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:
     """float64 2-norm of all `gradients`, DTensors sharded by rows over all ranks."""
-    sums = torch.zeros(sum(map(len, gradients)), dtype=torch.float64, device=local(gradients[0]).device)
+    sums = torch.zeros(sum(map(len, gradients)), dtype=torch.float64, device=local_part(gradients[0]).device)
     start = 0
     for gradient in gradients:
-        rows = local(gradient)
+        rows = local_part(gradient)
         first = start + _first_row(gradient)
         sums[first : first + len(rows)] = row_squares(rows)
         start += len(gradient)
@@ -147,11 +147,6 @@ def fold(values: Tensor) -> Tensor:
     return values[..., 0]
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's rows, sharing memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _first_row(tensor: Tensor) -> int:
     """Global number of this rank's first row; FSDP2 cuts as `Tensor.chunk` does."""
     if not isinstance(tensor, DTensor):
@@ -167,5 +162,5 @@ def _take_gradient(parameter: torch.nn.Parameter) -> Tensor:
 
 def _add(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
     for a, b in zip(first, second, strict=True):
-        local(a).add_(local(b))
+        local_part(a).add_(local_part(b))
     return first

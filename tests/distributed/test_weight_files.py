@@ -79,8 +79,8 @@ def test_peak_is_a_share_and_one_file(found: tuple[list[dict[str, Any]], float])
     ranks, size = found
     for rank in ranks:
         peaks = rank["peaks"]
-        assert peaks["whole"] > size
-        assert peaks["files"] < size / WORLD + FILE_MIB + 0.1 * size
+        assert peaks["files"] < size / WORLD + FILE_MIB + 0.1 * size, peaks
+        assert peaks["whole"] > peaks["files"] + 0.25 * size, peaks
 
 
 def test_many_files_hold_the_tiny_models(models: Path) -> None:
@@ -109,7 +109,7 @@ def test_frozen_weights_have_the_same_digest(models: Path, name: str) -> None:
 
 
 def test_files_of_other_names_are_left_to_the_ordinary_load(models: Path) -> None:
-    files = find_files(ModelSection(path=str(models / "untied")), seed=0)
+    files = find_files(ModelSection(path=str(models / "untied")), seed=0, dtype=torch.float32)
     assert files is not None
     model = empty_model(ModelSection(path=str(models / "untied")), dtype=torch.float32)
     assert files.gap(model) is None

@@ -22,7 +22,7 @@ from torch import Tensor
 from sft_dist import train
 from sft_dist.data.loader import LoadedStep
 from sft_dist.parallel.engine import Engine
-from sft_dist.parallel.exact import local
+from sft_dist.parallel.engine import local_part as local
 
 SKIP = {"resilience": {"nonfinite": "skip"}}
 LORA = {"tuning": {"method": "lora", "rank": 3}}

@@ -151,7 +151,7 @@ def test_a_cut_link_ends_the_run_with_71_on_both_sides_and_it_continues(
     cluster: Cluster, launch: Callable[..., Launched], uninterrupted: Submitted
 ) -> None:
     patience = {"resilience": {"hang_seconds": 10.0}}
-    run = launch("cut", **patience)
+    run = launch("cut", env={"SFT_GRACE_SECONDS": "60"}, **patience)  # the watchdogs are to come first
     run.wait_for_step(12)
     victim = cluster.nodes[1]
     cluster.link(victim, "down")

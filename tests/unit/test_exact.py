@@ -10,6 +10,8 @@ import torch
 
 from sft_dist.config.elastic import check_micro_batches, check_world
 from sft_dist.errors import ConfigError
+from sft_dist.optim.adamw import AdamW
+from sft_dist.optim.adamw_exact import ExactAdamW
 from sft_dist.parallel.exact import TreeSum, fold, row_squares
 
 
@@ -84,3 +86,26 @@ def test_every_rank_gets_as_many_micro_batches() -> None:
         check_micro_batches(world_size, None)
     with pytest.raises(ConfigError, match="4 processes do not divide the 6 micro-batches of a step"):
         check_micro_batches(4, 6)
+
+
+def test_the_update_does_not_depend_on_the_cut_and_is_adamw() -> None:
+    """Cuts of 1 to 13 elements: all that a vector of eight or sixteen leaves over."""
+    number = 4000
+    start, gradients = wide(number), [wide(number, seed=seed) for seed in range(1, 7)]
+
+    def train(kind: type[torch.optim.AdamW], size: int, **options: bool) -> torch.Tensor:
+        cuts = [slice(at, at + size) for at in range(0, number, size)]
+        parts = [torch.nn.Parameter(start[cut].clone()) for cut in cuts]
+        optimizer = kind(parts, lr=1e-2, weight_decay=0.1, **options)
+        if isinstance(optimizer, AdamW):
+            optimizer.allocate(parts)
+        for gradient in gradients:
+            for part, cut in zip(parts, cuts, strict=True):
+                part.grad = gradient[cut].clone()
+            optimizer.step()
+        return torch.cat([part.detach() for part in parts])
+
+    whole = train(ExactAdamW, number)
+    for size in (1, 3, 7, 12, 13):
+        assert torch.equal(train(ExactAdamW, size), whole), size
+    torch.testing.assert_close(whole, train(torch.optim.AdamW, number, fused=True), rtol=1e-5, atol=1e-7)

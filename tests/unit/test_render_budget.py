@@ -60,10 +60,10 @@ def little_memory():
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_refused_soon_and_in_little_memory(name: str, little_memory: None) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(BadRecord, match="the chat template refuses the conversation"):
         render(compile_template(BOMBS[name]), TALK, {})
-    assert time.monotonic() - started < SECONDS
+    assert time.process_time() - started < SECONDS
 
 
 def test_the_budget_is_whole_again_for_the_next_conversation() -> None:
