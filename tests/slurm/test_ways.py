@@ -34,7 +34,8 @@ def test_a_node_with_other_code_is_named_and_left_out(
     assert run.wait(job)["JobState"] == "COMPLETED", run.log()
     record = cluster.job(job)
     assert (record["Restarts"], record["ExcNodeList"]) == ("1", victim)
-    assert f"preflight: node {victim}: sft_dist is" in run.log() and ", 0 complaints, all-reduce" in run.log()
+    said = run.sft("slurm", "logs", run.run_dir).stdout
+    assert f"preflight: node {victim}: sft_dist is" in said and ", 0 complaints, all-reduce" in said
     assert run.result == uninterrupted.result
 
 
