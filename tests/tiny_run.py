@@ -60,7 +60,7 @@ def write_recipe(folder: Path, name: str = "run", **changes: dict[str, Any]) -> 
         "data": {"sources": [{"path": str(data)}], "chat_template": "alpaca", "seq_len": 512, "eval_fraction": 0.1},
         "batch": {"tokens_per_micro_batch": 512, "tokens_per_step": 1024},
         "optim": {"lr": 1e-3, "max_steps": 12},
-        "checkpoint": {"every_steps": 3},
+        "checkpoint": {"every_steps": 3, "async": False},  # there at its step: tests kill and look by the step
         "eval": {"generate": 2, "max_new_tokens": 8, "every_steps": 6},
     }
     for section, values in changes.items():
@@ -95,10 +95,10 @@ def train(recipe: Path, *arguments: str, code: int = 0) -> str:
 
 
 def kill_after(recipe: Path, run_dir: Path, step: int, nproc: int) -> None:
-    """Start the run and SIGKILL its launcher once the line of `step` is in metrics.jsonl."""
+    """Start the run and SIGKILL its launcher once the line of `step` is in metrics.jsonl and a checkpoint is there."""
     process = start("train", str(recipe), "--nproc", str(nproc))
     deadline = time.monotonic() + SECONDS
-    while len(lines(run_dir, "step")) < step:
+    while len(lines(run_dir, "step")) < step or not any((run_dir / "checkpoints").glob("step-*")):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         os.sched_yield()

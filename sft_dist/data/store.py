@@ -127,7 +127,10 @@ class Corpus:
                 f"{path}: {num_bytes} bytes instead of the {header['num_bytes']} written; "
                 "delete its folder to prepare the data again"
             )
-        self._table = _map_table(path, header["num_rows"])
+        try:
+            self._table = _map_table(path, header["num_rows"])
+        except (OSError, pa.ArrowException) as error:
+            raise _damaged(folder, error) from error
         self._folder, self._digests = folder, self.column("digest")
         self._files: list[str] = header["files"]
         self._tokens, self._run_lengths, self._run_weights, self._answer_edges = (

@@ -56,13 +56,13 @@ def test_killed_and_continued_on_another_number_of_processes(folder: Path, strai
     cache = f"data.cache_dir={folder / 'other-cache'}"
     process = start("train", str(recipe), cache, "--nproc", "2")
     deadline = time.monotonic() + SECONDS
-    while len(lines(folder / "killed", "step")) < 5:
+    while not (folder / "killed" / "checkpoints" / "step-00000004").exists():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         os.sched_yield()
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    assert "resuming after step 4" in train(recipe, cache, "--nproc", "2")
+    assert "resuming after step" in train(recipe, cache, "--nproc", "2")
     digests = [[line["batch_digest"] for line in lines(run, "step")] for run in (folder / "killed", straight)]
     assert digests[0] == digests[1]
     losses = [[line["loss"] for line in lines(run, "step")] for run in (folder / "killed", straight)]
