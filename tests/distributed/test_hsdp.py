@@ -64,7 +64,7 @@ def test_replicas_speak_only_in_the_last_micro_batch(found: tuple[Found, Found],
     *before, last = found[1][case]["sums_between_replicas"]
     assert len(before) == (0 if "-2-" in case else 3)
     assert not any(before)
-    assert last >= 3  # two layers and the rest
+    assert last >= (2 if "lora" in case else 3)  # two layers, and the rest where any of it is trained
 
 
 @pytest.mark.slow

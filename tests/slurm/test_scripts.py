@@ -147,6 +147,7 @@ def test_a_bad_node_is_left_out(cluster: Cluster, play: Callable[..., Played], t
     assert bad not in cluster.run("scontrol", "show", "hostnames", record["NodeList"]).stdout.split()
 
 
+@pytest.mark.faults  # once the other member, too, was told of its time limit, on a busy machine: not understood yet
 def test_an_arrays_member_requeues_alone(cluster: Cluster, play: Callable[..., Played]) -> None:
     wait = WAIT.replace("200", "50")
     job = play(f"[ $RESTART = 0 ] || exit 0\n{wait}", "cluster.array=[7,8]", "cluster.nodes=1")
