@@ -4,7 +4,7 @@
 #   make quickstart   a real 2-process packed fine-tune with answers before and after, into runs/quickstart
 #   make check        format, lint, types, import contracts, shell scripts, known holes of dependencies
 #   make test         the default suite        make test-fast   without the tests that start processes
-#   make faults       the long reliability suite: 200 kills over the whole matrix, every system call, every signal
+#   make faults       the long suite: 200 kills over the whole matrix, every system call and signal, all ways of launching
 #   make soak         random faults for an hour (SOAK_MINUTES=60), then a comparison of all bits
 #   make test-gpu     tests and measurements that need one CUDA device
 #   make clean        remove caches and builds (keeps .venv and runs/)
@@ -58,6 +58,7 @@ test-fast: $(STAMP)
 
 faults: $(STAMP)
 	$(BIN)/python -m pytest tests/faults -m "not gpu"
+	$(BIN)/python -m pytest tests/slurm tests/distributed -m "faults and not gpu"
 
 soak: $(STAMP)
 	PYTHONPATH=.:kernels:tests:tests/faults $(BIN)/python tests/faults/soak.py runs/soak --minutes $(SOAK_MINUTES)

@@ -17,7 +17,7 @@ from slurm.cluster import Cluster
 from slurm.submitted import TINY, Submitted
 from tiny_run import ROOT, lines, weights, write_recipe
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from slurm.cluster import Cluster
 from slurm.submitted import NUM_STEPS, Submitted
 from tiny_run import ROOT, environment, lines
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(600)]
 Prepare = Callable[..., Submitted]
 
 
