@@ -323,6 +323,7 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
     is_main = read_place()[0] == 0
     notice = print if is_main else lambda text: None
     recipe, adopted = check_launcher(read_recipe(argv), launchers=launcher_commands())
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # adopted; transformers would load empty weights on all but rank 0
     refuse_uneven(recipe, read_place()[1])  # before the data are prepared
     for line in [*told(argv), *adopted]:
         notice(line)
