@@ -57,7 +57,9 @@ def recipe(folder: Path, name: str) -> Path:
 
 def strike(folder: Path, number: signal.Signals, target: str, phase: str, times: int, rank: int, attempt: int) -> None:
     """Rank 0: send the signal on entering `phase`; every rank leaves its process id."""
-    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    partial = folder / f".pid-{rank}"
+    partial.write_text(str(os.getpid()))
+    partial.replace(folder / f"pid-{rank}")  # never seen empty
     if rank or attempt > 1:
         return
     beat, count = Heart.beat, itertools.count(1)
