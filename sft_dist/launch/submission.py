@@ -166,7 +166,7 @@ def sbatch_command(recipe: Recipe, *, after: str | None = None, job: JobKind = "
         "output": output,
         "partition": cluster.partition,
         "qos": cluster.qos,
-        "signal": f"B:USR1@{cluster.stop_seconds}",
+        "signal": f"B:USR1@{cluster.warning_seconds}",
         "time": cluster.time,
     }
     flags = [f"--{name}={value}" for name, value in chosen.items() if value is not None]
