@@ -82,7 +82,7 @@ CASES = (
     Case("zero2", "full", 2, 1, offload="optimizer"),
     Case("zero3", "full", 2, 1, offload="params"),
 )
-PHASES = ("step", "save", "save+step", "export")
+PHASES = ("step", "save", "saving", "export")
 
 
 def predict(case: Case) -> dict[str, int]:
@@ -174,7 +174,7 @@ def _peaks(case: Case, architecture: dict[str, Any], place: Any, folder: Path, e
     saver.begin(6, engine.state(), {})
     _steps(engine, place, case)
     saver.commit()
-    found["save+step"] = _status("VmHWM") - empty
+    found["saving"] = _status("VmHWM") - empty
     saver.save(7, engine.state(), {})  # as a run ends: the copy is given back
     _settle()
     _export(case, engine, place, architecture, folder)
@@ -312,7 +312,7 @@ def table(rows: list[tuple[Case, dict[str, int], dict[str, float]]]) -> str:
         f"{version('torch')}, transformers {version('transformers')}, float32, gloo. MiB of rank 0 above the warmed-up",
         f"libraries; micro-batches of {TOKENS} tokens, so that states and what engines gather are nearly all. The "
         f"limit is {LIMIT:.0%}. `micro-batches` is their number per rank and step; cells say predicted / measured.",
-        "`save` is waited for, `save+step` goes on in the background of the next steps (`checkpoint.async`).",
+        "`save` is waited for, `saving` goes on in the background of the next steps (`checkpoint.async`).",
         "",
         f"| engine | method | ranks | micro-batches | {' | '.join(PHASES)} |",
         "|---|---|---|---|---|---|---|---|",

@@ -26,7 +26,7 @@ _POLL_SECONDS = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Bytes per second / 1e9. `fault` is what went wrong; the speeds are None then."""
+    """Bytes per second / 1e9, and what went wrong; the speeds are None where the reduction did not come about."""
 
     all_reduce: float | None = None
     link: float | None = None
@@ -91,10 +91,9 @@ def measure(nodes: Nodes) -> Measured:
         values = torch.full((REDUCE_FLOATS[device.type],), float(nodes.index + 1), device=device)
         dist.all_reduce(values)  # the first one builds the connections
         wrong = int((values != nodes.count * (nodes.count + 1) / 2).sum())
-        if wrong:
-            return Measured(fault=f"{wrong} of {len(values)} sums are wrong: suspect memory or network hardware")
-        seconds = timed(lambda: dist.all_reduce(values.fill_(1.0)), values, times=3)
-        return Measured(4 * len(values) / seconds / 1e9, link_rate(nodes, values))
+        fault = f"{wrong} of {len(values)} sums are wrong: suspect memory or network hardware" if wrong else None
+        seconds = timed(lambda: dist.all_reduce(values.fill_(1.0)), values, times=3)  # the others wait: no way out
+        return Measured(4 * len(values) / seconds / 1e9, link_rate(nodes, values), fault)
     except Exception as error:  # the libraries below raise what they like
         return Measured(fault=str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
 

@@ -199,6 +199,8 @@ def _changes(recipe: Recipe, architecture: Architecture, num_devices: int) -> It
     """(kind, as the user writes it, the recipe changed so, devices); of each kind the mildest first."""
     checkpointed = _set(recipe, "memory", activation_checkpointing="full")
     seq_len = recipe.data.seq_len
+    waiting = _set(recipe, "checkpoint", background=False)
+    yield "saving", "checkpoint.async=false", waiting, num_devices
     small = _set(checkpointed, "batch", tokens_per_micro_batch=seq_len, tokens_per_step="auto")
     text = f"memory.activation_checkpointing=full batch.tokens_per_micro_batch={seq_len}"
     yield "activations", "memory.activation_checkpointing=full", checkpointed, num_devices

@@ -2,7 +2,7 @@
 
     loss     forward is done: all activations, the loss head, what stays gathered
     backward gradients are complete or being reduced, one layer's activations are left
-    save     a checkpoint is written while nothing else happens; save+step: in the background of the next steps
+    save     a checkpoint is written and waited for; saving: it is written in the background of the next steps
     export   the model is written tensor by tensor, and the folder re-opened layer by layer
              (the last three are host memory; a CPU's own memory)
 
@@ -100,7 +100,7 @@ def memory(architecture: Architecture, tuned: Tuned, layout: Layout) -> Memory:
     steps = {name: parts | offloaded for name, parts in steps.items()}
     resident = _between_steps(tuned, layout, states) | offloaded
     fullest = max(steps.values(), key=lambda parts: sum(parts.values()))
-    meanwhile = {"save+step": fullest | in_background} if layout.saves_in_background else {}
+    meanwhile = {"saving": fullest | in_background} if layout.saves_in_background else {}
     writing = {"save": resident | saved, "export": resident | exported}
     return Memory({name: _kept(parts) for name, parts in (steps | meanwhile | writing).items()}, {})
 

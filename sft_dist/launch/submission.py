@@ -199,6 +199,8 @@ def write_files(recipe: Recipe, submission: str) -> None:
         if recipe.cluster.array:
             names = "".join(f"{name}\n" for name in runs)
             _write(slurm_dir(Path(recipe.run.dir)), {ARRAY: names, **files_of(recipe, submission)})
+        else:
+            (slurm_dir(Path(recipe.run.dir)) / ARRAY).unlink(missing_ok=True)  # of an earlier submission
     except OSError as error:
         raise StorageError(f"run.dir={recipe.run.dir}: cannot be written ({error.strerror}): choose another") from error
 
