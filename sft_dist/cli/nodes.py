@@ -15,7 +15,7 @@ from sft_dist.launch import scheduler
 from sft_dist.launch.submission import check_cluster
 
 _POLL_SECONDS = 1.0
-_REPORT = "report.json"  # as sft_dist.preflight writes it
+_REPORT, _BAD_NODES = "report.json", "bad_nodes"  # as sft_dist.preflight writes them
 
 
 def examine_nodes(recipe: Recipe, *, as_json: bool) -> int:
@@ -35,6 +35,8 @@ def examine_nodes(recipe: Recipe, *, as_json: bool) -> int:
         print(describe(node))
     for complaint in report["complaints"]:
         print(f"sft-dist: error: node {complaint['name']}: {complaint['what']}", file=sys.stderr)
+    if bad := path.with_name(_BAD_NODES).read_text().split():
+        print(f"to do without: cluster.exclude={','.join(bad)}", file=sys.stderr)
     return EXIT_HARDWARE if report["complaints"] else EXIT_DONE
 
 

@@ -24,7 +24,7 @@ def ask(words: Sequence[str], *, check: bool = True) -> str:
         raise ConfigError(f"{words[0]}: no answer within {_SECONDS} s: is the controller down?") from error
     if check and done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
-        why = said[-1].removeprefix(f"{words[0]}: ") if said else f"exit {done.returncode}"
+        why = said[-1].removeprefix(f"{words[0]}: ").removeprefix("error: ") if said else f"exit {done.returncode}"
         raise ConfigError(f"{words[0]}: {why}")
     return done.stdout
 

@@ -40,7 +40,7 @@ def ends_with_75(run: Submitted, job: str) -> None:
 
 
 def on_a_laptop(run: Submitted) -> None:
-    command = [sys.executable, "-m", "sft_dist", "train", str(run.recipe), "--nproc", "2"]
+    command = [sys.executable, "-m", "sft_dist", "train", str(run.recipe), "cluster.target=local", "--nproc", "2"]
     done = subprocess.run(
         command, env=environment(), cwd=run.recipe.parent, capture_output=True, text=True, timeout=240
     )
@@ -109,6 +109,6 @@ def test_data_are_prepared_by_a_job_of_its_own(prepare_run: Prepare) -> None:
 def test_what_slurm_refuses_is_one_line(prepare_run: Prepare) -> None:
     run = prepare_run("refused", cluster={"partition": "nowhere"})
     refused = run.sft("submit", run.recipe, code=2)
-    assert refused.stderr.startswith("sft-dist: error: sbatch: ") and "invalid partition" in refused.stderr
+    assert refused.stderr.startswith("sft-dist: error: sbatch: ") and "Invalid partition" in refused.stderr
     line = run.sft("submit", run.recipe, "--dry-run").stdout
     assert line.startswith("sbatch ") and "--partition=nowhere" in line and not (run.run_dir / "logs").exists()
