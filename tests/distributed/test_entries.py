@@ -58,8 +58,8 @@ def torchrun() -> list[str]:
 
 
 def accelerate() -> list[str]:
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    return [*launch, "-m", "sft_dist.train"]
+    ready = ["--config_file", str(ROOT / "launch" / "accelerate" / "ddp.yaml"), "--num_processes", "2"]
+    return ["-m", "accelerate.commands.launch", *ready, "-m", "sft_dist.train"]
 
 
 def deepspeed() -> list[str]:

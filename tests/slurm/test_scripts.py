@@ -21,7 +21,7 @@ from sft_dist.cli.submit import note_job
 from sft_dist.config.loader import load_recipe
 from sft_dist.launch.submission import sbatch_command, write_files
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 WAIT = 'for _ in $(seq 200); do [ ! -e "$SFT_STOP_FILE" ] || exit $((SFT_NODE_RANK ? 0 : 75)); sleep 0.1; done; exit 0'
 
 
