@@ -61,6 +61,7 @@ GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL for the peers of a dead work
 LOOK_SECONDS = 0.5  # between looks at the signs of life
 STACKS_SECONDS = 3.0  # for the ranks of a stuck run to give their stacks: milliseconds, where the machine is not busy
 TAIL_LINES = 20
+INTERRUPTED = b"sft-dist: stopping with a checkpoint at the end of this step; Ctrl-C again ends it at once\n"
 # A worker that listens never dies of these: it was still preparing, had nothing to save, and can be started again.
 # SIGINT is none of them: the second one is meant to end it.
 ASKED_EARLY = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP})
@@ -272,6 +273,7 @@ class Stops:
     """Context manager: the signals that ask for a stop go to the workers there are; this process stays with them.
 
     `asked` says that one has come. It outlives the attempt: a run that was asked to stop is not started again.
+    The second SIGINT is SIGKILL to the workers: one that is stuck in native code looks at no signal that it handles.
     """
 
     def __init__(self) -> None:
@@ -295,6 +297,11 @@ class Stops:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        is_second = self.asked == number == signal.SIGINT
         self.asked = signal.Signals(number)
-        if self._workers is not None:
+        if number == signal.SIGINT and not is_second:
+            os.write(2, INTERRUPTED)  # `print` may be at work below this handler
+        if self._workers is not None and is_second:
+            self._workers.kill()
+        elif self._workers is not None:
             self._workers.send(FORWARDED[self.asked])

@@ -264,6 +264,18 @@ def test_stop_signals_reach_every_worker_once(launch: Callable[..., Launched], s
     assert [(started.folder / f"stopped_{rank}").read_text() for rank in (0, 1)] == [received, received]
 
 
+def test_the_second_interrupt_ends_workers_that_do_not_react(launch: Callable[..., Launched]) -> None:
+    started = launch({"all": ["ignore", 0]})
+    started.wait_ready()
+    started.process.send_signal(signal.SIGINT)
+    assert started.process.stderr is not None
+    while "Ctrl-C again ends it at once" not in started.process.stderr.readline():
+        assert started.process.poll() is None
+    started.process.send_signal(signal.SIGINT)
+    assert started.finish()[0] == 1
+    assert all(is_gone(pid) for pid in started.pids()) and len(started.attempts()) == 1
+
+
 def test_sigkill_of_the_launcher_leaves_no_orphan_and_a_free_folder(launch: Callable[..., Launched]) -> None:
     started = launch({"all": ["ignore", 0]})
     workers = started.wait_ready()
