@@ -35,6 +35,7 @@ from sft_dist.launch.job import RESOLVED_NAME, Job, choose_num_processes, worker
 from sft_dist.launch.nodes import hosting, join, read_nodes
 from sft_dist.launch.restarts import Ending, Restarts, newest_step
 from sft_dist.launch.workers import Workers
+from sft_dist.resilience.flight_recorder import DUMP_PREFIX
 from sft_dist.resilience.run_folder import (
     STOP_NAME,
     Claim,
@@ -59,6 +60,7 @@ EXIT_CODES = (
 )
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL for the peers of a dead worker: they cannot finish a step without it
 LOOK_SECONDS = 0.5  # between looks at the signs of life
+RECORDS_SECONDS = 4.0  # NCCL looks once a second whether it is asked for its record; on CPUs nobody is asked
 STACKS_SECONDS = 3.0  # for the ranks of a stuck run to give their stacks: milliseconds, where the machine is not busy
 TAIL_LINES = 20
 INTERRUPTED = b"sft-dist: stopping with a checkpoint at the end of this step; Ctrl-C again ends it at once\n"
@@ -200,9 +202,10 @@ def supervise(
 def end_hang(job: Job, workers: Workers, silence_seconds: float) -> Ending:
     """Take down what every rank says of itself, end them all, and tell the user who held the run up.
 
-    Nothing is written before the last worker is dead: the run may hang because of its disk.
+    We write nothing before the last worker is dead: the run may hang because of its disk.
     """
     beats, stacks = workers.beats(), workers.stacks(STACKS_SECONDS)
+    records = workers.records(RECORDS_SECONDS)
     workers.kill()
     while workers.are_running:
         workers.wait()
@@ -218,7 +221,8 @@ def end_hang(job: Job, workers: Workers, silence_seconds: float) -> Ending:
         _say(f"warning: {job.attempt_dir}: the stacks cannot be written ({error.strerror})")
     append_event(job.attempt_dir, "hang", cause=line, ranks={w.rank: str(w) for w in witnesses})
     append_event(job.attempt_dir, "end", code=EXIT_HANG, cause="hang", returncodes=workers.returncodes)
-    _say(f"error: {line}; all were ended, stacks in {job.attempt_dir}/rank_*.stacks.txt")
+    collectives = f", NCCL's last collectives in {job.attempt_dir}/{DUMP_PREFIX}*" if records else ""
+    _say(f"error: {line}; all were ended, stacks in {job.attempt_dir}/rank_*.stacks.txt{collectives}")
     return Ending(EXIT_HANG, "hang")
 
 

@@ -73,6 +73,16 @@ elif verb == "other collective":
 elif verb == "sleep":
     heart().beat(10, "data")
     time.sleep(60)
+elif verb == "collective of nccl":
+    pipe = os.environ["TORCH_NCCL_DEBUG_INFO_PIPE_FILE"] + rank + ".pipe"
+    os.mkfifo(pipe)
+    (folder / f"pipe_{rank}").write_text(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    heart().beat(10, "train")
+    while not os.read(reader, 1):
+        time.sleep(0.01)
+    pathlib.Path(os.environ["TORCH_FR_DUMP_TEMP_FILE"] + rank).write_text("record")
+    time.sleep(60)
 elif verb == "stopped":
     os.kill(os.getpid(), signal.SIGSTOP)
 elif verb == "holds the interpreter":
@@ -370,6 +380,14 @@ def test_a_hang_is_found_shown_and_ended(
     assert (frame or "no answer: the process was stopped") in stacks[1]
     assert (started.folder / "exit_code").read_text() == "71\n"
     assert all(is_gone(pid) for pid in pids)
+
+
+def test_nccls_record_is_asked_for_and_its_place_told(launch: Callable[..., Launched]) -> None:
+    started = launch({"all": ["collective of nccl", 0]}, hang_seconds=1)
+    code, _, err = started.finish()
+    assert code == 71 and f"NCCL's last collectives in {started.folder}/nccl_rank_*" in err, err
+    assert [(started.folder / f"nccl_rank_{rank}").read_text() for rank in (0, 1)] == ["record", "record"]
+    assert not any(Path((started.folder / f"pipe_{rank}").read_text()).exists() for rank in (0, 1))
 
 
 def test_a_hang_is_started_again_in_an_attempt_of_its_own(launch: Callable[..., Launched]) -> None:
