@@ -8,6 +8,7 @@ second to set up, so it begins when the first has worked about as long.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -79,6 +80,12 @@ class Encoder:
                     "itself; pip uninstall tiktoken, delete the cache and run again"
                 )
         return [sure[number] if number in sure else slow[number] for number in range(len(texts))]
+
+
+@lru_cache(maxsize=4)
+def encoder_of(tokenizer: PreTrainedTokenizerFast, vocabulary_size: int) -> Encoder:
+    """The one encoder of a tokenizer; `vocabulary_size` because tokens can be added to it."""
+    return Encoder(tokenizer)
 
 
 def _encoded(fast: ByteBpe, texts: Sequence[str], masks: Sequence[Sequence[Span]]) -> list[Encoded | None]:

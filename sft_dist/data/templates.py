@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sft_dist.data.builtin_templates import BUILTIN
-from sft_dist.data.encoder import Encoded, Encoder
+from sft_dist.data.encoder import Encoded, encoder_of
 from sft_dist.data.rendering import Rendered, render, render_opaque
 from sft_dist.data.skeleton import CHECKED, FEW, NoSkeleton, Shape, Skeleton, learn, shape_of
 from sft_dist.data.supervision import Span, Stops, Turn, find_turns, header_start, literal_after, supervise
@@ -205,7 +205,7 @@ class BoundTemplate:
     def __init__(self, template: ChatTemplate, tokenizer: PreTrainedTokenizerFast) -> None:
         if not tokenizer.is_fast:
             raise ConfigError("model.tokenizer: a fast tokenizer (tokenizer.json) is needed to place the loss mask")
-        self.template, self.tokenizer, self.encoder = template, tokenizer, Encoder(tokenizer)
+        self.template, self.tokenizer, self.encoder = template, tokenizer, encoder_of(tokenizer, len(tokenizer))
         self.special_tokens = {name: str(t) for name, t in tokenizer.special_tokens_map.items() if isinstance(t, str)}
         self.eos_token: str = tokenizer.eos_token or ""
         bos = tokenizer.bos_token if getattr(tokenizer, "add_bos_token", False) else None
