@@ -21,6 +21,7 @@ from sft_dist.estimate.tuning import Tuned
 FP32 = 4
 DDP_BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's bucket_cap_mb
 ZERO_BUCKET_BYTES = 50_000_000 * FP32  # parallel.zero.BUCKET_ELEMENTS
+ZERO_BUCKET_SHARE = 8  # parallel.zero.BUCKET_SHARE
 ZERO3_LIVE_ELEMENTS = 10**9  # stage3_max_live_parameters
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 1280 * 2**20}  # logits of one chunk: sft_kernels.one_pass.CHUNK_BYTES
 SAVE_FILE_BYTES = 2 * 2**30  # checkpoint.shards.FILE_BYTES
@@ -112,7 +113,7 @@ def _between_steps(tuned: Tuned, layout: Layout, states: Parts) -> Parts:
     if layout.strategy == "ddp" and layout.world_size > 1:
         return held | {"communication": states["gradients"]}
     if layout.strategy == "zero3":
-        bucket = min(ZERO_BUCKET_BYTES, tuned.trained * FP32)
+        bucket = min(ZERO_BUCKET_BYTES, tuned.trained * FP32 // ZERO_BUCKET_SHARE)
         return held | {"gradients": states["gradients"], "communication": bucket}
     return held
 
@@ -260,7 +261,8 @@ def _zero(architecture: Architecture, tuned: Tuned, layout: Layout, states: Part
     """DeepSpeed. A bucket is filled from gradients that live until it is reduced; stage 3 keeps its bucket beside the
     partition, and gathers until a billion elements are alive."""
     head = head_bytes(architecture, tuned, layout)
-    bucket = min(ZERO_BUCKET_BYTES, tuned.trained * FP32)
+    share = ZERO_BUCKET_SHARE if layout.strategy == "zero3" else 1
+    bucket = min(ZERO_BUCKET_BYTES, tuned.trained * FP32 // share)
     held = states | {"communication": bucket}
     if layout.strategy == "zero2":
         held["gradients"] = max(states["gradients"], bucket)

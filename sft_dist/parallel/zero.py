@@ -62,6 +62,7 @@ warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is depreca
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's: what DeepSpeed's flat partitions have room for
 BUCKET_ELEMENTS = 50_000_000  # of one collective at most: 200 MB in fp32
+BUCKET_SHARE = 8  # and this part of what is trained in stage 3, which holds a bucket from start to end
 
 
 def build_zero(
@@ -158,12 +159,12 @@ def configuration(
 ) -> dict[str, Any]:
     """What DeepSpeed is told. Batch sizes are for its statistics only: the loop says where a step ends."""
     place = {"device": "cpu", "pin_memory": device.type == "cuda"}
-    sizes = [p.numel() for p in packed.parameters() if p.requires_grad]
-    bucket = min(BUCKET_ELEMENTS, max(*sizes, sum(sizes) // 8))
+    trained = sum(global_numel(p) for p in packed.parameters() if p.requires_grad)
+    bucket = min(BUCKET_ELEMENTS, trained // BUCKET_SHARE) if stage == 3 else BUCKET_ELEMENTS
     largest_vector = max((p.numel() for p in packed.parameters() if p.ndim < 2), default=0)
     zero: dict[str, Any] = {
         "stage": stage,
-        "reduce_bucket_size": bucket,  # stage 3 holds it from start to end
+        "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         "stage3_param_persistence_threshold": largest_vector,  # norms and biases stay gathered, matrices never
     }
