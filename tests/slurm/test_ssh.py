@@ -5,6 +5,7 @@ The nodes are those of the Slurm fixture; Slurm takes no part.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -31,12 +32,14 @@ def hosts(cluster: Cluster) -> Iterator[tuple[Path, str]]:
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
     (folder / "authorized").write_text((folder / "user.pub").read_text())
     Path("/run/sshd").mkdir(exist_ok=True)
-    for node in cluster.nodes[:2]:
+    for index, node in enumerate(cluster.nodes[:2]):
         (folder / f"{node}.conf").write_text(
             f"HostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\nPidFile {folder}/{node}.pid\n"
             "PasswordAuthentication no\nPermitRootLogin yes\nStrictModes no\nUsePAM no\n"
         )
-        cluster.run("/usr/sbin/sshd", "-f", folder / f"{node}.conf", "-E", folder / f"{node}.log", node=node)
+        one_core = ("taskset", "-c", str(index % len(os.sched_getaffinity(0))))  # as in the jobs of submitted.py
+        sshd = ("/usr/sbin/sshd", "-f", folder / f"{node}.conf", "-E", folder / f"{node}.log")
+        cluster.run(*one_core, *sshd, node=node)
     host_file = folder / "hosts"
     host_file.write_text("# rank 0 first\n" + "".join(f"{node} slots=1\n" for node in cluster.nodes[:2]))
     options = (

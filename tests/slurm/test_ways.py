@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from slurm.cluster import Cluster
-from slurm.submitted import NUM_STEPS, Submitted
+from slurm.submitted import NUM_STEPS, ONE_CORE, Submitted
 from tiny_run import ROOT, environment, lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -22,7 +22,8 @@ SHORT = 8  # steps of a run that only has to begin as the others do
 
 
 def by_srun(run: Submitted) -> None:
-    command = ("srun", "-N2", "--ntasks-per-node=1", sys.executable, "-m", "sft_dist", "train", run.recipe)
+    train = f"{ONE_CORE}; exec {sys.executable} -m sft_dist train {run.recipe}"
+    command = ("srun", "-N2", "--ntasks-per-node=1", "bash", "-c", train)
     search = f"{ROOT}:{ROOT / 'kernels'}"
     run.cluster.run(*command, cwd=run.recipe.parent, PYTHONPATH=search, HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
 
@@ -67,7 +68,7 @@ def test_a_node_with_other_code_is_left_out(
     (other / "sft_dist" / "errors.py").open("a").write("# edited on one node only\n")
     victim = cluster.nodes[1]
     line = f'[ "$SLURMD_NODENAME" != {victim} ] || export PYTHONPATH={other}:{ROOT / "kernels"}'
-    run = prepare_run("preflight", cluster={"preflight": True, "setup": [line]})
+    run = prepare_run("preflight", cluster={"preflight": True, "setup": [ONE_CORE, line]})
     job = run.submit()
     assert run.wait()["JobState"] == "COMPLETED", run.log()
     record = cluster.job(job)
