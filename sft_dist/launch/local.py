@@ -38,6 +38,7 @@ from sft_dist.launch.job import RESOLVED_NAME, Job, choose_num_processes, worker
 from sft_dist.launch.nodes import hosting, join, read_nodes
 from sft_dist.launch.restarts import Ending, Restarts, newest_step
 from sft_dist.launch.workers import Workers
+from sft_dist.resilience.flight_recorder import DUMP_PREFIX
 from sft_dist.resilience.run_folder import (
     STOP_NAME,
     Claim,
@@ -62,8 +63,10 @@ EXIT_CODES = (
 )
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL for the peers of a dead worker: they cannot finish a step without it
 LOOK_SECONDS = 0.5  # between looks at the signs of life
+RECORDS_SECONDS = 4.0  # NCCL looks once a second whether it is asked for its record; on CPUs nobody is asked
 STACKS_SECONDS = 3.0  # for the ranks of a stuck run to give their stacks: milliseconds, where the machine is not busy
 TAIL_LINES = 20
+INTERRUPTED = b"sft-dist: stopping with a checkpoint at the end of this step; Ctrl-C again ends it at once\n"
 # A worker that listens never dies of these: it was still preparing, had nothing to save, and can be started again.
 # SIGINT is none of them: the second one is meant to end it.
 ASKED_EARLY = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP})
@@ -205,6 +208,7 @@ def end_hang(job: Job, workers: Workers, hearing: Hearing, silence_seconds: floa
     Nothing waits for the disk before the last worker is dead: the run may hang because of it.
     """
     beats, stacks = workers.beats(), workers.stacks(STACKS_SECONDS)
+    records = workers.records(RECORDS_SECONDS)
     now = time.monotonic()  # of this machine: what is told to others counts from it
     witnesses = [
         Witness(job.rank(i), replace(beat, seconds=beat.seconds - now), main_thread(stacks.get(i, "")))
@@ -225,7 +229,8 @@ def end_hang(job: Job, workers: Workers, hearing: Hearing, silence_seconds: floa
     line = accuse(told.witnesses, told.silence_seconds)
     if told.speaker == job.nodes.index:
         append_event(job.attempt_dir, "hang", cause=line, ranks={w.rank: str(w) for w in told.witnesses})
-        _say(f"error: {line}; all were ended, stacks in {job.attempt_dir}/rank_*.stacks.txt")
+        collectives = f", NCCL's last collectives in {job.attempt_dir}/{DUMP_PREFIX}*" if records else ""
+        _say(f"error: {line}; all were ended, stacks in {job.attempt_dir}/rank_*.stacks.txt{collectives}")
     append_event(job.attempt_dir, "end", code=EXIT_HANG, cause="hang", returncodes=workers.returncodes)
     return Ending(EXIT_HANG, "hang")
 
@@ -281,6 +286,7 @@ class Stops:
     """Context manager: the signals that ask for a stop go to the workers there are; this process stays with them.
 
     `asked` says that one has come. It outlives the attempt: a run that was asked to stop is not started again.
+    The second SIGINT is SIGKILL to the workers: one that is stuck in native code looks at no signal that it handles.
     """
 
     def __init__(self) -> None:
@@ -304,6 +310,11 @@ class Stops:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        is_second = self.asked == number == signal.SIGINT
         self.asked = signal.Signals(number)
-        if self._workers is not None:
+        if number == signal.SIGINT and not is_second:
+            os.write(2, INTERRUPTED)  # `print` may be at work below this handler
+        if self._workers is not None and is_second:
+            self._workers.kill()
+        elif self._workers is not None:
             self._workers.send(FORWARDED[self.asked])
