@@ -18,7 +18,7 @@ from slurm.cluster import Cluster
 from slurm.submitted import TINY, Submitted, workers
 from tiny_run import ROOT, lines, weights, write_recipe
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,6 @@ def launch(cluster: Cluster, hosts: tuple[Path, str], tmp_path: Path) -> Iterato
             one.kill()
 
 
-@pytest.mark.faults
 def test_a_recipe_that_says_ssh_goes_there_by_itself(
     cluster: Cluster, hosts: tuple[Path, str], tmp_path: Path, uninterrupted: Submitted
 ) -> None:
@@ -138,7 +137,6 @@ def test_over_ssh_a_stop_and_a_slow_link_that_breaks_change_nothing(
     assert result(second.run_dir) == uninterrupted.result
 
 
-@pytest.mark.faults
 def test_a_killed_ssh_sh_leaves_nothing_behind_and_the_run_goes_on(
     cluster: Cluster, launch: Callable[..., Launched], uninterrupted: Submitted
 ) -> None:
@@ -151,7 +149,6 @@ def test_a_killed_ssh_sh_leaves_nothing_behind_and_the_run_goes_on(
     assert result(second.run_dir) == uninterrupted.result
 
 
-@pytest.mark.faults
 def test_a_cut_link_ends_the_run_with_71_on_both_sides_and_it_continues(
     cluster: Cluster, launch: Callable[..., Launched], uninterrupted: Submitted
 ) -> None:
