@@ -44,7 +44,7 @@ class Findings:
     """What the second pass over the step found; equal on every rank."""
 
     losses: list[float]  # sum of each micro-batch
-    gradients: dict[str, float]  # name -> 2-norm; empty under ZeRO, which gives no gradients out
+    gradients: dict[str, float]  # name -> 2-norm
     weights: dict[str, float]
 
     @property
@@ -75,7 +75,7 @@ def skip_or_stop(
         return skipped
     step = loaded.step.step
     found = examine(parts.engine, again, len(loaded.step.micro_batches))
-    if found.is_finite and found.gradients:
+    if found.is_finite:
         raise HardwareError(
             f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}, but done again both are finite: "
             f"a processor or its memory fails on one of {', '.join(sorted(set(_hosts())))}; run elsewhere to continue"
@@ -103,13 +103,12 @@ def examine(engine: Engine, again: Callable[[], Tensor], num_micro_batches: int)
     """Do the step's passes again and measure every tensor. Leaves no gradients behind."""
     losses = again()
     dist.all_reduce(losses)
-    gradients = {} if engine.name.startswith("zero") else {n: p.grad for n, p in engine.trained.items()}
     found = Findings(
         losses=losses[:num_micro_batches].tolist(),
-        gradients=norms({name: gradient for name, gradient in gradients.items() if gradient is not None}),
+        gradients=norms(engine.gradients()),
         weights=norms({name: t for name, t in engine.state().items() if name.startswith("model.")}),
     )
-    engine.optimizer.zero_grad(set_to_none=True)
+    engine.discard_gradients()
     return found
 
 

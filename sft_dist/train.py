@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -85,8 +85,10 @@ def train_step(
     device: torch.device,
     stop: bool,
     written: bool = False,
+    may_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
-    """One optimizer step. The loss is the sum over the global batch divided once by its global weight."""
+    """One optimizer step. The loss is the sum over the global batch divided once by its global weight. `may_update`
+    returns once the weights may change."""
     losses = sum_gradients(engine, loaded, seed, device)
     grad_norm = engine.clip_grad_norm(max_norm)
 
@@ -101,8 +103,11 @@ def train_step(
     )
     if result.is_finite:
         set_lr(engine.optimizer, lr)
+        may_update()
         engine.optimizer.step()
-    engine.optimizer.zero_grad(set_to_none=True)
+        engine.optimizer.zero_grad(set_to_none=True)
+    else:
+        engine.discard_gradients()
     return result
 
 
@@ -156,6 +161,7 @@ def loop(parts: Parts, job: Job, saver: BackgroundSaver, done: Position) -> bool
             device=parts.place.device,
             stop=bool(job.stop),
             written=saver.is_written,
+            may_update=saver.wait_for_copy,
         )
         metrics = measure(parts, loaded, result, lr, job.attempt, time.perf_counter() - started)
         again = partial(sum_gradients, parts.engine, loaded, recipe.run.seed, parts.place.device)
@@ -213,7 +219,7 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
             milestones.evaluate(parts, 0, job.run_dir, job.log)
         saver = BackgroundSaver(manager)
         finished = loop(parts, job, saver, done)
-        saver.commit()
+        saver.close()
         job.console.stop()
         if inputs.recipe.data.streams:
             job.write_report(inputs.data.report_now().as_dict())

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class CheckpointManager:
     """Saves, finds and loads the checkpoints of one run folder; hold the run's lock while one exists.
 
     `keep` newest ones stay. `notice` gets each line that a user should see (rank 0 only). `ready` is called on rank 0
-    before each save, and an OSError of it fails the save: what the checkpoint stands for has to be on disk before it.
+    before each commit, and an OSError of it fails the save: what a checkpoint stands for has to be written before it.
     `fence` is called on rank 0 right before the rename and raises LockedError when the folder has another owner by now.
     `trusts_all` reads checkpoints that anyone on the machine may have changed, sums and all.
     `fail_point` is called with each name of FAIL_POINTS as the commit passes it: tests kill the process there.
@@ -142,9 +143,8 @@ class CheckpointManager:
         partial = self.open(step, tensors)
         if partial is not None:
             with self.discarding(partial):
-                files = self.write(partial, tensors, self.ranks)
-                self.commit(step, partial, tensors, files, meta)
-            self.retire(also_keep)
+                self.write(step, partial, tensors, meta)
+                self.commit(step, partial, num_bytes(tensors), also_keep)
         return self.folder / step_name(step)
 
     def open(self, step: int, tensors: Mapping[str, Tensor]) -> Path | None:
@@ -156,72 +156,69 @@ class CheckpointManager:
         self._on_main(lambda: self._make_room(partial, num_bytes(tensors)), num_bytes(tensors))
         return partial
 
-    def write(self, partial: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, FileEntry]:
-        """Every rank's part of finite `tensors`, durable, and its digest. `ranks`: of the thread that calls."""
-        with ranks.together():
+    def write(self, step: int, partial: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Fill `partial`: every rank's part of finite `tensors`, then the manifest, all of it durable."""
+        with self.ranks.together():
             check_finite(tensors)
         self._fail_point("before write")
-        with ranks.together():
-            write_shards(partial, tensors, ranks)
+        with self.ranks.together():
+            write_shards(partial, tensors, self.ranks)
         self._fail_point("after write")
-        return self._hash_written(partial, num_bytes(tensors), ranks)
-
-    def commit(
-        self,
-        step: int,
-        partial: Path,
-        tensors: Mapping[str, Tensor],
-        files: Mapping[str, FileEntry],
-        meta: Mapping[str, Any],
-    ) -> None:
-        """Make what `write` gave the checkpoint of `step`."""
-        target = self.folder / step_name(step)
         manifest = Manifest(
             step=step,
-            files=dict(files),
+            files=self._hash_written(partial, num_bytes(tensors)),
             tensors=describe_tensors(tensors),
             meta=dict(meta),
             versions=_versions(),
             world_size=self.ranks.world_size,
             written=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
-        self._on_main(lambda: self._commit(partial, target, manifest), num_bytes(tensors))
+        self._on_main(lambda: self._seal(partial, manifest), num_bytes(tensors))
+
+    def commit(
+        self, step: int, partial: Path, size: int, also_keep: int | None, delete: Callable[[Path], None] = shutil.rmtree
+    ) -> None:
+        """Make what `write` has filled with `size` bytes of tensors the checkpoint of `step`; `delete` the old ones."""
+        target = self.folder / step_name(step)
+        self._on_main(lambda: self._commit(partial, target, also_keep, delete), size)
         self._proven.add(target)
         self._failures = 0
 
-    def retire(self, also_keep: int | None) -> None:
-        """Delete what is neither among the newest nor the checkpoint of step `also_keep`."""
-        try:
-            self._on_main(lambda: self._retire(also_keep))
-        except StorageError as error:  # what was saved stays saved
-            self._notice(f"warning: old checkpoints were not deleted: {error}")
+    def tell_undeleted(self, error: StorageError) -> None:
+        """What was saved stays saved."""
+        self._notice(f"warning: old checkpoints were not deleted: {error}")
+
+    def aside(self) -> CheckpointManager:
+        """This manager for another thread, whose messages between the ranks never mix with those of this one."""
+        twin = copy(self)
+        twin.ranks = Ranks()
+        return twin
 
     @contextmanager
-    def discarding(self, partial: Path) -> Iterator[None]:
+    def discarding(self, partial: Path | None) -> Iterator[None]:
         """Whatever fails inside, `partial` does not stay."""
         try:
             yield
         except BaseException:
-            if self.ranks.is_main:
+            if self.ranks.is_main and partial is not None:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
     def _make_room(self, partial: Path, size: int) -> None:
-        self._ready()
         check_space(self.folder, size)
         partial.mkdir()
 
-    def _hash_written(self, partial: Path, size: int, ranks: Ranks) -> dict[str, FileEntry]:
+    def _hash_written(self, partial: Path, size: int) -> dict[str, FileEntry]:
         """Sizes and digests of the files of all ranks; each rank makes its own durable and hashes them."""
         mine: dict[str, list[int | str]] = {}
-        with ranks.together(), storage_errors(partial, size):
-            for path in sorted(partial.glob(shard_pattern(ranks.rank))):
+        with self.ranks.together(), storage_errors(partial, size):
+            for path in sorted(partial.glob(shard_pattern(self.ranks.rank))):
                 fsync_path(path)
                 entry = hash_file(path)
                 mine[path.name] = [entry.size, entry.sha256]
-        return {name: FileEntry(*entry) for part in ranks.gather(mine) for name, entry in part.items()}
+        return {name: FileEntry(*entry) for part in self.ranks.gather(mine) for name, entry in part.items()}
 
-    def _commit(self, partial: Path, target: Path, manifest: Manifest) -> None:
+    def _seal(self, partial: Path, manifest: Manifest) -> None:
         present = {entry.name for entry in os.scandir(partial)}
         if present != set(manifest.files):
             raise StorageError(f"{partial}: holds {sorted(present)} where {sorted(manifest.files)} were written")
@@ -229,14 +226,22 @@ class CheckpointManager:
         write_manifest(partial, manifest)
         self._fail_point("after manifest")
         fsync_path(partial)
+
+    def _commit(self, partial: Path, target: Path, also_keep: int | None, delete: Callable[[Path], None]) -> None:
+        self._ready()
         self._fail_point("before rename")
         self._fence()
         rename_fresh(partial, target)
         self._fail_point("after rename")
         fsync_path(self.folder)
         self._fail_point("after commit")
+        try:
+            with storage_errors(self.folder):
+                self._retire(also_keep, delete)
+        except StorageError as error:
+            self.tell_undeleted(error)
 
-    def _retire(self, also_keep: int | None) -> None:
+    def _retire(self, also_keep: int | None, delete: Callable[[Path], None]) -> None:
         """Delete all but the `keep` newest and `also_keep`; each loses its name by one rename before its files go."""
         for path in folders(self.run_dir)[: -self.keep]:
             if folder_step(path) == also_keep:
@@ -244,7 +249,7 @@ class CheckpointManager:
             doomed = self.folder / f"{PARTIAL_PREFIX}{secrets.token_hex(8)}"
             path.rename(doomed)
             self._fail_point("while deleting")
-            shutil.rmtree(doomed)
+            delete(doomed)
 
     # ---- loading
 

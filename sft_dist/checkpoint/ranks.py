@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from sft_dist.errors import (
@@ -53,6 +54,14 @@ class Ranks:
         """Rank 0's JSON value on every rank; what the others hand in is not read."""
         return self.gather(value if self.is_main else None)[0]
 
+    def _any(self, failed: bool) -> bool:
+        """Whether a rank has failed: one message where `gather` takes two, since nearly always none has."""
+        if self.world_size == 1:
+            return failed
+        found = torch.tensor(int(failed))
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        return bool(found)
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Run a block on every rank: an SftError on any rank is raised on all, naming the first rank that had it."""
@@ -61,6 +70,8 @@ class Ranks:
             yield
         except SftError as error:
             caught = error
+        if not self._any(caught is not None):
+            return
         failures = self.gather(None if caught is None else [type(caught).__name__, str(caught)])
         for rank, failure in enumerate(failures):
             if failure is not None:

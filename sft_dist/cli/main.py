@@ -17,6 +17,7 @@ from sft_dist.cli.arguments import Parser
 from sft_dist.config import foreign, keys
 from sft_dist.config.overrides import join_options
 from sft_dist.errors import ConfigError, SftError
+from sft_dist.redaction import hiding_secrets
 
 VERBS = {
     "quickstart": "a small fine-tune from nothing, measured before and after",
@@ -42,9 +43,13 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. `--traceback` shows where an error came from."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    show_traceback = "--traceback" in arguments
+    with hiding_secrets():
+        return _answer([argument for argument in arguments if argument != "--traceback"], "--traceback" in arguments)
+
+
+def _answer(arguments: list[str], show_traceback: bool) -> int:
     try:
-        return _run([argument for argument in arguments if argument != "--traceback"])
+        return _run(arguments)
     except SftError as error:
         if show_traceback:
             traceback.print_exc()
@@ -55,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
 
 
 def _run(arguments: list[str]) -> int:

@@ -82,11 +82,6 @@ REFUSED: tuple[Row, ...] = (
         "set parallel.strategy=fsdp2, or precision.compile=false",
     ),
     Row(
-        {"resilience.nonfinite": ("skip",), "parallel.strategy": ZERO},
-        "DeepSpeed keeps what it has summed of a step that is not taken",
-        "set parallel.strategy=fsdp2 or ddp",
-    ),
-    Row(
         {"resilience.audit_every": (GIVEN, 1), "parallel.sequence": (GIVEN,)},
         "processes that share a row compute different parts of it",
         "set parallel.sequence=1, or leave the audit out",

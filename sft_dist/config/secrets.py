@@ -11,23 +11,13 @@ from collections.abc import Iterator
 
 from sft_dist.config.yaml12 import Branch, Items, Leaf, Node
 from sft_dist.errors import ConfigError
-
-# The public shapes of keys, and the places where URLs carry them.
-_SHAPES = {
-    "a password in a URL": r"://[^/\s:@]*:[^/\s@]+@",
-    "a signature in a URL": r"[?&](X-Amz-Signature|X-Amz-Security-Token|X-Goog-Signature|sig|access_token|token)=",
-    "a Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}",
-    "a GitHub token": r"\bgh[opsur]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}",
-    "an AWS key": r"\b(AKIA|ASIA)[0-9A-Z]{16}\b",
-    "an API key": r"\bsk-[A-Za-z0-9_-]{20,}",
-    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-}
+from sft_dist.redaction import SHAPES
 
 
 def refuse_secrets(tree: Branch) -> None:
     """Raise ConfigError naming the first setting that holds what looks like a key."""
     for path, leaf in _leaves(tree, ""):
-        for what, shape in _SHAPES.items():
+        for what, shape in SHAPES.items():
             if re.search(shape, leaf.text):
                 raise ConfigError(
                     f"{leaf.where}: {path}: holds {what}, which would be written into the run folder: "

@@ -9,9 +9,11 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 from sft_dist.launch.job import Job
 from sft_dist.launch.relay import Relay
+from sft_dist.resilience.flight_recorder import FlightRecorder
 from sft_dist.resilience.heartbeat import HEARTBEATS_VARIABLE, Beat, Heartbeats
 from sft_dist.resilience.orphan import set_parent_death_signal
 from sft_dist.resilience.stacks import STACKS_SIGNAL, STACKS_VARIABLE, StackMemory
@@ -34,6 +36,7 @@ class Workers:
     def __enter__(self) -> Workers:
         self._relay = Relay(self._job.log_path(self._job.rank(0)))
         self._heartbeats = Heartbeats(self._job.num_processes)
+        self._recorder = FlightRecorder(self._job.attempt_dir)
         self._stacks = [StackMemory() for _ in range(self._job.num_processes)]
         try:
             for rank in range(self._job.num_processes):
@@ -53,6 +56,7 @@ class Workers:
             os.close(descriptor)
         self._running.clear()
         self._relay.finish()
+        self._recorder.close()
         self._heartbeats.close()
         for memory in self._stacks:
             memory.close()
@@ -83,6 +87,10 @@ class Workers:
             if all(given.values()) and given == before:
                 break
         return given
+
+    def records(self, seconds: float) -> list[Path]:
+        """NCCL's records of its last collectives, of each running worker that gave one within `seconds`."""
+        return self._recorder.dump([self._job.rank(index) for index in sorted(self._running.values())], seconds)
 
     def killed_by_others(self) -> int | None:
         """The first rank that died of a signal we did not send: neither `end`'s SIGTERM nor our SIGKILL."""
@@ -149,7 +157,7 @@ class Workers:
         shared = {HEARTBEATS_VARIABLE: str(beats), STACKS_VARIABLE: str(stacks)}
         return subprocess.Popen(
             self._job.command,
-            env=self._job.environment(rank, os.environ) | shared,
+            env=self._recorder.environment | self._job.environment(rank, os.environ) | shared,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,

@@ -49,6 +49,7 @@ class Engine:
     trained: dict[str, nn.Parameter]  # by name in the Hugging Face (or PEFT) model
     state: Callable[[], dict[str, Tensor]]  # `model.NAME` fp32 or as trained, `optim.NAME.KEY`; global shapes
     adopt: Callable[[Mapping[str, Tensor]], None]  # what `state` gave and a checkpoint has filled becomes the run's
+    gradients: Callable[[], dict[str, Tensor]]  # whole or by shards, as summed for the step at hand; collective
     discard_gradients: Callable[[], None]  # of a step that is not taken
     whole: Callable[[Tensor], Tensor]  # an entry of the model's state dict, gathered; collective
 
@@ -109,6 +110,7 @@ def live_engine(
         trained=trained,
         state=state,
         adopt=_already_in_place,
+        gradients=lambda: {name: p.grad for name, p in trained.items() if p.grad is not None},
         discard_gradients=optimizer.zero_grad,
         whole=full_tensor,
     )

@@ -31,6 +31,7 @@ from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from deepspeed.utils import (
     safe_get_full_fp32_param,
+    safe_get_full_grad,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
@@ -120,6 +121,10 @@ def build_zero(
         if stage < 3:
             wrapper.update_lp_params()
 
+    def gradients() -> dict[str, Tensor]:
+        found = {name: safe_get_full_grad(parameter) for name, parameter in trained.items()}
+        return {name: gradient for name, gradient in found.items() if gradient is not None}
+
     return Engine(
         name=f"zero{stage}",
         packed=packed,
@@ -132,6 +137,7 @@ def build_zero(
         trained=trained,
         state=state,
         adopt=adopt,
+        gradients=gradients,
         discard_gradients=partial(_discard_gradients, wrapper, stage),
         whole=_gather,
     )
@@ -221,8 +227,8 @@ def _discard_gradients(wrapper: Any, stage: int) -> None:
         wrapper._offload_accumulated_param_ids = set()
         wrapper.reset_cpu_buffers()
     else:
-        wrapper.averaged_gradients = dict.fromkeys(wrapper.averaged_gradients)
-        wrapper.all_grad_tensors = dict.fromkeys(wrapper.all_grad_tensors)
+        for kept in (wrapper.averaged_gradients, wrapper.all_grad_tensors):  # parameters look into these very objects
+            kept.update(dict.fromkeys(kept))
 
 
 def _read(parameter: nn.Parameter, moment: str | None) -> Tensor:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
+from sft_dist.redaction import hiding_secrets
+
 
 @contextmanager
 def letting_go() -> Iterator[None]:
@@ -39,19 +41,25 @@ def run_and_end(main: Callable[[], int | None]) -> NoReturn:
     (seen in 1 of 12 two-process runs with torch 2.13; destroying the process group does not help, since device
     meshes keep it alive).
     """
-    try:
-        code = main() or 0
-    except KeyboardInterrupt:
-        code = 130
-    except SystemExit as asked:
-        code = asked.code if isinstance(asked.code, int) else int(asked.code is not None)
-        if isinstance(asked.code, str):
-            print(asked.code, file=sys.stderr)
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    atexit._run_exitfuncs()
+    with hiding_secrets():
+        code = exit_code_of(main)
+        atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # its reader has left, or it is closed: nobody is left to tell
             stream.flush()
     os._exit(code)
+
+
+def exit_code_of(main: Callable[[], int | None]) -> int:
+    """What a process would leave with that does nothing but `main`; an error's traceback is printed."""
+    try:
+        return main() or 0
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as asked:
+        if isinstance(asked.code, str):
+            print(asked.code, file=sys.stderr)
+        return asked.code if isinstance(asked.code, int) else int(asked.code is not None)
+    except Exception:
+        traceback.print_exc()
+        return 1

@@ -1,8 +1,8 @@
 """Asked to stop: SIGTERM, SIGUSR1, SIGINT or a `stop` file set a flag; the loop reads it at a step boundary.
 
 Nothing is saved inside a handler. One rank seeing the flag is enough: the loop OR-reduces it over all ranks. A second
-SIGINT ends the process at once, because the first one gives the signal its default action back (which works even
-while the interpreter is stuck in native code).
+SIGINT ends the process at once, because the first one gives the signal its default action back. (Where the interpreter
+was stuck in native code at the first one already, our launcher's SIGKILL ends it: launch/local.py.)
 """
 
 from __future__ import annotations

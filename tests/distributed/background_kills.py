@@ -12,20 +12,24 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lives import run_life
 from tiny_run import write_recipe
+from torch import Tensor
 
 from sft_dist import train
+from sft_dist.checkpoint.background import BackgroundSaver
+from sft_dist.checkpoint.host_copy import HostCopy
 from sft_dist.checkpoint.manager import CheckpointManager
 
-# (point, rank, in the background): the first two are passed by the thread, the others by rank 0's main path
+# (point, rank, in the background): the last two are passed by rank 0's main path, the others by the thread
 DEATHS = (
     ("before write", 0, True), ("before write", 1, True), ("after write", 0, True), ("after write", 1, True),
-    ("after manifest", 0, False), ("after rename", 0, False),
+    ("after manifest", 0, True), ("before rename", 0, False), ("after rename", 0, False),
 )  # fmt: skip
 SAVE = 3  # the one that is hit
 CHANGES: dict[str, Any] = {
@@ -48,13 +52,29 @@ def die(point: str, rank: int, in_background: bool, words: list[str]) -> int:
     return train.main(words)
 
 
+def copy_late(words: list[str]) -> int:
+    """Nothing is copied before the loop stands right before the next update of the weights."""
+    asked, wait, take = threading.Event(), BackgroundSaver.wait_for_copy, HostCopy.take
+
+    def ask(saver: BackgroundSaver) -> None:
+        if saver._write is not None and not saver._write.is_copied.is_set():
+            asked.set()
+        wait(saver)
+
+    def take_late(copy: HostCopy, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        assert asked.wait(60)
+        asked.clear()
+        return take(copy, tensors)
+
+    BackgroundSaver.wait_for_copy, HostCopy.take = ask, take_late  # type: ignore[method-assign]
+    return train.main(words)
+
+
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    for name, changes in (
-        ("straight", CHANGES),
-        ("waited", CHANGES | {"checkpoint": {"every_steps": 2, "async": False}}),
-    ):
-        run_life(name, 2, partial(train.main, [str(write_recipe(place, name, **changes))]), place)
+    waited = CHANGES | {"checkpoint": {"every_steps": 2, "async": False}}
+    for name, changes, main in (("straight", CHANGES, copy_late), ("waited", waited, train.main)):
+        run_life(name, 2, partial(main, [str(write_recipe(place, name, **changes))]), place)
     for point, rank, in_background in DEATHS:
         name = f"{point}-{rank}".replace(" ", "-")
         words = [str(write_recipe(place, name, **CHANGES))]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from harness import ROOT
 
-SECONDS = 300
+SECONDS = 540
 Life = tuple[int, list[str]]
 
 

@@ -10,7 +10,7 @@ from lives import run_script
 from tiny_run import lines, trajectory, weights
 
 from sft_dist.checkpoint.catalog import folders
-from sft_dist.checkpoint.manifest import fault
+from sft_dist.checkpoint.manifest import fault, read_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -36,3 +36,5 @@ def test_saving_in_the_background_changes_no_bit(place: Path) -> None:
     for run in ("waited", "straight"):
         assert len(folders(place / run)) == 2
         assert [fault(folder) for folder in folders(place / run)] == [None, None]
+    shards = [[read_manifest(folder).files for folder in folders(place / run)] for run in ("waited", "straight")]
+    assert shards[0] == shards[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,24 +48,43 @@ def test_one_infinite_gradient_of_one_rank_stops_all_with_a_bundle(place: Path, 
     assert len(lines(place / name, "step")) == 4
 
 
-def test_what_is_finite_when_done_again_is_the_machines_fault(place: Path) -> None:
-    text = told(place, "once")
+@pytest.mark.parametrize("name", ["once", "once-zero3"])
+def test_what_is_finite_when_done_again_is_the_machines_fault(place: Path, name: str) -> None:
+    text = told(place, name)
     assert "done again both are finite" in text and "a processor or its memory fails" in text
-    assert not list((place / "once").rglob("report.json"))
+    assert not list((place / name).rglob("report.json"))
 
 
-def test_skipped_steps_apply_nothing_and_are_checkpointed_state(place: Path) -> None:
-    run = place / "skip"
+@pytest.mark.parametrize("name", ["skip", "skip-zero2", "skip-zero3"])
+def test_skipped_steps_apply_nothing_and_are_checkpointed_state(place: Path, name: str) -> None:
+    run = place / name
     assert [line["step"] for line in lines(run, "skipped")] == [5, 8]
     assert [line["step"] for line in lines(run, "step")] == [1, 2, 3, 4, 6, 7, 9, 10, 11, 12]
     assert read_manifest(folders(run)[-1]).meta["skipped"] == [5, 8]
-    assert told(place, "skip").count("the step is skipped") == 2
+    assert told(place, name).count("the step is skipped") == 2
 
 
-def test_a_resumed_run_goes_on_as_the_one_that_was_not_interrupted(place: Path) -> None:
+@pytest.mark.parametrize("name", ["skip", "skip-zero2", "skip-zero3"])
+def test_a_resumed_run_goes_on_as_the_one_that_was_not_interrupted(place: Path, name: str) -> None:
     """Stopped between the two skipped steps: Adam's own count must leave the first one out."""
-    assert trajectory(place / "continued") == trajectory(place / "skip")
-    assert weights(place / "continued") == weights(place / "skip")
+    assert trajectory(place / f"{name}-continued") == trajectory(place / name)
+    assert weights(place / f"{name}-continued") == weights(place / name)
+
+
+@pytest.mark.parametrize("name", ["skip-zero2", "skip-zero3"])
+def test_the_bundle_has_every_gradient_under_zero_too(place: Path, name: str) -> None:
+    norms, expected = (gradient_norms(place / run) for run in (name, "skip"))
+    assert norms.keys() == expected.keys()
+    assert sum(isinstance(norm, str) for norm in norms.values()) == 1
+    finite = [key for key in norms if not isinstance(norms[key], str) and not isinstance(expected[key], str)]
+    assert len(finite) >= len(norms) - 2
+    assert [norms[key] for key in finite] == pytest.approx([expected[key] for key in finite], rel=1e-4)
+
+
+def gradient_norms(run: Path) -> dict[str, Any]:
+    report = json.loads((run / "logs/attempt_0001/nonfinite-step-00000005/report.json").read_text())
+    norms: dict[str, Any] = report["gradient_norms"]
+    return norms
 
 
 def test_three_steps_in_a_row_may_be_skipped_and_not_four(place: Path) -> None:

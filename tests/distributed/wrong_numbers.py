@@ -30,8 +30,11 @@ AUDIT = {"resilience": {"audit_every": 2}}
 Patch = Callable[[], None]
 
 
-def fsdp(**more: Any) -> dict[str, Any]:
-    return {"parallel": {"strategy": "fsdp2"}, **more}
+def under(strategy: str, **more: Any) -> dict[str, Any]:
+    return {"parallel": {"strategy": strategy}, **more}
+
+
+fsdp = partial(under, "fsdp2")
 
 
 def untouched() -> None:
@@ -48,11 +51,17 @@ def poison(steps: tuple[int, ...], times: int = 99) -> None:
         if left.get(number, 0):
             left[number] -= 1
             if os.environ["RANK"] == "1":
-                gradient = next(p.grad for p in engine.trained.values() if p.grad is not None and len(local(p.grad)))
-                local(gradient).flatten()[0] = float("inf")
+                next(piece for piece in pieces(engine) if piece.numel()).flatten()[0] = float("inf")
         return losses
 
     train.sum_gradients = poisoned
+
+
+def pieces(engine: Engine) -> list[Tensor]:
+    """What this rank holds of the summed gradients."""
+    if engine.name.startswith("zero"):
+        return list(engine.optimizer.averaged_gradients[0])  # type: ignore[attr-defined]
+    return [local(p.grad) for p in engine.trained.values() if p.grad is not None]
 
 
 def flip(step: int, trained: bool) -> None:
@@ -89,6 +98,13 @@ LIVES: dict[str, tuple[dict[str, Any], list[str], Patch, int]] = {
     "skip": (fsdp(**SKIP), [], partial(poison, (5, 8)), 0),
     "skip-first": (fsdp(**SKIP), ["optim.stop_after_step=6"], partial(poison, (5, 8)), 0),
     "skip-then": (fsdp(**SKIP), [], partial(poison, (5, 8)), 0),
+    "skip-zero2": (under("zero2", **SKIP), [], partial(poison, (5, 8)), 0),
+    "skip-zero2-first": (under("zero2", **SKIP), ["optim.stop_after_step=6"], partial(poison, (5, 8)), 0),
+    "skip-zero2-then": (under("zero2", **SKIP), [], partial(poison, (5, 8)), 0),
+    "skip-zero3": (under("zero3", **SKIP), [], partial(poison, (5, 8)), 0),
+    "skip-zero3-first": (under("zero3", **SKIP), ["optim.stop_after_step=6"], partial(poison, (5, 8)), 0),
+    "skip-zero3-then": (under("zero3", **SKIP), [], partial(poison, (5, 8)), 0),
+    "once-zero3": (under("zero3"), [], partial(poison, (5,), times=1), 77),
     "in-a-row": (SKIP, [], partial(poison, (5, 6, 7, 8)), 70),
     "three": (SKIP, ["optim.max_steps=9"], partial(poison, (5, 6, 7)), 0),
     "audited": (AUDIT, [], untouched, 0),
@@ -96,7 +112,9 @@ LIVES: dict[str, tuple[dict[str, Any], list[str], Patch, int]] = {
     "frozen": (fsdp(**LORA, **AUDIT), [], partial(flip, 4, trained=False), 77),
     "computed": (fsdp(**AUDIT), [], partial(miscompute, 6), 77),
 }
-FOLDER_OF = {"skip-first": "continued", "skip-then": "continued"}
+FOLDER_OF = {  # two lives of one run
+    f"{name}-{life}": f"{name}-continued" for name in ("skip", "skip-zero2", "skip-zero3") for life in ("first", "then")
+}
 
 
 def live(patch: Patch, words: list[str]) -> int:
@@ -105,6 +123,8 @@ def live(patch: Patch, words: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    import deepspeed  # noqa: F401  # once, before the forks
+
     place, printed = Path(sys.argv[1]), {}
     for name, (changes, settings, patch, code) in LIVES.items():
         shared: dict[str, Any] = {"eval": {"generate": 0, "every_steps": 6}, "checkpoint": {"every_steps": 3}}

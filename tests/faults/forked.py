@@ -35,6 +35,8 @@ from sft_dist import train
 from sft_dist.cli.main import main as command_line
 from sft_dist.launch import local, workers
 from sft_dist.launch.workers import Workers
+from sft_dist.redaction import hiding_secrets
+from sft_dist.resilience.ending import exit_code_of
 from sft_dist.resilience.heartbeat import HEARTBEATS_VARIABLE, heart
 from sft_dist.resilience.orphan import set_parent_death_signal
 from sft_dist.resilience.stacks import STACKS_VARIABLE, answer_with_stacks
@@ -133,7 +135,8 @@ def rank_main(rank: int, job: Any, environment: dict[str, str], before: Before, 
     heart.cache_clear()
     answer_with_stacks()
     before(rank, job.attempt)
-    return train.main(list(job.command[job.command.index("--resolved") :]))
+    with hiding_secrets():
+        return exit_code_of(lambda: train.main(list(job.command[job.command.index("--resolved") :])))
 
 
 def fork(body: Callable[[], int], out: int | Path, err: int | None = None, kept: tuple[int, ...] = ()) -> Child:

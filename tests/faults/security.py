@@ -115,10 +115,12 @@ def _session(pid: int) -> int:
 
 def secrets(folder: Path) -> None:
     canaries = {name: f"canary-{name.lower()}-0123456789" for name in SECRETS}
+    password = "canary-of-a-url-0123456789"
     os.environ.update(canaries)
 
-    def crash() -> None:
-        raise RuntimeError("planted")
+    def crash() -> None:  # as libraries do it
+        values = " ".join(f"{name}={os.environ[name]}" for name in SECRETS)
+        raise RuntimeError(f"planted: GET https://me:{password}@example.com failed; headers and environment: {values}")
 
     def hang() -> None:
         time.sleep(600)
@@ -139,8 +141,10 @@ def secrets(folder: Path) -> None:
     assert len(files) > 50
     for path in files:
         data = path.read_bytes()
-        leaked = [name for name, canary in canaries.items() if canary.encode() in data]
+        leaked = [canary for canary in (*canaries.values(), password) if canary.encode() in data]
         assert not leaked, f"{path} holds {leaked}"
+    crashed = next((folder / "crashes").rglob("rank_00001.log")).read_text()
+    assert "RuntimeError: planted" in crashed and crashed.count("[hidden]") == len(SECRETS) + 1, crashed
 
 
 # ---- modes

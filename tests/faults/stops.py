@@ -72,9 +72,12 @@ def strike(folder: Path, number: signal.Signals, target: str, phase: str, times:
             pids = {f"rank {r}": int((folder / f"pid-{r}").read_text()) for r in (1, 0)}
             pids = {"launcher": os.getppid(), **pids}  # ourselves last
             for _ in range(times):
+                arrived = signal.getsignal(number)  # two SIGINTs that wait together are one
                 for name, pid in pids.items():
                     if target in (name, "all"):
                         os.kill(pid, number)
+                while times > 1 and signal.getsignal(number) == arrived:
+                    time.sleep(0.001)
 
     Heart.beat = beat_and_send  # type: ignore[method-assign]
 

@@ -39,8 +39,10 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
     return {"model.w": torch.full((300, 33), float(step)), "optim.w.exp_avg": torch.full((300, 33), -float(step))}
 
 
-def struck(run_dir: Path, injection: str, body: Callable[[CheckpointManager], int]) -> tuple[int, str]:
-    """Run `body` in a fork under strace with `injection`: (return code, what it said)."""
+def struck(
+    run_dir: Path, calls: str, body: Callable[[CheckpointManager], int], options: tuple[str, ...]
+) -> tuple[int, str]:
+    """Run `body` in a fork whose system `calls` strace traces with `options`: (return code, what it said)."""
     ready, go = os.pipe(), os.pipe()
     log = run_dir / "said.txt"
 
@@ -56,7 +58,7 @@ def struck(run_dir: Path, injection: str, body: Callable[[CheckpointManager], in
     process = forked.fork(child, log, kept=(ready[1], go[0]))
     os.read(ready[0], 1)
     tracer = subprocess.Popen(
-        ["strace", "-f", "-p", str(process.pid), "-e", f"trace={injection.split(':')[0]}", "-e", f"inject={injection}"],
+        ["strace", "-f", "-p", str(process.pid), "-e", f"trace={calls}", *options],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
     )
@@ -84,10 +86,12 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
-def newest_step(run_dir: Path) -> int:
-    """The step that a reader finds; all checkpoints there are whole, and its tensors are those of that step."""
-    assert [fault(path) for path in folders(run_dir)] == [None] * len(folders(run_dir)), folders(run_dir)
-    manager = CheckpointManager(run_dir, keep=2, notice=refuse)
+def newest_step(run_dir: Path, set_aside: bool = False) -> int:
+    """The step that a reader finds; its tensors are those of that step. All checkpoints there are whole, unless bad
+    ones may be `set_aside`."""
+    if not set_aside:
+        assert [fault(path) for path in folders(run_dir)] == [None] * len(folders(run_dir)), folders(run_dir)
+    manager = CheckpointManager(run_dir, keep=2, notice=print if set_aside else refuse)
     newest = manager.newest_good()
     assert newest is not None
     step = folder_step(newest) or 0
@@ -120,7 +124,7 @@ def kill_at_each(folder: Path, call: str, limit: int) -> str:
     found = []
     for number in itertools.count(1):
         run_dir = prepare(folder / f"{call}-{number}")
-        code, _ = struck(run_dir, f"{call}:signal=SIGKILL:when={number}", save_third)
+        code, _ = struck(run_dir, call, save_third, ("-e", f"inject={call}:signal=SIGKILL:when={number}"))
         step = newest_step(run_dir)
         shutil.rmtree(run_dir)
         if code == SAVED:
@@ -137,7 +141,7 @@ def fail_at_each(folder: Path, call: str, error: str, limit: int) -> str:
     refused = 0
     for number in itertools.count(1):
         run_dir = prepare(folder / f"{call}-{error}-{number}")
-        code, said = struck(run_dir, f"{call}:error={error}:when={number}", try_third)
+        code, said = struck(run_dir, call, try_third, ("-e", f"inject={call}:error={error}:when={number}"))
         where = (call, error, number, code, said)
         assert code in (SAVED, REFUSED), where
         if code == REFUSED:

@@ -58,11 +58,17 @@ def test_a_save_struck_at_each_of_its_system_calls_is_whole_or_not_there(tmp_pat
     assert sum("the next save worked" in line for line in printed.splitlines()) == 20
 
 
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed (apt-get install strace)")
+def test_no_power_cut_in_a_save_costs_more_than_that_save(tmp_path: Path) -> None:
+    printed = run_program("powercut.py", str(tmp_path), seconds=300)
+    assert printed.count("a whole checkpoint in each") == 2, printed
+    assert printed.count("the promise is broken, found after") == 3, printed
+
+
 def test_a_folder_has_one_writer_however_two_of_them_race(tmp_path: Path) -> None:
     assert len(run_program("races.py", str(tmp_path), seconds=300).splitlines()) == 3
 
 
-@pytest.mark.faults  # a cell of SIGINT ends with another code than is promised since saving goes on in the background
 def test_signals_to_any_process_in_any_phase_stop_in_order(tmp_path: Path) -> None:
     printed = run_program("stops.py", str(tmp_path), "--cells", "16", seconds=600)
     assert printed.count("the same bits") == 19, printed

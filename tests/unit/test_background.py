@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import re
+import shutil
 import threading
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from sft_dist.checkpoint.background import BackgroundSaver
 from sft_dist.checkpoint.catalog import folders
+from sft_dist.checkpoint.host_copy import HostCopy
 from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.errors import NonFiniteError, StorageError
 
@@ -47,6 +51,7 @@ def test_the_state_at_the_save_is_committed_whatever_training_does_meanwhile(tmp
     saver, state = BackgroundSaver(manager), tensors(1.0)
     saver.begin(1, state, {"step": 1})
     assert gate.reached.wait(30)
+    saver.wait_for_copy()
     for tensor in state.values():
         tensor.fill_(2.0)  # the next step
     assert not saver.is_written
@@ -56,6 +61,59 @@ def test_the_state_at_the_save_is_committed_whatever_training_does_meanwhile(tmp
     loaded = tensors(0.0)
     assert CheckpointManager(tmp_path).load(folders(tmp_path)[0], loaded) == {"step": 1}
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(1.0).items())
+
+
+def test_what_is_not_copied_yet_is_not_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copying, updated, take = threading.Event(), threading.Event(), HostCopy.take
+
+    def take_late(self: HostCopy, originals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        assert copying.wait(30)
+        return take(self, originals)
+
+    def update() -> None:
+        saver.wait_for_copy()
+        state["model.w"].fill_(2.0)
+        updated.set()
+
+    monkeypatch.setattr(HostCopy, "take", take_late)
+    saver, state = BackgroundSaver(CheckpointManager(tmp_path)), tensors(1.0)
+    saver.begin(1, state, {})
+    threading.Thread(target=update).start()
+    assert not updated.wait(0.1)
+    copying.set()
+    assert updated.wait(30)
+    saver.commit()
+    loaded = tensors(0.0)
+    CheckpointManager(tmp_path).load(folders(tmp_path)[0], loaded)
+    assert torch.equal(loaded["model.w"], tensors(1.0)["model.w"])
+
+
+def test_what_one_rank_alone_has_met_ends_it_at_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def take(self: HostCopy, originals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        raise MemoryError("no room for the copy")
+
+    monkeypatch.setattr(HostCopy, "take", take)
+    saver = BackgroundSaver(CheckpointManager(tmp_path))
+    saver.begin(1, tensors(1.0), {})
+    saver.wait_for_copy()
+    with pytest.raises(MemoryError, match="no room for the copy"):
+        while not saver.is_written:
+            threading.Event().wait(0.001)
+
+
+def test_what_cannot_be_deleted_is_told_and_costs_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    told: list[str] = []
+    saver = BackgroundSaver(CheckpointManager(tmp_path, keep=1, notice=told.append))
+    saver.save(1, tensors(1.0), {})
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    saver.begin(2, tensors(2.0), {})
+    saver.close()
+    assert names(tmp_path) == ["step-00000002"] and len(leftovers(tmp_path)) == 1
+    assert len(told) == 1 and told[0].startswith("warning: old checkpoints were not deleted: "), told
+    assert "Read-only file system" in told[0]
 
 
 def test_a_later_boundary_commits_what_is_written(tmp_path: Path) -> None:

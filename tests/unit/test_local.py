@@ -73,6 +73,16 @@ elif verb == "other collective":
 elif verb == "sleep":
     heart().beat(10, "data")
     time.sleep(60)
+elif verb == "collective of nccl":
+    pipe = os.environ["TORCH_NCCL_DEBUG_INFO_PIPE_FILE"] + rank + ".pipe"
+    os.mkfifo(pipe)
+    (folder / f"pipe_{rank}").write_text(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    heart().beat(10, "train")
+    while not os.read(reader, 1):
+        time.sleep(0.01)
+    pathlib.Path(os.environ["TORCH_FR_DUMP_TEMP_FILE"] + rank).write_text("record")
+    time.sleep(60)
 elif verb == "stopped":
     os.kill(os.getpid(), signal.SIGSTOP)
 elif verb == "holds the interpreter":
@@ -264,6 +274,18 @@ def test_stop_signals_reach_every_worker_once(launch: Callable[..., Launched], s
     assert [(started.folder / f"stopped_{rank}").read_text() for rank in (0, 1)] == [received, received]
 
 
+def test_the_second_interrupt_ends_workers_that_do_not_react(launch: Callable[..., Launched]) -> None:
+    started = launch({"all": ["ignore", 0]})
+    started.wait_ready()
+    started.process.send_signal(signal.SIGINT)
+    assert started.process.stderr is not None
+    while "Ctrl-C again ends it at once" not in started.process.stderr.readline():
+        assert started.process.poll() is None
+    started.process.send_signal(signal.SIGINT)
+    assert started.finish()[0] == 1
+    assert all(is_gone(pid) for pid in started.pids()) and len(started.attempts()) == 1
+
+
 def test_sigkill_of_the_launcher_leaves_no_orphan_and_a_free_folder(launch: Callable[..., Launched]) -> None:
     started = launch({"all": ["ignore", 0]})
     workers = started.wait_ready()
@@ -358,6 +380,14 @@ def test_a_hang_is_found_shown_and_ended(
     assert (frame or "no answer: the process was stopped") in stacks[1]
     assert (started.folder / "exit_code").read_text() == "71\n"
     assert all(is_gone(pid) for pid in pids)
+
+
+def test_nccls_record_is_asked_for_and_its_place_told(launch: Callable[..., Launched]) -> None:
+    started = launch({"all": ["collective of nccl", 0]}, hang_seconds=1)
+    code, _, err = started.finish()
+    assert code == 71 and f"NCCL's last collectives in {started.folder}/nccl_rank_*" in err, err
+    assert [(started.folder / f"nccl_rank_{rank}").read_text() for rank in (0, 1)] == ["record", "record"]
+    assert not any(Path((started.folder / f"pipe_{rank}").read_text()).exists() for rank in (0, 1))
 
 
 def test_a_hang_is_started_again_in_an_attempt_of_its_own(launch: Callable[..., Launched]) -> None:
