@@ -58,7 +58,7 @@ test-fast: $(STAMP)
 
 faults: $(STAMP)
 	$(BIN)/python -m pytest tests/faults -m "not gpu"
-	$(BIN)/python -m pytest tests/slurm tests/distributed -m "faults and not gpu"
+	$(BIN)/python -m pytest tests/slurm tests/distributed tests/e2e -m "faults and not gpu"
 
 soak: $(STAMP)
 	PYTHONPATH=.:kernels:tests:tests/faults $(BIN)/python tests/faults/soak.py runs/soak --minutes $(SOAK_MINUTES)

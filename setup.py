@@ -28,6 +28,7 @@ RUNTIME = [
     "ruamel.yaml>=0.18",
     "safetensors>=0.6",
     "tensorboard>=2.18",
+    "tiktoken>=0.9",
     "tokenizers>=0.22",
     "torch>=2.11",
     "transformers>=5.17",

@@ -63,6 +63,9 @@ if [[ $nodes -gt 1 ]]; then
   fabric=${SFT_FABRIC:-auto}
   [[ $fabric != auto ]] || fabric=$(find_fabric)
   [[ $fabric == none ]] || adopt_fabric "$fabric"
+else # nobody outside this machine may connect; what you have set yourself is kept
+  export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else torchrun opens a store on all interfaces for workers to use
 fi
 
 # Before any rank starts: can these nodes do it together? 77 and the names of bad nodes when not.
@@ -91,7 +94,7 @@ case $launcher in
     if [[ $nodes -gt 1 ]]; then
       command+=(--multi_gpu --machine_rank "$node" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
     elif [[ $nproc -gt 1 ]]; then # on CPUs too: without --multi_gpu accelerate runs the script once
-      command+=(--multi_gpu --main_process_port 0)
+      command+=(--multi_gpu --main_process_port 0 --rdzv_backend c10d --rdzv_conf store_type=file)
     fi
     command+=(-m sft_dist.train)
     ;;

@@ -39,6 +39,9 @@ OPTIONAL = {
     "bitsandbytes": ("bitsandbytes", "pip install bitsandbytes", "no quantised base models"),
     "wandb": ("wandb", "pip install wandb", "log.trackers=[wandb] is refused"),
     "mlflow": ("mlflow", "pip install mlflow-skinny", "log.trackers=[mlflow] is refused"),
+    "tensorboard": ("tensorboard", "pip install tensorboard", "log.trackers=[tensorboard] is refused"),
+    "s3fs": ("s3fs", "pip install s3fs", "data at s3:// cannot be read"),
+    "gcsfs": ("gcsfs", "pip install gcsfs", "data at gs:// cannot be read"),
 }
 OPEN_FILES = 4096  # shards, mapped stores, sockets and loaders of one rank, with room
 SHARED_MEMORY = GIB  # nccl's and gloo's buffers between ranks of a machine
@@ -219,10 +222,8 @@ def optional(name: str, module: str, command: str, lost: str) -> Finding:
     reason = import_fault(module)
     if reason is not None:
         return Finding(name, NOTE, f"cannot be imported ({reason}): {lost}", command)
-    try:
-        return Finding(name, OK, importlib.metadata.version(name))
-    except importlib.metadata.PackageNotFoundError:
-        return Finding(name, OK, "present")
+    brought_by = importlib.metadata.packages_distributions().get(module)
+    return Finding(name, OK, importlib.metadata.version(brought_by[0]) if brought_by else "present")
 
 
 def import_fault(module: str) -> str | None:
@@ -238,7 +239,10 @@ def import_fault(module: str) -> str | None:
 def _slurm() -> Finding:
     if shutil.which("sinfo") is None:
         return Finding("slurm", OK, "no sinfo: this machine submits to no Slurm")
-    return Finding("slurm", OK, (_output("sinfo", "--version") or "sinfo does not answer").strip())
+    version = _output("sinfo", "--version")
+    if version is None:
+        return Finding("slurm", NOTE, "sinfo does not answer", "set SLURM_CONF, or submit from a login node")
+    return Finding("slurm", OK, version.strip())
 
 
 def _token() -> Finding:

@@ -373,6 +373,7 @@ def _loader(
         ),
         device=place.device,
         cut=sequence.cut,
+        reads_all=place.is_main,  # it writes metrics.jsonl
     )
 
 

@@ -60,8 +60,9 @@ class BackgroundSaver:
     def save(
         self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, also_keep: int | None = None
     ) -> None:
-        """`CheckpointManager.save`, after what is under way."""
+        """`CheckpointManager.save`, after what is under way: the last one of a run, so the copy is given back."""
         self.close()
+        self._copy = HostCopy()
         self._manager.save(step, tensors, meta, also_keep=also_keep)
 
     def try_save(

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from sft_dist.cli.submit import submit
 from sft_dist.config.schema import Recipe
@@ -14,7 +15,7 @@ from sft_dist.launch import scheduler
 from sft_dist.launch.submission import check_cluster
 
 _POLL_SECONDS = 1.0
-_REPORT = "report.json"  # as sft_dist.preflight writes it
+_REPORT, _BAD_NODES = "report.json", "bad_nodes"  # as sft_dist.preflight writes them
 
 
 def examine_nodes(recipe: Recipe, *, as_json: bool) -> int:
@@ -30,10 +31,18 @@ def examine_nodes(recipe: Recipe, *, as_json: bool) -> int:
     report = json.loads(path.read_text())
     if as_json:
         print(json.dumps(report, indent=2))
-    for node in () if as_json else report["nodes"]:
-        rate = 1000 * (node["gigabytes_per_second"] or 0)
-        same = node["same"]
-        print(f"{node['name']}: GPUs {same['GPUs']}, torch {same['torch']}, all-reduce {rate:,.0f} MB/s")
+    for node in () if as_json else filter(None, report["nodes"]):
+        print(describe(node))
     for complaint in report["complaints"]:
         print(f"sft-dist: error: node {complaint['name']}: {complaint['what']}", file=sys.stderr)
+    if bad := path.with_name(_BAD_NODES).read_text().split():
+        print(f"to do without: cluster.exclude={','.join(bad)}", file=sys.stderr)
     return EXIT_HARDWARE if report["complaints"] else EXIT_DONE
+
+
+def describe(node: dict[str, Any]) -> str:
+    """One line about a node that has told its facts."""
+    speeds = {"all-reduce": node["gigabytes_per_second"], "link": node["link_gigabytes_per_second"]}
+    found = [f"{name} {1000 * speed:,.0f} MB/s" for name, speed in speeds.items() if speed]
+    same = node["same"]
+    return ", ".join([f"{node['name']}: GPUs {same['GPUs']}", f"torch {same['torch']}", *found])

@@ -14,11 +14,12 @@ from sft_dist.cli.where import explain
 from sft_dist.errors import EXIT_DONE, ConfigError
 from sft_dist.launch import scheduler
 from sft_dist.launch.restarts import newest_step
-from sft_dist.launch.submission import ENDINGS, JOBS, slurm_dir
+from sft_dist.launch.submission import ARRAY, ENDINGS, JOBS, slurm_dir
 from sft_dist.launch.where import Place
 from sft_dist.observe.metrics import read_metrics
 
 _FOLLOW_SECONDS = 0.5
+_SILENT = ("id", "ended")  # for programs
 
 
 def add_parser(subparsers: Any) -> None:
@@ -44,22 +45,35 @@ def add_parser(subparsers: Any) -> None:
 
 
 def status(args: argparse.Namespace) -> int:
-    """The state of every job of the newest submission; where its ranks are, when it runs."""
-    told = [_describe(job) for job in _jobs(args.run_dir)]
-    running = [one for one in told if one["state"] == "RUNNING"]
-    places = [place for one in running for place in _places(str(one["job"]), args.run_dir)]
-    report = {"jobs": told, **_progress(args.run_dir), "ranks": [_place_as_json(place) for place in places]}
+    """The state of every job of the newest submission; where its ranks are, when it runs. Of an array: each member."""
+    told = [_describe(record) for job in _jobs(args.run_dir) for record in _records(job)]
+    members = {name: _progress(args.run_dir / name) for name in _members(args.run_dir)}
+    running = [] if members else [str(one["id"]) for one in told if one["state"] == "RUNNING"]
+    places = [place for job in running for place in _places(job, args.run_dir)]
+    report = {"jobs": told, **_progress(args.run_dir), "members": members}
+    report["ranks"] = [_place_as_json(place) for place in places]
     if args.json:
         print(json.dumps(report, indent=2))
         return EXIT_DONE
     for one in told:
-        print("  ".join(f"{key} {value}" for key, value in one.items() if value not in ("", None)))
-    print(f"step {report['step']}, newest checkpoint {report['checkpoint']}, loss {report['loss']}")
+        print(
+            "  ".join(f"{key} {value}" for key, value in one.items() if key not in _SILENT and value not in ("", None))
+        )
+    for name, progress in members.items():
+        print(f"{name}: {_told(progress)}")
+    if members:
+        print(f"ranks of one: sft-dist slurm status {args.run_dir / next(iter(members))}")
+        return EXIT_DONE
+    print(_told(report))
     for line in explain(places):
         print(line)
     if last := report["last_ending"]:
         print(f"last ending: {last}")
     return EXIT_DONE
+
+
+def _told(progress: dict[str, Any]) -> str:
+    return f"step {progress['step']}, newest checkpoint {progress['checkpoint']}, loss {progress['loss']}"
 
 
 def logs(args: argparse.Namespace) -> int:
@@ -74,14 +88,14 @@ def logs(args: argparse.Namespace) -> int:
             offsets[path] += len(text)
             sys.stdout.buffer.write(text)
         sys.stdout.flush()
-        if not args.follow or all(one["ended"] for one in map(_describe, _jobs(args.run_dir))):
+        if not args.follow or all(map(_has_ended, _jobs(args.run_dir))):
             return EXIT_DONE
         time.sleep(_FOLLOW_SECONDS)
 
 
 def cancel(args: argparse.Namespace) -> int:
     """scancel of everything that has not ended, chains included."""
-    live = [job for job in _jobs(args.run_dir) if not _describe(job)["ended"]]
+    live = [job for job in _jobs(args.run_dir) if not _has_ended(job)]
     if live:
         scheduler.ask(["scancel", *live])
     print(f"cancelled {', '.join(live)}" if live else "nothing is queued or running")
@@ -90,7 +104,7 @@ def cancel(args: argparse.Namespace) -> int:
 
 def requeue(args: argparse.Namespace) -> int:
     """scontrol requeue of what runs."""
-    live = [job for job in _jobs(args.run_dir) if not _describe(job)["ended"]]
+    live = [job for job in _jobs(args.run_dir) if not _has_ended(job)]
     if not live:
         raise ConfigError(f"{args.run_dir}: no job of this run is queued or running: submit it again")
     for job in live:
@@ -100,22 +114,38 @@ def requeue(args: argparse.Namespace) -> int:
 
 
 def _jobs(run_dir: Path) -> list[str]:
-    """Ids of the newest submission's jobs, oldest first."""
+    """Ids of the newest submission's jobs, oldest first; of a member of an array the id of its task."""
     path = slurm_dir(run_dir) / JOBS
-    if not path.is_file():
-        raise ConfigError(f"{run_dir}: was not submitted (no {path}): sft-dist submit RECIPE.yaml CLUSTER.yaml")
-    notes = [json.loads(line) for line in path.read_text().splitlines()]
-    return [note["job"] for note in notes if note["submission"] == notes[-1]["submission"]]
+    if path.is_file():
+        notes = [json.loads(line) for line in path.read_text().splitlines()]
+        return [note["job"] for note in notes if note["submission"] == notes[-1]["submission"]]
+    whole = run_dir.absolute().parent
+    if run_dir.name in _members(whole):
+        return [f"{job}_{_members(whole).index(run_dir.name)}" for job in _jobs(whole)]
+    raise ConfigError(f"{run_dir}: was not submitted (no {path}): sft-dist submit RECIPE.yaml CLUSTER.yaml")
 
 
-def _describe(job: str) -> dict[str, object]:
-    """One job as a user wants to see it; an array is as far as its least finished task."""
-    found = scheduler.records(job)
-    if not found:
-        return {"job": job, "state": "UNKNOWN", "reason": "Slurm has forgotten it", "ended": True}
-    record = min(found, key=scheduler.has_ended)
+def _members(run_dir: Path) -> list[str]:
+    """Folders of an array's runs, in the order of its tasks; none where RUN_DIR is a run itself."""
+    path = slurm_dir(run_dir) / ARRAY
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def _records(job: str) -> list[dict[str, str]]:
+    """What Slurm knows of a job, one record for each task of an array."""
+    return scheduler.records(job) or [{"JobId": job, "JobState": "UNKNOWN", "Reason": "Slurm has forgotten it"}]
+
+
+def _has_ended(job: str) -> bool:
+    return all(map(scheduler.has_ended, scheduler.records(job)))
+
+
+def _describe(record: dict[str, str]) -> dict[str, object]:
+    """One job as a user wants to see it. `id` is the number that srun knows it by, also for a task of an array."""
+    is_task = "ArrayTaskId" in record
     return {
-        "job": job,
+        "job": f"{record['ArrayJobId']}_{record['ArrayTaskId']}" if is_task else record["JobId"],
+        "id": record["JobId"],
         "state": record["JobState"],
         "reason": "" if record.get("Reason") in (None, "None") else record["Reason"],
         "restarts": record.get("Restarts", ""),
@@ -156,7 +186,12 @@ def _place_as_json(place: Place) -> dict[str, object]:
 
 def _log_paths(run_dir: Path, attempt: int | None, rank: int | None) -> list[Path]:
     if attempt is None and rank is None:
-        return sorted(slurm_dir(run_dir).glob("*.out"), key=lambda path: path.stat().st_mtime)
+        whole = run_dir.absolute().parent
+        if run_dir.name in _members(whole):
+            found = slurm_dir(whole).glob(f"*_{_members(whole).index(run_dir.name)}.out")
+        else:
+            found = slurm_dir(run_dir).glob("*.out")
+        return sorted(found, key=lambda path: path.stat().st_mtime)
     from sft_dist.resilience.run_folder import attempt_dir, last_attempt
 
     folder = attempt_dir(run_dir, attempt or last_attempt(run_dir))

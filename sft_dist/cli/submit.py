@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
 
         fetch(recipe, lambda line: print(line, file=sys.stderr, flush=True))
     for job in submit(recipe, args.job):
-        print(job)
+        print(job, flush=True)
+    print(f"next: sft-dist slurm status {shlex.quote(recipe.run.dir)}, or logs, cancel, requeue", file=sys.stderr)
     return EXIT_DONE
 
 

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from sft_dist.config.section import Auto, Positive, Section
 
+WARNING_SECONDS = 300  # before the time limit: longer than one step and one save, and Slurm is late by up to a minute
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:@+*&|()\[\]=-]+$")]  # what Slurm's own names are made of
 
 
@@ -49,7 +50,7 @@ class ClusterSection(Section):
     array: list[Annotated[int, Field(ge=0, lt=2**63)]] = []  # seeds: one run each, in RUN_DIR/seed-N
     chain: Positive = 1  # jobs one after another, for sites that forbid requeueing
     requeue: bool = True
-    stop_seconds: Annotated[int, Field(ge=1, le=65535)] = 300  # before the limit: checkpoint, go on in a new job
+    stop_seconds: Annotated[int, Field(ge=1, le=65535)] | Auto = "auto"  # before the limit: checkpoint, go on anew
     sbatch: list[Annotated[str, Field(pattern=r"^--?[A-Za-z][^\n]*$")]] = []  # further flags, one each
     srun: list[Annotated[str, Field(pattern=r"^--?[A-Za-z][^\n]*$")]] = []
     container: ContainerSection = ContainerSection()
@@ -60,6 +61,11 @@ class ClusterSection(Section):
             raise ValueError("cluster.target=ssh needs cluster.hosts: the names of the machines")
         if self.hosts and self.nodes not in (1, len(self.hosts)):
             raise ValueError(f"cluster.nodes={self.nodes} but cluster.hosts names {len(self.hosts)}: leave nodes out")
+        if 0 < limit_seconds(self.time or "0") <= self.warning_seconds:
+            raise ValueError(
+                f"cluster.stop_seconds={self.stop_seconds} in a job of cluster.time={self.time}: it would be asked to "
+                "stop as it starts; set a shorter stop_seconds, or auto"
+            )
         if self.gres and self.gpus_per_node != "auto":
             raise ValueError(f"cluster.gres={self.gres} and cluster.gpus_per_node={self.gpus_per_node}: give one")
         if len(set(self.array)) < len(self.array):
@@ -67,3 +73,19 @@ class ClusterSection(Section):
         if self.array and self.chain > 1:
             raise ValueError("cluster.array and cluster.chain exclude each other: submit one chain for each seed")
         return self
+
+    @property
+    def warning_seconds(self) -> int:
+        """How long before its limit a job is asked to stop: `stop_seconds`, of a short job a fifth of its time."""
+        if self.stop_seconds != "auto":
+            return self.stop_seconds
+        limit = limit_seconds(self.time or "0")
+        return min(WARNING_SECONDS, limit // 5) if limit else WARNING_SECONDS
+
+
+def limit_seconds(time: str) -> int:
+    """Seconds of a limit as Slurm reads it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. 0: no limit."""
+    days, dash, rest = time.rpartition("-")
+    numbers = [int(number) for number in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(numbers) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(number * unit for number, unit in zip(numbers, units, strict=False))

@@ -33,7 +33,7 @@ class LoadedStep:
     step: StepPlan  # global: the divisor of the loss is in it
     batches: tuple[PackedBatch, ...]  # this rank's micro-batches, one per round
     indices: tuple[int, ...]  # global number of each of them, for seeds; empty ones count on beyond the plan's
-    digest: str  # of the global batch
+    digest: str  # of the global batch; "" where the loader was not to make it
 
 
 class VerifiedDocuments(Documents, Protocol):
@@ -67,11 +67,15 @@ class Loader:
         pad_to_multiple_of: int,
         device: torch.device | str = "cpu",
         cut: Callable[[PackedBatch], PackedBatch] = lambda whole: whole,
+        reads_all: bool = True,
     ) -> None:
+        """`reads_all`: verify and hash the whole global batch. One process of a run has to; for the others it would be
+        work, and reading, that grows with the number of ranks.
+        """
         self._store, self._plan = store, plan
         self._rank, self._world_size = rank, world_size
         self._packing, self._pad_token_id, self._multiple = packing, pad_token_id, pad_to_multiple_of
-        self._pinned, self._cut = torch.device(device).type == "cuda", cut
+        self._pinned, self._cut, self._reads_all = torch.device(device).type == "cuda", cut, reads_all
         self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[tuple[int, LoadedStep | BaseException]] = queue.SimpleQueue()
         self._closed = False
@@ -107,16 +111,18 @@ class Loader:
     def build(self, n: int) -> LoadedStep:
         """Step `n` computed here and now, without the thread: the reference for what `step` returns.
 
-        Every example of the step is compared with its digest: a bit that fell over on the disk must not be trained.
+        Every example that is used is compared with its digest: a bit that fell over on the disk must not be trained.
         """
         step = self._plan.step(n)
-        for pack in step.packs:
+        own = (pack for micro_batch in step.micro_batches[self._rank :: self._world_size] for pack in micro_batch)
+        for pack in step.packs if self._reads_all else own:
             for example in pack.example_ids:
                 self._store.verify(example)
         num_rounds = -(-len(step.micro_batches) // self._world_size)
         indices = tuple(number * self._world_size + self._rank for number in range(num_rounds))
         batches = tuple(self._batch(step, index) for index in indices)
-        return LoadedStep(step=step, batches=batches, indices=indices, digest=batch_digest(step, self._store))
+        digest = batch_digest(step, self._store) if self._reads_all else ""
+        return LoadedStep(step=step, batches=batches, indices=indices, digest=digest)
 
     def micro_batch(self, n: int, index: int) -> PackedBatch:
         """Micro-batch `index` of step `n`, whichever rank trains it."""

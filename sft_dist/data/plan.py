@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cached_property, lru_cache, partial
 
@@ -291,12 +293,15 @@ class PackPlan:
         last = min(first + self.spec.packs_per_step, int(table[-1]))
         windows = range(int(np.searchsorted(table, first, "right")) - 1, int(np.searchsorted(table, last)))
         starts = table[list(windows)].tolist()
-        return join(
-            [
-                self._window(epoch, number).slice(max(0, first - start), last - start)
-                for number, start in zip(windows, starts, strict=True)
-            ]
-        )
+        packed = zip(self._windows(epoch, windows), starts, strict=True)
+        return join([packs.slice(max(0, first - start), last - start) for packs, start in packed])
+
+    def _windows(self, epoch: int, numbers: Sequence[int]) -> list[Packs]:
+        """Those windows, several at a time where there are cores: packing lets go of the interpreter's lock."""
+        if len(numbers) == 1 or self.spec.window < WINDOW_EXAMPLES:
+            return [self._window(epoch, number) for number in numbers]
+        with ThreadPoolExecutor(min(len(numbers), os.cpu_count() or 1)) as threads:
+            return list(threads.map(partial(self._window, epoch), numbers))
 
     @cached_property
     def _measured_steps(self) -> list[int]:

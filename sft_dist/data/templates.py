@@ -14,16 +14,17 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sft_dist.data.builtin_templates import BUILTIN
+from sft_dist.data.encoder import Encoded, encoder_of
 from sft_dist.data.rendering import Rendered, render, render_opaque
 from sft_dist.data.skeleton import CHECKED, FEW, NoSkeleton, Shape, Skeleton, learn, shape_of
 from sft_dist.data.supervision import Span, Stops, Turn, find_turns, header_start, literal_after, supervise
 from sft_dist.data.template_engine import compile_template
-from sft_dist.data.token_masks import token_answers, token_ranges, token_weights
+from sft_dist.data.token_masks import token_answers, token_weights
 from sft_dist.errors import BadRecord, ConfigError
 from sft_dist.types import Conversation, Message, TokenizedExample
 
@@ -176,13 +177,13 @@ class SupervisedBatch:
     masks: list[list[Span]] = field(default_factory=list)
     frames: list[TokenizedExample | BadRecord] = field(default_factory=list)  # of all, in order
 
-    def encode(self) -> Sequence[Any]:
-        """One `tokenizers.Encoding` for each text. Native: another thread can go on meanwhile."""
-        return _encode(self.bound.tokenizer, self.texts)
+    def encode(self) -> list[Encoded]:
+        """The tokens of each text. Native: another thread can go on meanwhile."""
+        return self.bound.encoder.encode(self.texts, self.masks)
 
-    def examples(self, encodings: Sequence[Any]) -> list[TokenizedExample | BadRecord]:
+    def examples(self, encoded: Sequence[Encoded]) -> list[TokenizedExample | BadRecord]:
         """The frames filled with tokens and weights."""
-        tokens = iter(zip(self.texts, self.masks, encodings, strict=True))
+        tokens = iter(zip(self.texts, self.masks, encoded, strict=True))
         return [one if isinstance(one, BadRecord) else self.bound.example(one, *next(tokens)) for one in self.frames]
 
 
@@ -204,7 +205,7 @@ class BoundTemplate:
     def __init__(self, template: ChatTemplate, tokenizer: PreTrainedTokenizerFast) -> None:
         if not tokenizer.is_fast:
             raise ConfigError("model.tokenizer: a fast tokenizer (tokenizer.json) is needed to place the loss mask")
-        self.template, self.tokenizer = template, tokenizer
+        self.template, self.tokenizer, self.encoder = template, tokenizer, encoder_of(tokenizer, len(tokenizer))
         self.special_tokens = {name: str(t) for name, t in tokenizer.special_tokens_map.items() if isinstance(t, str)}
         self.eos_token: str = tokenizer.eos_token or ""
         bos = tokenizer.bos_token if getattr(tokenizer, "add_bos_token", False) else None
@@ -343,31 +344,19 @@ class BoundTemplate:
         end = turn.start if turn else len(rendered.text)
         return rendered.text[header_start(rendered, number, end) : end]
 
-    def example(self, frame: TokenizedExample, text: str, spans: list[Span], encoding: Any) -> TokenizedExample:
+    def example(self, frame: TokenizedExample, text: str, spans: list[Span], encoded: Encoded) -> TokenizedExample:
         """`frame` filled with token ids and weights."""
-        ids, ranges = encoding.ids, token_ranges(encoding, len(text), spans)
+        ids, ranges = encoded
         weights, answers = token_weights(len(ids), ranges, spans), token_answers(ranges, spans)
         if self.bos_to_prepend and not text.startswith(self.bos_to_prepend):
-            ids, weights = [self.tokenizer.bos_token_id, *ids], np.concatenate([_ZERO, weights])
+            ids, weights = np.array([self.tokenizer.bos_token_id, *ids], np.int32), np.concatenate([_ZERO, weights])
             answers = tuple((start + 1, end + 1) for start, end in answers)
-        return TokenizedExample(np.asarray(ids, dtype=np.int32), weights, frame.source, frame.id, answers)
+        return TokenizedExample(ids, weights, frame.source, frame.id, answers)
 
 
 _ZERO = np.zeros(1, dtype=np.float32)
 _NO_IDS = np.zeros(0, dtype=np.int32)
 _NO_WEIGHTS = np.zeros(0, dtype=np.float32)
-
-
-def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Sequence[Any]:
-    """One `tokenizers.Encoding` (ids, character offsets) for each text, from one native call.
-
-    The wrapper of transformers would copy each encoding into Python lists, which costs as much as the encoding.
-    """
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    encodings: Sequence[Any] = backend.encode_batch(texts, add_special_tokens=False)
-    return encodings
 
 
 def _is_plain_text(conversation: Conversation) -> bool:

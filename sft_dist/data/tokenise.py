@@ -12,12 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from sft_dist.config.schema import ScoreSection, SourceSection
+from sft_dist.data.encoder import Encoded
 from sft_dist.data.filters import score_too_low
 from sft_dist.data.formats import detect_format, fits, rename_columns, to_conversations
 from sft_dist.data.forms import load_forms
@@ -140,7 +141,7 @@ def _tokens(
     """
     with ThreadPoolExecutor(1) as native:
 
-        def begun() -> Iterator[tuple[list[Given], SupervisedBatch, Future[Sequence[Any]]]]:
+        def begun() -> Iterator[tuple[list[Given], SupervisedBatch, Future[list[Encoded]]]]:
             while batch := list(islice(given, _BATCH_EXAMPLES)):
                 texts = rules.supervise([one for _, _, one in batch if isinstance(one, Conversation)])
                 yield batch, texts, native.submit(texts.encode)

@@ -11,7 +11,7 @@ from sft_dist.config.auto import Choices, Facts, choose, refuse_uneven
 from sft_dist.config.schema import Recipe
 from sft_dist.estimate.architecture import Architecture, read
 from sft_dist.estimate.hardware import GIB, Device
-from sft_dist.estimate.memory import STRATEGIES, Layout, Memory, memory
+from sft_dist.estimate.memory import STRATEGIES, Layout, Memory, checkpoint_bytes, memory
 from sft_dist.estimate.pace import step_seconds
 from sft_dist.estimate.tuning import Tuned, tuned
 from sft_dist.estimate.workload import Prepared, Workload, find_prepared, unknown_tokens, workload
@@ -63,6 +63,13 @@ def estimate(recipe: Recipe, device: Device, num_devices: int, efficiency: float
         return found
     remedies = tuple(_remedies(recipe, architecture, device, num_devices, prepared, efficiency))
     return replace(found, remedies=remedies)
+
+
+def checkpoint_size(recipe: Recipe) -> int:
+    """Bytes of one checkpoint of the run. Raises ConfigError when the architecture is unknown."""
+    counts = tuned(read(recipe.model), recipe.tuning)
+    layout = Layout("ddp", 1, "cpu", 4, BYTES[recipe.precision.master], 0, 0, 1, False, optimizer=recipe.optim.name)
+    return checkpoint_bytes(counts, layout)
 
 
 def _compare(
@@ -142,6 +149,7 @@ def _layout(
         offload=recipe.parallel.offload,
         optimizer=recipe.optim.name,
         dp_replicate=recipe.parallel.dp_replicate if strategy == "fsdp2" else 1,
+        saves_in_background=recipe.checkpoint.background,
     )
 
 
@@ -191,6 +199,8 @@ def _changes(recipe: Recipe, architecture: Architecture, num_devices: int) -> It
     """(kind, as the user writes it, the recipe changed so, devices); of each kind the mildest first."""
     checkpointed = _set(recipe, "memory", activation_checkpointing="full")
     seq_len = recipe.data.seq_len
+    waiting = _set(recipe, "checkpoint", background=False)
+    yield "saving", "checkpoint.async=false", waiting, num_devices
     small = _set(checkpointed, "batch", tokens_per_micro_batch=seq_len, tokens_per_step="auto")
     text = f"memory.activation_checkpointing=full batch.tokens_per_micro_batch={seq_len}"
     yield "activations", "memory.activation_checkpointing=full", checkpointed, num_devices

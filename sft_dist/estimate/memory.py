@@ -2,8 +2,9 @@
 
     loss     forward is done: all activations, the loss head, what stays gathered
     backward gradients are complete or being reduced, one layer's activations are left
-    save     a checkpoint is written; export: the model is written tensor by tensor, and the folder re-opened layer by
-             layer (host memory; a CPU's own memory)
+    save     a checkpoint is written and waited for; saving: it is written in the background of the next steps
+    export   the model is written tensor by tensor, and the folder re-opened layer by layer
+             (the last three are host memory; a CPU's own memory)
 
 What each engine keeps is read off `sft_dist.parallel` and PyTorch; `benchmarks/estimate_check.py` compares with
 measured peaks. ZeRO (Rajbhandari et al., 2020) is as DeepSpeed's defaults leave it. Activations count what autograd
@@ -47,6 +48,7 @@ class Layout:
     offload: str = "none"
     optimizer: str = "adamw"
     dp_replicate: int = 1  # replicas of the sharded model (fsdp2)
+    saves_in_background: bool = False  # checkpoint.async
 
     @property
     def shards(self) -> int:
@@ -89,13 +91,30 @@ def memory(architecture: Architecture, tuned: Tuned, layout: Layout) -> Memory:
     states = _states(tuned, layout)
     engine = {"ddp": _ddp, "fsdp2": _fsdp2}.get(layout.strategy, _zero)
     steps = engine(architecture, tuned, layout, states)
-    held = {} if layout.device == "cuda" else {k: v for k, v in states.items() if k != "gradients"}
-    writing = {name: held | extra for name, extra in _writing(tuned, layout).items()}
+    saved, in_background, exported = _writing(tuned, layout)
     offloaded = _offloaded(tuned, layout)
-    if layout.device == "cpu":
-        return Memory({name: _kept(parts) for name, parts in (steps | writing).items()}, {})
-    host = {name: offloaded | parts for name, parts in writing.items()}
-    return Memory({name: _kept(parts) for name, parts in steps.items()}, {k: _kept(v) for k, v in host.items()})
+    if layout.device == "cuda":
+        host = {"save": in_background if layout.saves_in_background else saved, "export": exported}
+        host = {name: _kept(offloaded | parts) for name, parts in host.items()}
+        return Memory({name: _kept(parts) for name, parts in steps.items()}, host)
+    steps = {name: parts | offloaded for name, parts in steps.items()}
+    resident = _between_steps(tuned, layout, states) | offloaded
+    fullest = max(steps.values(), key=lambda parts: sum(parts.values()))
+    meanwhile = {"saving": fullest | in_background} if layout.saves_in_background else {}
+    writing = {"save": resident | saved, "export": resident | exported}
+    return Memory({name: _kept(parts) for name, parts in (steps | meanwhile | writing).items()}, {})
+
+
+def _between_steps(tuned: Tuned, layout: Layout, states: Parts) -> Parts:
+    """What stays when a step is done and its gradients are given back: DDP's buckets, and ZeRO-3's partition of the
+    gradients with the bucket that fills it."""
+    held = {name: size for name, size in states.items() if name != "gradients"}
+    if layout.strategy == "ddp" and layout.world_size > 1:
+        return held | {"communication": states["gradients"]}
+    if layout.strategy == "zero3":
+        bucket = min(ZERO_BUCKET_BYTES, tuned.trained * FP32)
+        return held | {"gradients": states["gradients"], "communication": bucket}
+    return held
 
 
 def weight_bytes(tuned: Tuned, layout: Layout) -> int:
@@ -153,6 +172,12 @@ def optimizer_bytes(tuned: Tuned, layout: Layout) -> int:
             return (tuned.trained + tuned.root.trained) * layout.master
         case _:
             return 2 * tuned.trained * layout.master
+
+
+def checkpoint_bytes(tuned: Tuned, layout: Layout) -> int:
+    """What all ranks together write: trained weights and the optimizer's tensors; ZeRO's are fp32."""
+    master = FP32 if layout.strategy.startswith("zero") else layout.master
+    return tuned.trained * master + optimizer_bytes(tuned, layout)
 
 
 def _states(tuned: Tuned, layout: Layout) -> Parts:
@@ -262,16 +287,26 @@ def _stream_bytes(tuned: Tuned, layout: Layout) -> int:
     return layout.master if layout.autocasts and tuned.trains_all else layout.compute
 
 
-def _writing(tuned: Tuned, layout: Layout) -> dict[str, Parts]:
-    """What saving and exporting add in host memory: a checkpoint's file is built twice before it is written (as tensors
-    and as bytes); an export goes out tensor by tensor, and rank 0 re-opens it."""
-    weights, world = weight_bytes(tuned, layout), layout.world_size
-    state = tuned.trained * layout.master + optimizer_bytes(tuned, layout)
-    one_by_one = layout.master * (2 * tuned.root.base + tuned.layer.base)  # a tensor; embedding, head and a layer again
-    return {
-        "save": {"save": 2 * min(SAVE_FILE_BYTES, state // world)},
-        "export": {"export": one_by_one if tuned.trains_all else weights},  # an adapter is proven on its base
-    }
+def _writing(tuned: Tuned, layout: Layout) -> tuple[Parts, Parts, Parts]:
+    """What is added by a save that is waited for, by one in the background, by the export. Each rank writes an equal
+    part of the state; a file is built twice before it is written (as the bytes of its tensors and as its own). What is
+    no CPU tensor of the run is gathered or brought over first. An export goes out tensor by tensor, rank 0 re-opens it.
+    """
+    is_zero, state = layout.strategy.startswith("zero"), checkpoint_bytes(tuned, layout)
+    written = state // layout.world_size
+    local = {"ddp": state, "fsdp2": state // layout.shards}.get(layout.strategy, written)
+    file = {"file": 2 * min(SAVE_FILE_BYTES, written)}
+    brought = {"state to write": written if is_zero or layout.device == "cuda" else 0}
+    export = _exporting(tuned, layout) if tuned.trains_all else weight_bytes(tuned, layout)
+    return file | brought, file | {"copy of the state": local}, {"export": export}
+
+
+def _exporting(tuned: Tuned, layout: Layout) -> int:
+    """A whole model, re-opened with one layer at a time (an adapter is proven on its base). On a CPU FSDP2's gathers
+    for the probe take more: measured with two models."""
+    root, layer = layout.master * tuned.root.base, layout.master * tuned.layer.base
+    gathers = layout.strategy == "fsdp2" and layout.shards > 1 and layout.device == "cpu"
+    return 2 * root + 3 * layer if gathers else root + layer
 
 
 def _offloaded(tuned: Tuned, layout: Layout) -> Parts:

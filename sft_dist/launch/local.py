@@ -2,7 +2,8 @@
 
     resolve recipe -> claim RUN_DIR (lock, attempt folder) -> config.yaml -> one process per rank
       -> wait: a dying worker ends the others; SIGTERM, SIGINT, SIGUSR1 and SIGHUP are passed on
-         no sign of life from any rank for too long: every rank's stacks, the odd one out, SIGKILL, 71
+         no sign of life from any rank for too long: every rank's stacks, the odd one out (launch/hearing.py asks the
+         other nodes), SIGKILL, 71
       -> exit code from logs/attempt_N/exit_code
       -> after a hang, a storage failure or a death by signal: the next attempt, under the same lock
 
@@ -22,6 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -31,6 +33,7 @@ from sft_dist.config.auto import refuse_uneven
 from sft_dist.config.loader import dump_recipe, load_recipe
 from sft_dist.config.schema import Recipe
 from sft_dist.errors import EXIT_DONE, EXIT_HANG, EXIT_NO_PROGRESS, EXIT_STOPPED, StorageError
+from sft_dist.launch.hearing import Hearing
 from sft_dist.launch.job import RESOLVED_NAME, Job, choose_num_processes, worker_command
 from sft_dist.launch.nodes import hosting, join, read_nodes
 from sft_dist.launch.restarts import Ending, Restarts, newest_step
@@ -183,15 +186,15 @@ def supervise(
     `meanwhile` is entered once they run: it may start threads, which must not exist before the last fork.
     """
     append_event(job.attempt_dir, "start", processes=job.num_processes, node=job.nodes.index, command=list(job.command))
-    with Workers(job, inherited) as workers, meanwhile or nullcontext():
+    with Workers(job, inherited) as workers, meanwhile or nullcontext(), Hearing(job) as hearing:
         stops.pass_to(workers)
         watchdog = Watchdog(hang_seconds, time.monotonic())
         failed, is_stuck = None, False
         while workers.are_running and failed is None and not is_stuck:
             failed = workers.wait(LOOK_SECONDS)
-            is_stuck = failed is None and watchdog.finds_hang(workers.beats(), time.monotonic())
+            is_stuck = failed is None and (watchdog.finds_hang(workers.beats(), time.monotonic()) or hearing.is_called)
         if is_stuck:
-            return end_hang(job, workers, watchdog.silence_seconds)
+            return end_hang(job, workers, hearing, watchdog.silence_seconds)
         if failed is not None:
             workers.end(grace_seconds)
     ending = how_it_ended(job, workers, failed)
@@ -199,18 +202,22 @@ def supervise(
     return ending
 
 
-def end_hang(job: Job, workers: Workers, silence_seconds: float) -> Ending:
-    """Take down what every rank says of itself, end them all, and tell the user who held the run up.
+def end_hang(job: Job, workers: Workers, hearing: Hearing, silence_seconds: float) -> Ending:
+    """Take down what every rank of every node says of itself, end ours, and tell the user who held the run up.
 
-    We write nothing before the last worker is dead: the run may hang because of its disk.
+    Nothing waits for the disk before the last worker is dead: the run may hang because of it.
     """
     beats, stacks = workers.beats(), workers.stacks(STACKS_SECONDS)
     records = workers.records(RECORDS_SECONDS)
+    now = time.monotonic()  # of this machine: what is told to others counts from it
+    witnesses = [
+        Witness(job.rank(i), replace(beat, seconds=beat.seconds - now), main_thread(stacks.get(i, "")))
+        for i, beat in beats.items()
+    ]
+    told = hearing.hear(silence_seconds, witnesses)
     workers.kill()
     while workers.are_running:
         workers.wait()
-    witnesses = [Witness(job.rank(i), beat, main_thread(stacks.get(i, ""))) for i, beat in beats.items()]
-    line = accuse(witnesses, silence_seconds)
     try:
         for index, text in stacks.items():
             job.stacks_path(job.rank(index)).write_text(
@@ -219,10 +226,12 @@ def end_hang(job: Job, workers: Workers, silence_seconds: float) -> Ending:
         write_exit_code(job.attempt_dir, EXIT_HANG)
     except OSError as error:
         _say(f"warning: {job.attempt_dir}: the stacks cannot be written ({error.strerror})")
-    append_event(job.attempt_dir, "hang", cause=line, ranks={w.rank: str(w) for w in witnesses})
+    line = accuse(told.witnesses, told.silence_seconds)
+    if told.speaker == job.nodes.index:
+        append_event(job.attempt_dir, "hang", cause=line, ranks={w.rank: str(w) for w in told.witnesses})
+        collectives = f", NCCL's last collectives in {job.attempt_dir}/{DUMP_PREFIX}*" if records else ""
+        _say(f"error: {line}; all were ended, stacks in {job.attempt_dir}/rank_*.stacks.txt{collectives}")
     append_event(job.attempt_dir, "end", code=EXIT_HANG, cause="hang", returncodes=workers.returncodes)
-    collectives = f", NCCL's last collectives in {job.attempt_dir}/{DUMP_PREFIX}*" if records else ""
-    _say(f"error: {line}; all were ended, stacks in {job.attempt_dir}/rank_*.stacks.txt{collectives}")
     return Ending(EXIT_HANG, "hang")
 
 

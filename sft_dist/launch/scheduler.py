@@ -24,7 +24,8 @@ def ask(words: Sequence[str], *, check: bool = True) -> str:
         raise ConfigError(f"{words[0]}: no answer within {_SECONDS} s: is the controller down?") from error
     if check and done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
-        raise ConfigError(f"{words[0]}: {said[-1] if said else f'exit {done.returncode}'}")
+        why = said[-1].removeprefix(f"{words[0]}: ").removeprefix("error: ") if said else f"exit {done.returncode}"
+        raise ConfigError(f"{words[0]}: {why}")
     return done.stdout
 
 
@@ -58,5 +59,5 @@ def _accounted(job: str) -> list[dict[str, str]]:
 
 
 def has_ended(record: dict[str, str]) -> bool:
-    """Whether a job will not run again by itself."""
-    return record["JobState"].split()[0] in ENDED
+    """Whether a job will not run again by itself, or is one that Slurm has forgotten."""
+    return record["JobState"].split()[0] in ENDED | {"UNKNOWN"}

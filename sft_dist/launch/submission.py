@@ -166,7 +166,7 @@ def sbatch_command(recipe: Recipe, *, after: str | None = None, job: JobKind = "
         "output": output,
         "partition": cluster.partition,
         "qos": cluster.qos,
-        "signal": f"B:USR1@{cluster.stop_seconds}",
+        "signal": f"B:USR1@{cluster.warning_seconds}",
         "time": cluster.time,
     }
     flags = [f"--{name}={value}" for name, value in chosen.items() if value is not None]
@@ -199,6 +199,8 @@ def write_files(recipe: Recipe, submission: str) -> None:
         if recipe.cluster.array:
             names = "".join(f"{name}\n" for name in runs)
             _write(slurm_dir(Path(recipe.run.dir)), {ARRAY: names, **files_of(recipe, submission)})
+        else:
+            (slurm_dir(Path(recipe.run.dir)) / ARRAY).unlink(missing_ok=True)  # of an earlier submission
     except OSError as error:
         raise StorageError(f"run.dir={recipe.run.dir}: cannot be written ({error.strerror}): choose another") from error
 

@@ -23,9 +23,9 @@ def replay(run_dir: Path, *arguments: str, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve steps on two processes; checkpoints at 9 and 12 are left."""
+    """Twelve steps on two shards; checkpoints at 9 and 12 are left."""
     folder = tmp_path_factory.mktemp("replay")
-    train(write_recipe(folder), "--nproc", "2")
+    train(write_recipe(folder, parallel={"strategy": "fsdp2"}), "--nproc", "2")
     return folder / "run"
 
 
@@ -89,3 +89,14 @@ def test_lora_with_dropout_has_its_loss_again(tmp_path: Path) -> None:
     train(write_recipe(tmp_path, tuning=lora, optim={"lr": 1e-2, "max_steps": 4}, checkpoint={"every_steps": 3}))
     loss = replayed(tmp_path / "run", 4, loss=True)["loss"]
     assert loss["exact"] and loss["replayed"] == pytest.approx(loss["recorded"], rel=1e-6)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
+def test_a_step_of_every_engine_has_its_loss_again(tmp_path: Path, strategy: str) -> None:
+    """Run in one process from the checkpoint that two ranks wrote."""
+    changes = {"optim": {"max_steps": 4}, "eval": {"generate": 0, "every_steps": 9}}
+    train(write_recipe(tmp_path, parallel={"strategy": strategy}, **changes), "--nproc", "2")
+    found = replayed(tmp_path / "run", 4, loss=True)
+    assert found["same"] and found["loss"]["exact"] and found["loss"]["weights_step"] == 3
+    assert found["loss"]["replayed"] == pytest.approx(found["loss"]["recorded"], rel=1e-6)

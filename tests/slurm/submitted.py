@@ -69,3 +69,12 @@ class Submitted:
     def attempts(self) -> int:
         """How many times workers were started."""
         return len(list((self.run_dir / "logs").glob("attempt_*")))
+
+
+def workers(cluster: Cluster, node: str) -> list[str]:
+    """Processes of a node that train."""
+    found = []
+    for pid in cluster.pids(node):
+        words = cluster.run("cat", f"/proc/{pid}/cmdline", check=False).stdout.split("\0")
+        found += [pid] * ("sft_dist.train" in words)
+    return found

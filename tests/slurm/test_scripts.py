@@ -6,6 +6,7 @@ real run goes on with the same bits is test_slurm.py's.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import textwrap
@@ -20,7 +21,7 @@ from sft_dist.cli.submit import note_job
 from sft_dist.config.loader import load_recipe
 from sft_dist.launch.submission import sbatch_command, write_files
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 WAIT = 'for _ in $(seq 200); do [ ! -e "$SFT_STOP_FILE" ] || exit $((SFT_NODE_RANK ? 0 : 75)); sleep 0.1; done; exit 0'
 
 
@@ -36,7 +37,7 @@ class Played:
         program.write_text(f"#!/bin/bash\nRESTART=${{SLURM_RESTART_COUNT:-0}}\ntouch {self.up}.$RESTART\n{body}\n")
         program.chmod(0o755)
         given = ["model.path=gpt2", "data.sources=[{path: x.json}]", f"run.dir={self.run_dir}", "cluster.target=slurm"]
-        given += ["cluster.time=5", "cluster.preflight=false", "cluster.processes_per_node=1", "cluster.nodes=2"]
+        given += ["cluster.time=10", "cluster.preflight=false", "cluster.processes_per_node=1", "cluster.nodes=2"]
         recipe = load_recipe([], [*given, *settings])
         write_files(recipe, "one")
         for path in self.run_dir.rglob("job.env"):
@@ -46,12 +47,10 @@ class Played:
         self.job = cluster.run(*sbatch_command(recipe), cwd=folder, PYTHONPATH=search).stdout.strip()
         note_job(recipe, self.job, "one")
 
-    def sft(self, *words: str) -> str:
-        """What `sft-dist slurm WORDS RUN_DIR` prints on the login node."""
-        search = f"{ROOT}:{ROOT / 'kernels'}"
-        return self.cluster.run(
-            sys.executable, "-m", "sft_dist", "slurm", *words, self.run_dir, PYTHONPATH=search
-        ).stdout
+    def sft(self, *words: str, of: str = ".") -> str:
+        """What `sft-dist slurm WORDS RUN_DIR` (or a folder in it) prints on the login node."""
+        command = (sys.executable, "-m", "sft_dist", "slurm", *words, self.run_dir / of)
+        return self.cluster.run(*command, PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}").stdout
 
     def started(self, restart: int = 0) -> None:
         """Until the workers of this start run."""
@@ -72,7 +71,14 @@ class Played:
 @pytest.fixture
 def play(cluster: Cluster, tmp_path: Path) -> Callable[..., Played]:
     """`play("exit 70", "cluster.nodes=1")`: submitted."""
-    return lambda body, *settings: Played(cluster, tmp_path, textwrap.dedent(body), settings)
+    count = itertools.count()
+
+    def submit(body: str, *settings: str) -> Played:
+        folder = tmp_path / str(next(count))
+        folder.mkdir()
+        return Played(cluster, folder, textwrap.dedent(body), settings)
+
+    return submit
 
 
 def test_near_the_time_limit_it_requeues_itself(cluster: Cluster, play: Callable[..., Played]) -> None:
@@ -105,33 +111,33 @@ def test_what_slurm_requeues_is_not_requeued_twice(cluster: Cluster, play: Calla
     assert [(e["code"], e["ended"], e["again"]) for e in job.endings()] == [(75, True, False), (0, False, False)]
 
 
-@pytest.mark.parametrize(
-    ("body", "settings", "end"),
-    [
-        ("exit $((SFT_NODE_RANK ? 0 : 70))", [], ("FAILED", "0", "70")),
-        ("exit $((SFT_NODE_RANK ? 0 : 75))", [], ("FAILED", "0", "75")),  # RUN_DIR/stop: somebody wants it to stay so
-        (ONE_NODE_KNOWS, [], ("FAILED", "0", "65")),
-        ("exit 71", ["resilience.max_restarts=1"], ("FAILED", "1", "71")),
-        ("[ $RESTART = 1 ] && exit 0; kill -9 $$", [], ("COMPLETED", "1", "0")),
-        ("exit 0", ["cluster.setup=[\"false\"]"], ("FAILED", "0", "2")),
-        ("exit 71", ["cluster.requeue=false"], ("FAILED", "0", "71")),
-    ],
-    ids=["nan", "stop", "second node", "twice", "crash", "setup", "no requeue"],
-)  # fmt: skip
-def test_other_endings(play: Callable[..., Played], body: str, settings: list[str], end: tuple[str, str, str]) -> None:
-    job = play(body, *settings)
-    assert job.end() == end, job.log()
+ENDINGS = {
+    "nan": ("exit $((SFT_NODE_RANK ? 0 : 70))", [], ("FAILED", "0", "70")),
+    "stop": ("exit $((SFT_NODE_RANK ? 0 : 75))", [], ("FAILED", "0", "75")),  # RUN_DIR/stop: somebody wants it so
+    "second node": (ONE_NODE_KNOWS, [], ("FAILED", "0", "65")),
+    "twice": ("exit 71", ["resilience.max_restarts=1"], ("FAILED", "1", "71")),
+    "crash": ("[ $RESTART = 1 ] && exit 0; kill -9 $$", [], ("COMPLETED", "1", "0")),
+    "setup": ("exit 0", ['cluster.setup=["false"]'], ("FAILED", "0", "2")),
+    "no requeue": ("exit 71", ["cluster.requeue=false"], ("FAILED", "0", "71")),
+    "fruitless": (
+        "exit $((SFT_NODE_RANK ? 0 : 71))",
+        ["resilience.max_restarts=9", "cluster.nodes=1"],
+        ("FAILED", "2", "76"),
+    ),
+}
 
 
-def test_three_starts_without_a_checkpoint_are_enough(cluster: Cluster, play: Callable[..., Played]) -> None:
-    job = play("exit $((SFT_NODE_RANK ? 0 : 71))", "resilience.max_restarts=9", "cluster.nodes=1")
-    assert job.end() == ("FAILED", "2", "76"), job.log()
-    assert "no new checkpoint in 3 starts" in job.log()
+def test_other_endings(play: Callable[..., Played]) -> None:
+    """Of jobs that share the nodes and run at the same time."""
+    jobs = {name: play(body, "cluster.exclusive=false", *given) for name, (body, given, _) in ENDINGS.items()}
+    found = {name: job.end() for name, job in jobs.items()}
+    assert found == {name: end for name, (*_, end) in ENDINGS.items()}, "\n".join(job.log() for job in jobs.values())
+    assert "no new checkpoint in 3 starts" in jobs["fruitless"].log()
 
 
 def test_a_bad_node_is_left_out(cluster: Cluster, play: Callable[..., Played], tmp_path: Path) -> None:
     """As the preflight does it: its name in the launch's folder, and 77."""
-    meeting = tmp_path / "run" / "logs" / "preflight-$SFT_MEETING"
+    meeting = tmp_path / "0" / "run" / "logs" / "preflight-$SFT_MEETING"
     job = play(f"""
         [ $RESTART = 0 ] || exit 0
         [ $SFT_NODE_RANK = 0 ] || exec env --default-signal=TERM sleep 60
@@ -147,18 +153,32 @@ def test_a_bad_node_is_left_out(cluster: Cluster, play: Callable[..., Played], t
     assert bad not in cluster.run("scontrol", "show", "hostnames", record["NodeList"]).stdout.split()
 
 
-@pytest.mark.faults  # once the other member, too, was told of its time limit, on a busy machine: not understood yet
-def test_an_arrays_member_requeues_alone(cluster: Cluster, play: Callable[..., Played]) -> None:
-    wait = WAIT.replace("200", "50")
-    job = play(f"[ $RESTART = 0 ] || exit 0\n{wait}", "cluster.array=[7,8]", "cluster.nodes=1")
+def test_an_arrays_member_requeues_alone(cluster: Cluster, play: Callable[..., Played], tmp_path: Path) -> None:
+    """By the warning before the time limit, and by an operator; the other member runs on."""
+    done = tmp_path / "done"
+    wait = WAIT.replace("200", "600").replace("sleep", f"[ ! -e {done} ] || exit 0; sleep")
+    job = play(wait, "cluster.array=[7,8]", "cluster.nodes=1")
     job.started()
+    cluster.wait_job(f"{job.job}_0", 30, {"RUNNING"})
     cluster.run("scancel", "--signal=USR1", "--batch", f"{job.job}_1")  # the last one's own id is the array's
-    assert [job.end(f"{job.job}_{task}")[:2] for task in (0, 1)] == [("COMPLETED", "0"), ("COMPLETED", "1")], job.log()
+    cluster.wait(lambda: cluster.job(f"{job.job}_1")["Restarts"] == "1", 30, job.log())
+    cluster.wait_job(f"{job.job}_1", 30, {"RUNNING"})
+    assert job.sft("requeue", of="seed-8") == f"requeued {job.job}_1\n"
+
+    told = json.loads(job.sft("status", "--json"))
+    assert sorted(one["job"] for one in told["jobs"]) == [f"{job.job}_0", f"{job.job}_1"], told
+    assert set(told["members"]) == {"seed-7", "seed-8"}
+    (member,) = json.loads(job.sft("status", "--json", of="seed-7"))["jobs"]
+    assert (member["job"], member["state"], member["restarts"]) == (f"{job.job}_0", "RUNNING", "0")
+
+    done.touch()
+    assert [job.end(f"{job.job}_{task}")[:2] for task in (0, 1)] == [("COMPLETED", "0"), ("COMPLETED", "2")], job.log()
+    assert "restart 1]" in job.sft("logs", of="seed-8") and "restart 1]" not in job.sft("logs", of="seed-7")
 
 
 def test_the_run_is_told_when_the_job_ends(play: Callable[..., Played]) -> None:
-    """Five minutes from its start, also by a Slurm that does not say so itself."""
-    job = play("left=$((SLURM_JOB_END_TIME - $(date +%s))); [ $left -gt 240 ] && [ $left -le 300 ] || exit 65")
+    """Ten minutes from its start, also by a Slurm that does not say so itself."""
+    job = play("left=$((SLURM_JOB_END_TIME - $(date +%s))); [ $left -gt 540 ] && [ $left -le 600 ] || exit 65")
     assert job.end() == ("COMPLETED", "0", "0"), job.log()
 
 

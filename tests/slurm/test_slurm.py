@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from slurm.cluster import Cluster
-from slurm.submitted import NUM_STEPS, Submitted
+from slurm.submitted import NUM_STEPS, Submitted, workers
 from tiny_run import lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -25,7 +25,7 @@ def test_every_interruption_ends_in_the_same_weights(
     cluster: Cluster, prepare_run: Prepare, uninterrupted: Submitted
 ) -> None:
     """One job, interrupted in every way that Slurm has and by a crash, each time after further steps."""
-    run = prepare_run("interrupted")
+    run = prepare_run("interrupted", resilience={"hang_seconds": 8.0})
     job = run.submit()
 
     run.wait_for_step(4)  # the signal that Slurm sends before the time limit; scancel saves the minute
@@ -51,9 +51,16 @@ def test_every_interruption_ends_in_the_same_weights(
     assert victim not in cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).stdout.split()
     cluster.run("scontrol", "update", f"NodeName={victim}", "State=RESUME")
 
-    (worker,) = (pid for pid in cluster.pids(cluster.job(job)["BatchHost"]) if is_worker(cluster, pid))
+    (worker,) = workers(cluster, cluster.job(job)["BatchHost"])
     cluster.run("kill", "-9", worker)  # rank 0; nothing but the script requeues after a crash
     cluster.wait(lambda: cluster.job(job)["Restarts"] == "4", 60, run.log())
+    hurry(cluster, job)
+    run.wait_for_step(len(lines(run.run_dir, "step")) + 1)
+
+    (worker,) = workers(cluster, other_node(cluster, job))
+    cluster.run("kill", "-STOP", worker)  # rank 1: a hang, which both nodes end
+    cluster.wait(lambda: cluster.job(job)["Restarts"] == "5", 60, run.log())
+    assert "odd one out is rank 1: " in run.log() and "rank 0: " in run.log()
     hurry(cluster, job)
     run.wait_for_step(len(lines(run.run_dir, "step")) + 1)
 
@@ -61,14 +68,35 @@ def test_every_interruption_ends_in_the_same_weights(
     urgent = cluster.run(*preempt).stdout.strip()
     assert run.wait()["JobState"] == "COMPLETED", run.log()
     assert cluster.job(urgent)["JobState"] == "COMPLETED"
-    assert cluster.job(job)["Restarts"] == "5" and run.attempts == 6
-    assert [(e["code"], e["again"]) for e in endings(run) if not e["ended"]] == [(75, True), (1, True), (0, False)]
+    assert cluster.job(job)["Restarts"] == "6" and run.attempts == 7
+    ends = [(e["code"], e["again"]) for e in endings(run) if not e["ended"]]
+    assert ends == [(75, True), (1, True), (71, True), (0, False)]
     assert run.result == uninterrupted.result
 
 
-def is_worker(cluster: Cluster, pid: str) -> bool:
-    words = cluster.run("cat", f"/proc/{pid}/cmdline", check=False).stdout.split("\0")
-    return "sft_dist.train" in words
+@pytest.mark.faults  # Slurm needs SlurmdTimeout to notice
+def test_a_node_that_loses_power_is_replaced(cluster: Cluster, prepare_run: Prepare, uninterrupted: Submitted) -> None:
+    run = prepare_run("power")
+    job = run.submit()
+    run.wait_for_step(12)
+    victim = other_node(cluster, job)
+    cluster.power_off(victim)
+    try:
+        cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", 120, run.log())
+        assert run.wait()["JobState"] == "COMPLETED", run.log()
+        nodes = cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).stdout.split()
+        assert len(nodes) == 2 and victim not in nodes
+        assert run.result == uninterrupted.result
+    finally:
+        cluster.power_on(victim)
+        cluster.wait(lambda: "idle" in cluster.run("sinfo", "-hN", "-n", victim, "-o%T").stdout, 30, "power is back")
+
+
+def other_node(cluster: Cluster, job: str) -> str:
+    """The second node of a job on two."""
+    record = cluster.job(job)
+    names = cluster.run("scontrol", "show", "hostnames", record["NodeList"]).stdout.split()
+    return next(name for name in names if name != record["BatchHost"])
 
 
 def hurry(cluster: Cluster, job: str) -> None:

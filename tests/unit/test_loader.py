@@ -40,9 +40,16 @@ def make_plan(store: TokenStore, packing: str = "best_fit", **changes) -> PackPl
     )
 
 
-def make_loader(store, plan, rank=0, world_size=1) -> Loader:
+def make_loader(store, plan, rank=0, world_size=1, **more) -> Loader:
     return Loader(
-        store, plan, rank=rank, world_size=world_size, packing=plan.spec.packing, pad_token_id=0, pad_to_multiple_of=8
+        store,
+        plan,
+        rank=rank,
+        world_size=world_size,
+        packing=plan.spec.packing,
+        pad_token_id=0,
+        pad_to_multiple_of=8,
+        **more,
     )
 
 
@@ -82,23 +89,55 @@ def test_steps_in_any_order_equal_steps_built_on_the_spot(store):
             assert [content(batch) for batch in loaded.batches] == [content(batch) for batch in expected.batches]
 
 
+class CountingStore(TokenStore):
+    """Knows which examples were verified and read."""
+
+    def __init__(self, store: TokenStore) -> None:
+        super().__init__(store.folder, store.corpus)
+        self.verified: list[int] = []
+        self.read: set[int] = set()
+
+    def verify(self, index):
+        self.verified.append(index)
+        super().verify(index)
+
+    def token_ids(self, index):
+        self.read.add(index)
+        return super().token_ids(index)
+
+
+def test_only_one_rank_reads_what_others_train(store):
+    """What a rank reads must not grow with the number of ranks; together they still verify all of a step."""
+    plan, whole = make_plan(store), make_loader(store, make_plan(store)).build(1)
+    parts = []
+    for rank in range(4):
+        counting = CountingStore(store)
+        with make_loader(counting, plan, rank, 4, reads_all=rank == 0) as loader:
+            loaded = loader.build(1)
+        own = [
+            e for micro_batch in loaded.step.micro_batches[rank::4] for pack in micro_batch for e in pack.example_ids
+        ]
+        assert loaded.digest == (whole.digest if rank == 0 else "")
+        assert sorted(counting.verified) == sorted(examples_of(whole.step) if rank == 0 else own)
+        assert counting.read == set(counting.verified)
+        parts += own
+    assert sorted(parts) == sorted(examples_of(whole.step)) and len(parts) > 8
+
+
+def examples_of(step) -> list[int]:
+    return [example for pack in step.packs for example in pack.example_ids]
+
+
 def test_the_next_step_is_prepared_in_the_background(store):
-    class Counting(TokenStore):
-        reads = 0
-
-        def token_ids(self, index):
-            self.reads += 1
-            return super().token_ids(index)
-
-    counting = Counting(store.folder, store.corpus)
+    counting = CountingStore(store)
     with make_loader(counting, make_plan(store)) as loader:
         loader.step(1)
         deadline = time.monotonic() + 10
         while not loader._ready.qsize() and time.monotonic() < deadline:
             time.sleep(0.01)
-        before = counting.reads
+        before = len(counting.verified)
         assert loader._take(2).step.step == 2
-        assert counting.reads == before
+        assert len(counting.verified) == before > 0
 
 
 class BrokenStore(TokenStore):

@@ -257,7 +257,9 @@ def test_a_run_killed_ten_thousand_times_under_any_world_size_trains_everything_
     steps after the last checkpoint are lost and trained again. What the checkpoints keep must be exactly the plan.
     """
     random = np.random.default_rng(0)
-    for case in range(10_000):
+    attempts, case = 0, -1
+    while attempts < 10_000:
+        case += 1
         num, epochs = int(random.integers(1, 40)), int(random.integers(1, 3))
         lengths = random.integers(2, SEQ_LEN + 1, num)
         changes = {
@@ -271,6 +273,7 @@ def test_a_run_killed_ten_thousand_times_under_any_world_size_trains_everything_
         kept: list[int] = []
         saved, num_steps = 0, 1  # the step of the last checkpoint
         while saved < num_steps:
+            attempts += 1
             plan = make_plan(lengths, **changes)
             num_steps = plan.num_steps
             world_size = int(random.integers(1, 9))

@@ -9,8 +9,10 @@ import pytest
 
 from sft_dist import preflight
 from sft_dist.config.loader import load_recipe
+from sft_dist.gpu_health import gpu_faults
 from sft_dist.launch.nodes import Nodes
-from sft_dist.preflight import Complaint, Facts, compare, gpu_faults, settle
+from sft_dist.node_network import Measured, pairings
+from sft_dist.preflight import Complaint, Facts, compare, space_faults, to_leave_out
 
 NAMES = ["n1", "n2", "n3"]
 
@@ -21,7 +23,7 @@ def facts(node: int, **changes: object) -> Facts:
 
 
 def complaints(*told: Facts | None) -> list[tuple[str, str]]:
-    return [(complaint.name, complaint.what) for complaint in settle(compare(told, NAMES), NAMES)]
+    return [(complaint.name, complaint.what) for complaint in compare(told, NAMES)]
 
 
 def test_equal_nodes_are_fine() -> None:
@@ -36,11 +38,14 @@ def test_equal_nodes_are_fine() -> None:
         ({"clock_seconds": 7.0}, r"clock is +7.0 s off"),
         ({"faults": ["GPU 3 (H100): 2 uncorrected memory errors: reset or replace it"]}, "GPU 3"),
         ({"gpu_teraflops": [700.0, 150.0]}, "GPU 1 does 150 teraflops, the others 700"),
-        ({"faults": ["cannot reach n1 port 9"]}, "cannot reach n1"),
+        ({"unreachable": "cannot reach n1 port 9"}, "cannot reach n1"),
+        ({"failed_sum": "3 of 9 sums are wrong"}, "all-reduce: 3 of 9 sums"),
+        ({"link_gigabytes_per_second": 3.0}, "its link does 3,000.0 MB/s, others 12,000.0"),
     ],
 )
 def test_the_odd_node_is_named(odd: dict[str, object], said: str) -> None:
-    base = {"gpu_teraflops": [710.0, 700.0]} if "gpu_teraflops" in odd else {}
+    usual = {"gpu_teraflops": [710.0, 700.0], "link_gigabytes_per_second": 12.0}
+    base = {key: value for key, value in usual.items() if key in odd}
     ((name, what),) = complaints(facts(0, **base), facts(1, **odd), facts(2, **base))
     assert name == "n2" and said in what
 
@@ -58,18 +63,18 @@ def test_the_driver_is_believed_when_it_names_a_fault() -> None:
 
 
 def test_a_silent_node_is_named_and_what_follows_from_it_is_not() -> None:
-    failed = {"faults": ["all-reduce: timed out"]}
+    failed = {"failed_sum": "timed out"}
     ((name, what),) = complaints(facts(0, **failed), None, facts(2, **failed))
     assert name == "n2" and "said nothing" in what
 
 
 def test_when_nobody_reaches_the_first_node_it_is_the_first_that_is_bad() -> None:
-    lost = {"faults": ["cannot reach n1 port 9: no route"]}
+    lost = {"unreachable": "cannot reach n1 port 9: no route"}
     assert [name for name, _ in complaints(facts(0), facts(1, **lost), facts(2, **lost))] == ["n1"]
 
 
 def test_a_failure_that_nothing_explains_costs_one_node() -> None:
-    failed = {"faults": ["all-reduce: 3 sums are wrong"]}
+    failed = {"failed_sum": "3 of 9 sums are wrong"}
     assert [name for name, _ in complaints(*(facts(node, **failed) for node in range(3)))] == ["n3"]
 
 
@@ -79,11 +84,36 @@ def test_of_two_that_differ_the_first_is_right() -> None:
     assert isinstance(compare(told, NAMES[:2])[0], Complaint)
 
 
+def test_nodes_that_are_all_bad_are_not_left_out() -> None:
+    full = [Complaint(name, "no space") for name in NAMES]
+    assert to_leave_out(full[:2], NAMES) == ["n1", "n2"] and to_leave_out(full, NAMES) == []
+    assert to_leave_out(full[:1], NAMES[:1]) == ["n1"]  # another one may be better
+
+
+@pytest.mark.parametrize("count", range(2, 12))
+def test_in_each_round_partners_choose_each_other_and_no_pair_meets_twice(count: int) -> None:
+    met = {node: list(pairings(node, count)) for node in range(count)}
+    assert all(node in met[partner] for node, partners in met.items() for partner in partners)
+    assert all(node not in partners and len(set(partners)) == len(partners) for node, partners in met.items())
+    assert all(len(partners) >= min(2, count - 1) for partners in met.values())
+
+
+def test_a_disk_too_small_for_a_checkpoint_is_told() -> None:
+    sizes = "vocab_size: 1024, hidden_size: 512, intermediate_size: 512, num_hidden_layers: 2, num_attention_heads: 8"
+    llama = f"model.config={{model_type: llama, {sizes}}}"
+    given = ["model.init=random", "model.tokenizer=x", llama, "data.sources=[{path: x.json}]", "tuning.method=full"]
+    recipe = load_recipe([], given)
+    (fault,) = space_faults(recipe, 2**20)
+    assert "0.0 GiB free, a checkpoint takes" in fault and space_faults(recipe, 2**40) == []
+    unknown = load_recipe([], ["model.path=somebody/new", "data.sources=[{path: x.json}]"])
+    assert space_faults(unknown, 0) == []
+
+
 def test_nodes_tell_each_other_through_the_run_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two nodes as threads, on a port of this machine; the second sees other code. The reduction has its own test."""
-    monkeypatch.setattr(preflight, "reduce_rate", lambda nodes: (1.5, None))
+    monkeypatch.setattr(preflight, "measure", lambda nodes: Measured(1.5, 2.0))
     versions = {threading.get_ident(): "right"}
     monkeypatch.setattr(preflight, "code_digest", lambda: versions.get(threading.get_ident(), "wrong"))
     recipe = load_recipe([], ["model.path=gpt2", "data.sources=[{path: x.json}]", f"run.dir={tmp_path}"])

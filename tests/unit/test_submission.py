@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sft_dist.cli import main as cli
+from sft_dist.config.cluster import limit_seconds
 from sft_dist.config.loader import load_recipe, load_resolved
 from sft_dist.config.schema import Recipe
 from sft_dist.errors import ConfigError
@@ -50,11 +51,20 @@ def test_the_command_is_sorted_and_ends_with_script_and_folder(tmp_path: Path, m
         ("cluster.array=[5,9]", "--array=0-1"),
         ("cluster.requeue=false", "--no-requeue"),
         ("cluster.stop_seconds=60", "--signal=B:USR1@60"),
+        ("cluster.time=5", "--signal=B:USR1@60"),  # minutes: a warning of 300 s would come at once
         ('cluster.sbatch=["--mem=0", "--reservation=x"]', "--reservation=x"),
     ],
 )
 def test_each_key_is_one_flag(setting: str, flag: str) -> None:
     assert flag in flags(setting) and flag not in flags()
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("5", 300), ("5:30", 330), ("1:00:00", 3600), ("2-0", 172800), ("1-2:03", 93780), ("1-02:03:04", 93784)],
+)
+def test_limits_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
+    assert limit_seconds(time) == seconds
 
 
 def test_other_jobs_get_what_they_need() -> None:
@@ -95,6 +105,7 @@ def test_what_cannot_be_handed_over_is_refused(setting: str, message: str) -> No
         "cluster.time=tomorrow",
         'cluster.sbatch=["rm -rf /"]',
         "cluster.stop_seconds=0",
+        'cluster={time: "5", stop_seconds: 300}',
         "cluster.nodes=0",
         "cluster.array=[1,1]",
         "cluster.target=ssh",
