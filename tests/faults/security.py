@@ -144,7 +144,8 @@ def secrets(folder: Path) -> None:
         leaked = [canary for canary in (*canaries.values(), password) if canary.encode() in data]
         assert not leaked, f"{path} holds {leaked}"
     crashed = next((folder / "crashes").rglob("rank_00001.log")).read_text()
-    assert "RuntimeError: planted" in crashed and crashed.count("[hidden]") == len(SECRETS) + 1, crashed
+    told = next(line for line in crashed.splitlines() if line.startswith("RuntimeError: planted"))
+    assert told.count("[hidden]") == len(SECRETS) + 1, crashed
 
 
 # ---- modes
