@@ -208,6 +208,7 @@ def stall(file: Path) -> dict[str, Any]:
     """Waiting for the next batch as a share of the step, while a step computes for a fixed time."""
     import torch
 
+    torch.set_num_threads(1)  # as in a run: one thread a rank, so that a core is left for the loader's
     with tempfile.TemporaryDirectory(prefix="sft-data-") as folder:
         store, plan = prepare_ours(file, folder, tokenizer())
         with open_loader(store, plan) as loader:
