@@ -1,12 +1,12 @@
 """From a file of chats to packed batches with loss masks, beside TRL; and how long a training loop waits for data.
 
-    python benchmarks/data_path.py [--rows 20000] [--repeats 3] [--out benchmarks/results/data_path.md]
+    python benchmarks/data_path.py [--rows 200000] [--repeats 1] [--out benchmarks/results/data_path.md]
 
 Same file, same tokenizer (GPT-2's), same chat template (TRL's `qwen2_5_training`, whose generation tags TRL needs for
 its mask), sequences of 2048, packing on both sides, loss on the assistant's tokens only; nothing is cached. The clock
 runs from the file to the last batch of one epoch. TRL prepares the way its SFTTrainer does, with one and with two
-processes. Sides take turns, each run a process of its own. The numbers of tokens and of supervised tokens are compared:
-a faster reader that drops something would show.
+processes; so do we. Sides take turns, each run a process of its own. The numbers of tokens and of supervised tokens are
+compared: a faster reader that drops something would show.
 
 The stall is measured in a run of its own: the share of a step that the loop spends waiting for the next batch while a
 step computes for 50 ms.
@@ -36,14 +36,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 SHARED = ROOT.parent / "shared" / "data"
 RESULT = Path(__file__).parent / "results" / "data_path.md"
 TEMPLATE = SHARED / "chat_templates" / "trl" / "qwen2_5_training.jinja"
-SEQ_LEN, STEP_SECONDS, STEPS = 2048, 0.05, 100
-VERSIONS = ("trl", "transformers", "tokenizers", "datasets", "torch")
+SEQ_LEN, STEP_SECONDS, STEPS, ROWS_OF_STALL = 2048, 0.05, 100, 20_000
+VERSIONS = ("trl", "transformers", "tokenizers", "tiktoken", "datasets", "torch")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=20_000)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--part", choices=sorted(PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
@@ -59,8 +59,9 @@ def main() -> int:
         write_chats(file, options.rows)
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in PARTS}
         for _ in range(options.repeats):
-            for name in ("ours", "trl_1", "trl_2"):
+            for name in SIDES:
                 runs[name].append(run(name, file))
+        write_chats(file, min(options.rows, ROWS_OF_STALL))
         runs["stall"].append(run("stall", file))
     text = report(runs, options)
     print(text)
@@ -99,6 +100,7 @@ def run(name: str, file: Path) -> dict[str, Any]:
     """One side in a process of its own."""
     command = [sys.executable, __file__, "--part", name, "--file", str(file)]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
+    env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"  # this checkout, in its worker processes too
     done = subprocess.run(command, env=env, text=True, capture_output=True)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
@@ -117,15 +119,15 @@ def tokenizer() -> Any:
     return loaded
 
 
-def prepare_ours(file: Path, folder: str) -> tuple[Any, Any]:
-    """(store, plan) of the file, nothing cached."""
+def prepare_ours(file: Path, folder: str, words: Any, num_workers: int = 0) -> tuple[Any, Any]:
+    """(store, plan) of the file, nothing cached; with no workers everything is done in this process."""
     from sft_dist.config.schema import Recipe
     from sft_dist.data.plan import build_plan
     from sft_dist.data.prepare import prepare
 
     data = {"sources": [{"path": str(file)}], "chat_template": "auto", "seq_len": SEQ_LEN, "eval_fraction": 0.0}
-    recipe = Recipe(model={"path": "none"}, run={"dir": f"{folder}/run"}, data=data)
-    store = prepare(recipe, tokenizer(), notice=lambda text: None).train
+    recipe = Recipe(model={"path": "none"}, run={"dir": f"{folder}/run"}, data=data | {"workers": num_workers})
+    store = prepare(recipe, words, notice=lambda text: None).train
     plan = build_plan(
         lengths=store.lengths,
         num_loss_tokens=store.num_loss_tokens,
@@ -149,7 +151,7 @@ def open_loader(store: Any, plan: Any) -> Any:
     return Loader(store, plan, rank=0, world_size=1, packing="best_fit", pad_token_id=0, pad_to_multiple_of=8)
 
 
-def ours(file: Path) -> dict[str, Any]:
+def ours(file: Path, num_workers: int) -> dict[str, Any]:
     import torch  # noqa: F401 (both sides have paid for their imports when the clock starts)
     import transformers  # noqa: F401
 
@@ -157,9 +159,10 @@ def ours(file: Path) -> dict[str, Any]:
     import sft_dist.data.loader
     import sft_dist.data.prepare  # noqa: F401
 
+    words = tokenizer()
     clock = Clock()
     with tempfile.TemporaryDirectory(prefix="sft-data-") as folder:
-        store, plan = prepare_ours(file, folder)
+        store, plan = prepare_ours(file, folder, words, num_workers)
         tokens = supervised = 0
         with open_loader(store, plan) as loader:
             for number in range(1, plan.num_steps + 1):
@@ -206,7 +209,7 @@ def stall(file: Path) -> dict[str, Any]:
     import torch
 
     with tempfile.TemporaryDirectory(prefix="sft-data-") as folder:
-        store, plan = prepare_ours(file, folder)
+        store, plan = prepare_ours(file, folder, tokenizer())
         with open_loader(store, plan) as loader:
             loader.step(1)
             waited: list[float] = []
@@ -224,8 +227,15 @@ def stall(file: Path) -> dict[str, Any]:
             return {"share": sum(waited) / whole, "median": statistics.median(waited) * steps / whole, "steps": steps}
 
 
+SIDES = {  # part -> what it is, and the part of ours that works with as many processes
+    "ours_1": ("sft_dist, one process", "ours_1"),
+    "ours_2": ("sft_dist, two workers", "ours_2"),
+    "trl_1": ("TRL, dataset_num_proc=1", "ours_1"),
+    "trl_2": ("TRL, dataset_num_proc=2", "ours_2"),
+}
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "ours": ours,
+    "ours_1": lambda file: ours(file, 0),
+    "ours_2": lambda file: ours(file, 2),
     "trl_1": lambda file: trl(file, 1),
     "trl_2": lambda file: trl(file, 2),
     "stall": stall,
@@ -234,29 +244,26 @@ PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 def report(runs: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> str:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in VERSIONS)
-    rates = {name: [r["supervised"] / r["seconds"] for r in runs[name]] for name in ("ours", "trl_1", "trl_2")}
-    tokens = {name: runs[name][0]["supervised"] for name in rates}
-    median = {name: statistics.median(values) for name, values in rates.items()}
-    cpu = {name: statistics.median(r["cpu"] for r in runs[name]) for name in rates}
-    rows = {
-        "ours": "sft_dist",
-        "trl_1": "TRL, dataset_num_proc=1",
-        "trl_2": "TRL, dataset_num_proc=2",
-    }
+    rates = {name: [r["supervised"] / r["seconds"] for r in runs[name]] for name in SIDES}
+    tokens = {name: runs[name][0]["supervised"] for name in SIDES}
+    assert len(set(tokens.values())) == 1, f"the sides do not supervise the same tokens: {tokens}"
+    seconds, cpu = (
+        {name: statistics.median(r[what] for r in runs[name]) for name in SIDES} for what in ("seconds", "cpu")
+    )
     table = "\n".join(
-        f"| {label} | {statistics.median(r['seconds'] for r in runs[name]):.1f} | {median[name]:,.0f} | "
-        f"{max(rates[name]):,.0f} | {tokens[name]:,} | {median['ours'] / median[name]:.2f} x | {cpu[name]:.1f} | "
-        f"{cpu[name] / cpu['ours']:.2f} x |"
-        for name, label in rows.items()
+        f"| {label} | {seconds[name]:.1f} | {statistics.median(rates[name]):,.0f} | {max(rates[name]):,.0f} | "
+        f"{tokens[name]:,} | {seconds[name] / seconds[same]:.2f} x | {cpu[name]:.1f} | {cpu[name] / cpu[same]:.2f} x |"
+        for name, (label, same) in SIDES.items()
     )
     return f"""# From a file of chats to packed batches
 
 `python benchmarks/data_path.py --rows {options.rows}`, {datetime.date.today()}, {os.cpu_count()} cores,
 {platform.machine()}, {versions}.
 {options.rows:,} two-message chats, GPT-2 tokenizer, `qwen2_5_training` template, sequences of {SEQ_LEN},
-best-fit packing, loss on the assistant's tokens, {options.repeats} interleaved runs, nothing cached.
+best-fit packing, loss on the assistant's tokens, {options.repeats} interleaved runs, nothing cached. Ratios: a side's
+seconds over ours with as many processes; CPU seconds are those of all processes.
 
-| | seconds (median) | supervised tokens/s (median) | best | supervised tokens | ratio | CPU seconds | ratio |
+| | seconds (median) | supervised tokens/s (median) | best | supervised tokens | over ours | CPU seconds | over ours |
 |---|---|---|---|---|---|---|---|
 {table}
 

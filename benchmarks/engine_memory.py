@@ -2,12 +2,12 @@
 
     python benchmarks/engine_memory.py [--out FILE] [--only fsdp2]
 
-Each case starts its ranks, builds a random Llama of 32 M weights (512 MB of fp32 weights, gradients and moments in one
-process), makes three optimizer steps of the real loop on micro-batches of 16 tokens, and reads the kernel's figures of
-resident memory on every rank, above the warmed-up libraries: **held** between steps (weights, moments, what an engine
-keeps for communication) and the **peak** of a step (gradients and gathered layers too). Figures are the fullest rank's.
-The columns "x N" give N times a rank's share over what one process without a wrapper holds: 1 where everything is
-shared, N where nothing is. glibc is told to give blocks back at once, as in `estimate_check.py`. Four minutes.
+One start for each number of ranks. Each case builds a random Llama of 32 M weights (512 MB of fp32 weights, gradients
+and moments in one process), makes three optimizer steps of the real loop on micro-batches of 16 tokens, and reads the
+kernel's figures of resident memory on every rank, above what was there before it: **held** between steps (weights,
+moments, what an engine keeps for communication) and the **peak** of a step (gradients and gathered layers too). Figures
+are the fullest rank's. The columns "x N" give N times a rank's share over what the same engine holds in one process: 1
+where everything is shared, N where nothing is. glibc is told to give blocks back at once, as in `estimate_check.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from estimate_check import HEADS, MIB, ROOT, SIZES, _settle, _status, _steps
 
 RESULT = ROOT / "benchmarks" / "results" / "engine_memory.md"
 SHARED = ("fsdp2", "zero3")  # everything: must shrink as 1/N
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 LIMIT = 0.10
 
 
@@ -49,40 +51,36 @@ class Case:
 
 
 CASES = (
-    Case("ddp", 1),
-    Case("ddp", 2),
-    Case("ddp", 4),
-    Case("zero1", 2),
-    Case("zero1", 4),
-    Case("zero2", 2),
-    Case("zero2", 4),
-    Case("zero3", 2),
-    Case("zero3", 4),
-    Case("fsdp2", 2),
-    Case("fsdp2", 4),
+    *(Case(strategy, 1) for strategy in STRATEGIES),
+    *(Case(strategy, 2) for strategy in STRATEGIES),
+    *(Case(strategy, 4) for strategy in STRATEGIES),
     Case("fsdp2", 4, rounds=4),
     Case("fsdp2", 4, dp_replicate=2),
 )
 
 
-def measure(case: Case) -> dict[str, float]:
-    """MiB of the fullest rank: {held, peak}."""
+def measure(cases: list[Case]) -> list[dict[str, float]]:
+    """MiB of the fullest rank, {held, peak}, of each of `cases`, which have one number of ranks."""
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [_start(case, rank, folder) for rank in range(case.world_size)]
-        outputs = [process.communicate(timeout=300) for process in ranks]
+        ranks = [_start(cases, rank, folder) for rank in range(cases[0].world_size)]
+        outputs = [process.communicate(timeout=540) for process in ranks]
     for process, (_, errors) in zip(ranks, outputs, strict=True):
         if process.returncode:
-            raise RuntimeError(f"{case}: {errors[-2000:]}")
-    found = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
-    return {name: max(rank[name] for rank in found) / MIB for name in ("held", "peak")}
+            raise RuntimeError(f"{cases}: {errors[-2000:]}")
+    by_rank = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    return [
+        {name: max(rank[name] for rank in found) / MIB for name in ("held", "peak")}
+        for found in zip(*by_rank, strict=True)
+    ]
 
 
-def _start(case: Case, rank: int, folder: str) -> subprocess.Popen[str]:
+def _start(cases: list[Case], rank: int, folder: str) -> subprocess.Popen[str]:
+    world_size = str(cases[0].world_size)
     environment = os.environ | {
         "RANK": str(rank),
-        "WORLD_SIZE": str(case.world_size),
+        "WORLD_SIZE": world_size,
         "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(case.world_size),
+        "LOCAL_WORLD_SIZE": world_size,
         "SFT_RENDEZVOUS": f"file://{folder}/rendezvous",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
         "OMP_NUM_THREADS": "1",
@@ -90,7 +88,7 @@ def _start(case: Case, rank: int, folder: str) -> subprocess.Popen[str]:
         "MALLOC_MMAP_THRESHOLD_": str(64 * 1024),
     }
     return subprocess.Popen(
-        [sys.executable, __file__, "--worker", json.dumps(asdict(case))],
+        [sys.executable, __file__, "--worker", json.dumps([asdict(case) for case in cases])],
         env=environment,
         text=True,
         stdout=subprocess.PIPE,
@@ -98,25 +96,28 @@ def _start(case: Case, rank: int, folder: str) -> subprocess.Popen[str]:
     )
 
 
-def work(case: Case) -> None:
+def work(cases: list[Case]) -> None:
     """One rank. Prints bytes as JSON."""
     import torch
 
     from sft_dist.parallel.runtime import runtime
 
-    architecture = {"model_type": "llama", **SIZES["large"], **HEADS}
     with runtime() as place:
         torch.set_num_threads(1)
-        engine = _engine(case, place, architecture | {"num_hidden_layers": 1})
-        _steps(engine, place, case)  # type: ignore[arg-type]
-        del engine
-        empty = _settle()
-        engine = _engine(case, place, architecture)
-        _settle()
-        _steps(engine, place, case)  # type: ignore[arg-type]
-        peak = _status("VmHWM") - empty
-        print(json.dumps({"peak": peak, "held": _settle() - empty}), flush=True)
-        del engine
+        print(json.dumps([_memory(case, place) for case in cases]), flush=True)
+
+
+def _memory(case: Case, place: Any) -> dict[str, int]:
+    architecture = {"model_type": "llama", **SIZES["large"], **HEADS}
+    engine = _engine(case, place, architecture | {"num_hidden_layers": 1})  # what the first of its kind allocates
+    _steps(engine, place, case)  # type: ignore[arg-type]
+    del engine
+    empty = _settle()
+    engine = _engine(case, place, architecture)
+    _settle()
+    _steps(engine, place, case)  # type: ignore[arg-type]
+    peak = _status("VmHWM") - empty
+    return {"peak": peak, "held": _settle() - empty}
 
 
 def _engine(case: Case, place: Any, architecture: dict[str, Any]) -> Any:
@@ -144,7 +145,6 @@ def _engine(case: Case, place: Any, architecture: dict[str, Any]) -> Any:
 
 def table(rows: list[tuple[Case, dict[str, float]]]) -> str:
     """The result file."""
-    alone = next(found for case, found in rows if case.strategy == "ddp" and case.world_size == 1)
     text = [
         "# Memory of one rank, by engine",
         "",
@@ -156,6 +156,7 @@ def table(rows: list[tuple[Case, dict[str, float]]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for case, found in rows:
+        alone = _alone(case, rows)
         shares = [found[name] * case.world_size / alone[name] for name in ("held", "peak")]
         text.append(
             f"| {case.name} | {case.world_size} | {case.rounds} | {found['held']:.0f} | {shares[0]:.2f} | "
@@ -166,28 +167,35 @@ def table(rows: list[tuple[Case, dict[str, float]]]) -> str:
 
 def faults(rows: list[tuple[Case, dict[str, float]]]) -> list[str]:
     """Engines that share everything and hold more than 1/N and LIMIT of it."""
-    alone = next(found for case, found in rows if case.strategy == "ddp" and case.world_size == 1)["held"]
     return [
-        f"{case.name} on {case.world_size}: {found['held']:.0f} MiB of {alone:.0f}"
+        f"{case.name} on {case.world_size}: {found['held']:.0f} MiB of {_alone(case, rows)['held']:.0f}"
         for case, found in rows
-        if case.strategy in SHARED and abs(found["held"] * case.world_size / case.dp_replicate / alone - 1) > LIMIT
+        if case.strategy in SHARED
+        and abs(found["held"] * case.world_size / case.dp_replicate / _alone(case, rows)["held"] - 1) > LIMIT
     ]
+
+
+def _alone(case: Case, rows: list[tuple[Case, dict[str, float]]]) -> dict[str, float]:
+    """What the engine of `case` takes in one process."""
+    return next(found for other, found in rows if other.strategy == case.strategy and other.world_size == 1)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--only", default="", help="engines whose name begins so, beside one process")
+    parser.add_argument("--only", default="", help="engines whose name begins so")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(Case(**json.loads(args.worker)))
+        work([Case(**case) for case in json.loads(args.worker)])
         return 0
     rows = []
-    for case in CASES:
-        if case.strategy.startswith(args.only) or case == CASES[0]:
-            rows.append((case, measure(case)))
-            print(case.name, case.world_size, case.rounds, rows[-1][1], flush=True)
+    asked = [case for case in CASES if case.strategy.startswith(args.only)]
+    for _, same_world in groupby(asked, key=lambda case: case.world_size):
+        cases = list(same_world)
+        for case, found in zip(cases, measure(cases), strict=True):
+            rows.append((case, found))
+            print(case.name, case.world_size, case.rounds, found, flush=True)
     args.out.write_text(table(rows))
     for line in faults(rows):
         print(f"more than 1/N: {line}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import nn
 
 from sft_dist.certify import Check, certify
 from sft_dist.config.auto import Choices
@@ -16,7 +15,6 @@ from sft_dist.config.elastic import ELASTIC
 from sft_dist.config.schema import Recipe
 from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers
 from sft_dist.models.recompute import compile_layers, keep_activations
-from sft_dist.models.weight_files import give_memory
 from sft_dist.network import Network
 from sft_dist.optim import build_optimizer
 from sft_dist.parallel.build import CASTS_ITSELF, build_engine
@@ -53,16 +51,9 @@ def spread(network: Network, recipe: Recipe, choices: Choices, place: Runtime) -
         ),
         offload=recipe.parallel.offload,
         dp_replicate=recipe.parallel.dp_replicate,
-        fill=None if network.files is None else partial(_fill, network, place.device),
+        weights=network.files,
         exact=recipe.run.deterministic == ELASTIC,
     )
-
-
-def _fill(network: Network, device: torch.device, packed: nn.Module) -> None:
-    """Memory and values for this rank's part of a network whose weights are still in their files."""
-    assert network.files is not None
-    give_memory(packed, device)
-    network.files.fill(network.model)
 
 
 def prove_boundaries(

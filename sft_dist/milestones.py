@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ import torch
 
 from sft_dist.checkpoint.background import BackgroundSaver
 from sft_dist.checkpoint.catalog import folders
-from sft_dist.checkpoint.export import base_model, export_model, package_of, probe_limit
-from sft_dist.checkpoint.export_certificate import Base, Certificate, Probe, probe_ids
+from sft_dist.checkpoint.export import base_of, export_model, package_of, probe_limit
+from sft_dist.checkpoint.export_certificate import Certificate, Probe, probe_ids
 from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.checkpoint.manifest import folder_step, step_name
 from sft_dist.checkpoint.weights import live_weights
@@ -184,8 +183,7 @@ def export(parts: Parts, run_dir: Path) -> Certificate | None:
     compute = DTYPES[parts.choices.compute]
     base = None
     if is_adapter(parts.engine.model):
-        num_bytes = sum(map(global_numel, parts.engine.model.parameters())) * compute.itemsize
-        base = Base(num_bytes, partial(base_model, recipe, tokenizer, compute))
+        base = base_of(recipe, tokenizer, compute, sum(map(global_numel, parts.engine.model.parameters())))
     return export_model(
         package_of(parts.engine.model, words_of(parts.inputs), base, recipe.model.trust_remote_code),
         live_weights(parts.engine, DTYPES[recipe.precision.master]),

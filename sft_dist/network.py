@@ -15,7 +15,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from sft_dist.config.schema import Recipe
 from sft_dist.models import attention
 from sft_dist.models.adapters import apply_tuning
-from sft_dist.models.load import DTYPES, load_config, load_model
+from sft_dist.models.base import load_base
+from sft_dist.models.load import DTYPES, load_config
 from sft_dist.models.packed import Head, causal_lm, pick_head
 from sft_dist.models.quantise import move_scales
 from sft_dist.models.vocabulary import require_training
@@ -60,8 +61,14 @@ def build_network(
 
     Raises ConfigError with the way out.
     """
-    dtype = base_dtype(recipe, compute)
-    model = load_model(recipe.model, dtype=dtype, seed=recipe.run.seed, vocab_size=vocab_size, num_added=num_added)
+    model = load_base(
+        recipe.model,
+        dtype=base_dtype(recipe, compute),
+        seed=recipe.run.seed,
+        vocab_size=vocab_size,
+        num_added=num_added,
+        four_bits=recipe.tuning.method == "qlora",
+    )
     network = tune(model, recipe, compute, device, sequence)
     num_new = vocab_size - load_config(recipe.model).get_text_config().vocab_size
     if num_new > 0:

@@ -44,6 +44,7 @@ from sft_dist.models.vocabulary import num_added
 from sft_dist.network import Network, build_empty_network, build_network
 from sft_dist.observe.header import batch_equation, certificate_line, count
 from sft_dist.observe.perf import Shape
+from sft_dist.parallel.build import SHARD_BY_SHARD
 from sft_dist.parallel.engine import Engine, global_numel
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime, read_place
@@ -166,10 +167,11 @@ def _network(
     """The network and what is chosen for it. Its weights stay in their files where the engine will read its shards."""
     recipe, store, vocab_size = inputs.recipe, inputs.data.train, len(inputs.tokenizer)
     needs, added = (recipe, compute, place.device), num_added(inputs.tokenizer)
-    may_shard = recipe.parallel.strategy == "fsdp2" or (recipe.parallel.strategy == "auto" and place.world_size > 1)
+    asked = recipe.parallel.strategy
+    may_shard = asked in SHARD_BY_SHARD or (asked == "auto" and place.world_size > 1)
     if may_shard and (network := build_empty_network(*needs, vocab_size=vocab_size, sequence=sequence)):
         choices = _choices(recipe, recorded, network.model, store, place)
-        if choices.strategy == "fsdp2":
+        if choices.strategy in SHARD_BY_SHARD:
             return network, choices
     network = build_network(*needs, vocab_size=vocab_size, num_added=added, sequence=sequence)
     return network, _choices(recipe, recorded, network.model, store, place)

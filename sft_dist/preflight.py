@@ -86,9 +86,10 @@ def compare(told: Sequence[Facts | None], names: Sequence[str]) -> list[Complain
 
 
 def _unreachable(present: Sequence[Facts], names: Sequence[str]) -> list[Complaint]:
-    """When no other node of several reaches the first one, it is the first that is bad."""
+    """When no other node of several reaches the first one, all for the same reason, it is the first that is bad."""
     lost = [Complaint(facts.name, facts.unreachable) for facts in present if facts.unreachable]
-    if len(lost) > 1 and {c.name for c in lost} == set(names[1:]):
+    reasons = {complaint.what.partition(":")[0] for complaint in lost}
+    if len(lost) > 1 and len(reasons) == 1 and {c.name for c in lost} == set(names[1:]):
         return [Complaint(names[0], f"no other node reaches it: {lost[0].what}")]
     return lost
 

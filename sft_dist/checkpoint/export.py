@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from sft_dist.checkpoint.catalog import find
@@ -46,9 +46,9 @@ from sft_dist.checkpoint.weights import FILE_BYTES, Weight, Written, plain_weigh
 from sft_dist.config.schema import Recipe, TuningSection
 from sft_dist.errors import CertificateError, CheckpointError, ConfigError
 from sft_dist.models.adapters import apply_tuning, apply_tuning_plain, is_adapter
-from sft_dist.models.load import DTYPES, load_model
+from sft_dist.models.base import load_base
+from sft_dist.models.load import DTYPES
 from sft_dist.models.packed import causal_lm
-from sft_dist.models.quantise import quantise
 from sft_dist.models.vocabulary import num_added
 
 WEIGHTS_PREFIX = "model."
@@ -164,9 +164,7 @@ def export_from_checkpoint(
     elif is_adapter(model) and dtype is not None:
         raise ConfigError("--dtype is for a whole model: an adapter is small, and stays as it was trained; add --merge")
     else:
-        base = None
-        if is_adapter(model):
-            base = Base(lm.num_parameters() * compute.itemsize, partial(base_model, recipe, words.tokenizer, compute))
+        base = base_of(recipe, words.tokenizer, compute, lm.num_parameters()) if is_adapter(model) else None
         package, weights = package_of(model, words, base, code), plain_weights(model.state_dict(), dtype)
     certificate = export_model(package, weights, out, probe, file_bytes=file_bytes)
     assert certificate is not None
@@ -351,8 +349,7 @@ def _rebuild(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, compute: tor
     its codes stand for: those the adapter was trained on."""
     master, tuning = DTYPES[recipe.precision.master], recipe.tuning
     dtype = master if tuning.method == "full" else compute
-    sizes = {"vocab_size": len(tokenizer), "num_added": num_added(tokenizer)}
-    model = load_model(recipe.model, dtype=dtype, seed=recipe.run.seed, **sizes)
+    model = _base(recipe, tokenizer, dtype)
     tuned = (apply_tuning_plain if merging else apply_tuning)(model, tuning, recipe.run.seed, compute)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
@@ -360,11 +357,22 @@ def _rebuild(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, compute: tor
     return tuned
 
 
-def base_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, compute: torch.dtype) -> nn.Module:
-    """What an adapter of this run was trained on, loaded anew."""
-    sizes = {"vocab_size": len(tokenizer), "num_added": num_added(tokenizer)}
-    model = load_model(recipe.model, dtype=compute, seed=recipe.run.seed, **sizes)
-    return quantise(model, compute) if recipe.tuning.method == "qlora" else model
+def base_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, compute: torch.dtype, num_parameters: int) -> Base:
+    """What an adapter of this run, with so many parameters under it, was trained on: to be loaded anew."""
+    four_bits = recipe.tuning.method == "qlora"
+    dtype = str(compute).removeprefix("torch.") if four_bits else None
+    return Base(num_parameters * compute.itemsize, partial(_base, recipe, tokenizer, compute), dtype)
+
+
+def _base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
+    return load_base(
+        recipe.model,
+        dtype=dtype,
+        seed=recipe.run.seed,
+        vocab_size=len(tokenizer),
+        num_added=num_added(tokenizer),
+        four_bits=recipe.tuning.method == "qlora",
+    )
 
 
 def _fill(model: nn.Module, folder: Path) -> None:

@@ -33,8 +33,8 @@ from transformers.utils import logging as transformers_logging
 
 from sft_dist.checkpoint.weights import Written, weights_fault
 from sft_dist.errors import CertificateError
+from sft_dist.models.base import RECORD
 
-RECORD = "export_certificate.json"
 PROBE_TOKENS = 32
 GREETING = [{"role": "user", "content": "Name 3 things."}, {"role": "assistant", "content": "One, two, three."}]
 
@@ -64,6 +64,7 @@ class Base:
 
     num_bytes: int  # in memory
     load: Callable[[], nn.Module]
+    quantised: str | None = None  # in 4 bits, multiplied in this dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class Certificate:
     reopened: str  # by what
     difference: float | None  # of logits, relative; None where they were not compared
     limit: float
+    quantised_base: str | None = None  # what the adapter stands on: 4 bits, multiplied in this dtype
 
     def line(self) -> str:
         """For the user: `291 tensors equal, logits bit for bit (transformers, layer by layer)`."""
@@ -119,7 +121,7 @@ def certify_adapter(
     free = _free_bytes()
     if base.num_bytes > 0.8 * free:
         reason = f"peft was not asked: its base needs {base.num_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
-        return Certificate(len(written), "/".join(sorted(dtypes)), reason, None, probe.limit)
+        return Certificate(len(written), "/".join(sorted(dtypes)), reason, None, probe.limit, base.quantised)
     with _quietly():
         model = PeftModel.from_pretrained(base.load(), folder)
         strangers = _unknown_names(model, folder)
@@ -131,6 +133,7 @@ def certify_adapter(
         "peft on its base",
         _compare(_logits(model, probe.input_ids), probe),
         probe.limit,
+        base.quantised,
     )
 
 

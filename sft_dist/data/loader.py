@@ -13,6 +13,7 @@ micro-batch (sequence parallel), r and W count their groups and `cut` takes this
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ import torch
 from sft_dist.data.collate import Documents, batch_digest, collate
 from sft_dist.types import Pack, PackedBatch, StepPlan
 
+_SWITCH_SECONDS = (
+    0.0005  # Python's own 5 ms, until the training loop gets the interpreter back from the loader's thread,
+)
+# would be a tenth of a short step
 _CLOSE_SECONDS = 5.0  # a read that hangs must not keep the process from ending
 
 
@@ -80,6 +85,7 @@ class Loader:
         self._ready: queue.SimpleQueue[tuple[int, LoadedStep | BaseException]] = queue.SimpleQueue()
         self._closed = False
         self._pending: int | None = None  # the step the thread works on, or has finished
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
         self._thread = threading.Thread(target=self._prefetch, name="sft-loader", daemon=True)
         self._thread.start()
 

@@ -12,11 +12,13 @@ changed.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -147,9 +149,20 @@ def _make(
         notice(f"cache entry {folder} is damaged: preparing the data again")
         shutil.rmtree(folder)
     remove_unfinished(folder)
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary, _libraries_left_alone():
         _Preparation(recipe, tokenizer, template, meter, temporary).write()
     return _read(folder, template)
+
+
+@contextmanager
+def _libraries_left_alone() -> Iterator[None]:
+    """The garbage collector goes through what is made from here on, not again and again through all that torch and
+    transformers hold: that is a sixth of the time of a preparation."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _find(folder: Path, template: ChatTemplate) -> PreparedData | None:
@@ -259,8 +272,8 @@ class _Preparation:
             counts = self._report.sources[bisect_right(ends, drop.row)]
             like = f" {corpus.example(drop.like).id}" if drop.like is not None else ""
             self._report.leave_out(corpus.example(drop.row).id, drop.kind, drop.reason + like, counts, dropped)
-        for counts, copies, duplicates in zip(self._report.sources, found.copies, found.duplicates, strict=True):
-            counts.copies, counts.duplicates = copies, duplicates
+        for counts, copies, repeated in zip(self._report.sources, found.copies, found.repeated, strict=True):
+            counts.copies, counts.repeated = copies, repeated
         self._report.notices += found.notices
         if not len(found.rows["train"]) and indexed(self._recipe.data, "sources"):
             raise DataError(self._nothing_to_train())

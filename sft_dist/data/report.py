@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _HISTOGRAM_BINS = 24
 _MAX_LISTED = 100
+_DERIVED = ("supervised_share", "duplicates")
+_LATER_PIECE = "/([2-9]|[1-9][0-9]+)$"  # how `tokenise.fit` names them
 
 
 @dataclass(slots=True)
@@ -47,13 +49,19 @@ class SourceReport:
     form_skipped: int = 0  # forms of format: template that leave a record out
     score: int = 0  # below data.filters.score.min
     filtered: dict[str, int] = field(default_factory=dict)  # key of data.filters -> accepted ones left out by it
-    duplicates: int = 0  # accepted ones whose content came before; kept
+    pieces: int = 0  # accepted ones that go on where another of the same record was cut
+    repeated: int = 0  # accepted ones, `pieces` too, whose content came before; kept
     tokens: int = 0  # of accepted ones
     loss_tokens: int = 0
 
     @property
     def supervised_share(self) -> float:
         return self.loss_tokens / max(self.tokens, 1)
+
+    @property
+    def duplicates(self) -> int:
+        """Examples that say what one before them says; of a stream, one of the last million before them."""
+        return self.repeated - self.pieces
 
     def add(self, chunk: Chunk, shard: Shard) -> None:
         """Count the rows of one chunk."""
@@ -63,6 +71,8 @@ class SourceReport:
             self.guessed = chunk.source.format == "auto"
         self.records += len(chunk.records) + len(chunk.bad)
         self.accepted += len(shard.table)
+        if any(event.kind == "split" for event in shard.events):
+            self.pieces += pc.sum(pc.match_substring_regex(shard.table["part"], _LATER_PIECE)).as_py() or 0
         self.tokens += pc.sum(shard.table["lengths"]).as_py() or 0
         self.loss_tokens += pc.sum(shard.table["num_loss_tokens"]).as_py() or 0
 
@@ -180,16 +190,16 @@ class PrepareReport:
         return [*(source.describe() for source in self.sources), *splits, *self.notices]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able; `supervised_share` of each source included."""
+        """JSON-able; what follows from the counts of each source included."""
         values = asdict(self)
         for written, source in zip(values["sources"], self.sources, strict=True):
-            written["supervised_share"] = source.supervised_share
+            written |= {name: getattr(source, name) for name in _DERIVED}
         return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PrepareReport:
         """The inverse of `as_dict`."""
-        sources = [{k: v for k, v in source.items() if k != "supervised_share"} for source in values["sources"]]
+        sources = [{k: v for k, v in source.items() if k not in _DERIVED} for source in values["sources"]]
         parts = {
             "sources": [SourceReport(**source) for source in sources],
             "splits": {name: SplitReport(**split) for name, split in values["splits"].items()},

@@ -53,7 +53,7 @@ class Selection:
 
     rows: dict[str, np.ndarray]  # split -> int64, each as often as it comes
     copies: list[float]  # of each example per epoch, by origin
-    duplicates: list[int]  # rows whose content came before, by origin
+    repeated: list[int]  # rows whose content came before, by origin
     left_out: list[Drop]
     notices: list[str]
 
@@ -87,7 +87,7 @@ def select(corpus: Corpus, origins: Sequence[Origin], data: DataSection, said: S
     rows = {name: np.flatnonzero(stays & (split_of == split)) for name, split in SPLITS.items()}
     notices = [*_missing_split(rows, origins, data), *_overlap(groups, rows)]
     weights, rows["train"] = _mixed(rows["train"], origins, data, seed)
-    return Selection(rows, weights, _duplicates(contents, origins), left_out, notices)
+    return Selection(rows, weights, _repeated(contents, origins), left_out, notices)
 
 
 def num_copies(num_rows: int, weight: float | Fraction, key: int) -> np.ndarray:
@@ -168,7 +168,7 @@ def _mixed(rows: np.ndarray, origins: Sequence[Origin], data: DataSection, seed:
     return [float(weight) for weight in copies], np.concatenate([np.zeros(0, dtype=np.int64), *mixed])
 
 
-def _duplicates(contents: np.ndarray, origins: Sequence[Origin]) -> list[int]:
+def _repeated(contents: np.ndarray, origins: Sequence[Origin]) -> list[int]:
     """Rows of each source whose content came before, in it or in an earlier source."""
     is_first = np.zeros(len(contents), dtype=bool)
     is_first[np.unique(contents, return_index=True)[1]] = True

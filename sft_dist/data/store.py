@@ -19,7 +19,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from itertools import accumulate, islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +276,7 @@ def count_targets(loss_weights: np.ndarray) -> tuple[int, float]:
 
 def to_table(examples: Sequence[TokenizedExample], contents: Sequence[int] | None = None) -> pa.Table:
     """Examples as rows without a place yet: the columns of `FEATURES` up to `content`."""
-    runs = [_runs(example.loss_weights) for example in examples]
+    runs = _runs([example.loss_weights for example in examples])
     counts = [count_targets(example.loss_weights) for example in examples]
     columns = [
         _lists([example.input_ids for example in examples], np.int32),
@@ -325,10 +325,18 @@ def _digest(input_ids: np.ndarray, run_lengths: np.ndarray, run_weights: np.ndar
     return int.from_bytes(digest.digest()[:8], "little")
 
 
-def _runs(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Run-length code of float32[L]: int32[R] lengths, float32[R] weights."""
-    starts = np.concatenate([[0], np.flatnonzero(weights[1:] != weights[:-1]) + 1])
-    return np.diff(np.append(starts, len(weights))).astype(np.int32), weights[starts]
+def _runs(rows: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Run-length code of each float32[L], L > 0: int32[R] lengths, float32[R] weights. All rows at once."""
+    if not rows:
+        return []
+    weights = np.concatenate(rows)
+    row_starts = np.cumsum([0, *map(len, rows)])
+    begins = np.append(True, weights[1:] != weights[:-1])
+    begins[row_starts[:-1]] = True
+    places = np.flatnonzero(begins)
+    run_lengths = np.diff(places, append=len(weights)).astype(np.int32)
+    run_weights, edges = weights[places], np.searchsorted(places, row_starts).tolist()
+    return [(run_lengths[first:last], run_weights[first:last]) for first, last in pairwise(edges)]
 
 
 def _lists(arrays: list[np.ndarray], dtype: type) -> pa.ListArray:

@@ -27,6 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 
 from sft_dist.config.schema import SourceSection
@@ -36,6 +37,7 @@ from sft_dist.data.report import PrepareReport, SourceReport
 from sft_dist.data.shards import Chunk, bad_records, cut, placed
 from sft_dist.data.sources import Record, Rejects, stream_file, stream_version
 from sft_dist.data.store import CORPUS, Corpus, write_corpus
+from sft_dist.data.stream_duplicates import Repetitions
 from sft_dist.data.stream_plan import WINDOW_EXAMPLES
 from sft_dist.data.stream_store import (
     END_FILE,
@@ -231,6 +233,7 @@ class Segments:
             self._places = [Place(**place) for place in state["places"]]
             self._digest, self._total = state["digest"], state["total"]
             self._report = PrepareReport.from_dict(state["report"])
+        self._repetitions = Repetitions(self._job.folder, number)
         tasks = (
             (found, (found[1], self._job.rules) if found[1].records else None)
             for found in Reading(self._job, self._places).chunks()
@@ -252,6 +255,7 @@ class Segments:
             digests = corpus.column("digest").astype("<u8").tobytes()
             self._digest = hashlib.sha256(self._digest.encode() + digests).hexdigest()
             self._total += len(corpus)
+            self._count_duplicates(corpus, runs)
             state = {
                 "rows": len(corpus),
                 "total": self._total,
@@ -296,6 +300,14 @@ class Segments:
         del counts.files[_MAX_FILES:]
         self._progress += 1
         (self._job.folder / PROGRESS_FILE).write_text(f"{os.getpid()} {self._progress}")
+
+    def _count_duplicates(self, corpus: Corpus, runs: list[list[int]]) -> None:
+        """`runs`: (source, rows) one after another."""
+        counts = self._report.sources
+        sources, rows = np.array(runs, np.int64).reshape(-1, 2).T
+        repeated = self._repetitions.count(corpus.column("content"), np.repeat(sources, rows), len(counts))
+        for source, number in zip(counts, repeated.tolist(), strict=True):
+            source.repeated += number
 
     def _end(self, num_segments: int) -> None:
         temporary = self._job.folder / f"{END_FILE}.{os.getpid()}"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sft_dist.data.bos import begin_with_bos, begins_with, bos_of_texts
 from sft_dist.data.builtin_templates import BUILTIN
 from sft_dist.data.encoder import Encoded, encoder_of
 from sft_dist.data.rendering import Rendered, render, render_opaque
@@ -126,15 +127,20 @@ class ChatTemplate:
 
 
 def resolve_template(name_or_path: str, tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
-    """`auto` (the tokenizer's own), a built-in name, or the path of a Jinja file. Raises ConfigError."""
+    """`auto` (the tokenizer's own), a built-in name, or the path of a Jinja file; with the BOS that this tokenizer puts
+    before texts. Raises ConfigError."""
+    return ChatTemplate(name_or_path, begin_with_bos(_template_text(name_or_path, tokenizer), tokenizer))
+
+
+def _template_text(name_or_path: str, tokenizer: PreTrainedTokenizerFast) -> str:
     if name_or_path == "auto":
-        return ChatTemplate("auto", _own_template(tokenizer))
+        return _own_template(tokenizer)
     if name_or_path in BUILTIN:
-        return ChatTemplate(name_or_path, BUILTIN[name_or_path])
+        return BUILTIN[name_or_path]
     path = Path(name_or_path)
     if path.is_file():
         try:
-            return ChatTemplate(name_or_path, path.read_bytes().decode("utf-8-sig"))
+            return path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ConfigError(f"data.chat_template={name_or_path}: not UTF-8 at byte {error.start}") from error
     close = get_close_matches(name_or_path, ["auto", *BUILTIN], n=1)
@@ -208,8 +214,7 @@ class BoundTemplate:
         self.template, self.tokenizer, self.encoder = template, tokenizer, encoder_of(tokenizer, len(tokenizer))
         self.special_tokens = {name: str(t) for name, t in tokenizer.special_tokens_map.items() if isinstance(t, str)}
         self.eos_token: str = tokenizer.eos_token or ""
-        bos = tokenizer.bos_token if getattr(tokenizer, "add_bos_token", False) else None
-        self.bos_to_prepend: str | None = bos
+        self.bos_to_prepend = bos_of_texts(tokenizer)
         self._shapes: dict[tuple[Shape, str, float], _Known] = {}
         self.knows_thoughts = any(name in template.text for name in ("reasoning_content", "thinking"))
 
@@ -348,7 +353,7 @@ class BoundTemplate:
         """`frame` filled with token ids and weights."""
         ids, ranges = encoded
         weights, answers = token_weights(len(ids), ranges, spans), token_answers(ranges, spans)
-        if self.bos_to_prepend and not text.startswith(self.bos_to_prepend):
+        if self.bos_to_prepend and not begins_with(text, self.bos_to_prepend):
             ids, weights = np.array([self.tokenizer.bos_token_id, *ids], np.int32), np.concatenate([_ZERO, weights])
             answers = tuple((start + 1, end + 1) for start, end in answers)
         return TokenizedExample(ids, weights, frame.source, frame.id, answers)

@@ -56,21 +56,21 @@ class SameWords:
     def _cut_alike(self, characters: list[str]) -> bool:
         if any(unicodedata.category(character) in _UNKNOWABLE[: 1 + self._nfc] for character in characters):
             return False
-        return all(
-            self._cuts(text) == _cuts_of_tiktoken(text, self.pattern, self._cuts(text))
-            for text in ("".join(left + character + right for character in characters) for left, right in _AROUND)
-        )
+        texts = ["".join(left + character + right for character in characters) for left, right in _AROUND]
+        cuts = [self._cuts(text) for text in texts]
+        return _cuts_of_tiktoken(texts, self.pattern, cuts) == cuts
 
     def _cuts(self, text: str) -> list[bytes]:
         return [text[start:end].encode() for _, (start, end) in self._pre_tokenizer.pre_tokenize_str(text)]
 
 
-def _cuts_of_tiktoken(text: str, pattern: str, expected: list[bytes]) -> list[bytes]:
-    """The words of `text`, if they are `expected`; else anything but those."""
+def _cuts_of_tiktoken(texts: list[str], pattern: str, expected: list[list[bytes]]) -> list[list[bytes]]:
+    """The words of each text, if they are `expected`; else anything but those."""
     from tiktoken import Encoding
 
-    pieces = [*(bytes([byte]) for byte in range(256)), *expected, *(a + b for a, b in pairwise(expected))]
-    known = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
-    encoding = Encoding("", pat_str=pattern, mergeable_ranks=known, special_tokens={})
-    names = list(known)
-    return [names[number] for number in encoding.encode_ordinary(text)]
+    words = [word for cuts in expected for word in cuts]
+    joined = [first + second for cuts in expected for first, second in pairwise(cuts)]
+    names = list(dict.fromkeys([*(bytes([byte]) for byte in range(256)), *words, *joined]))
+    ranks = {name: number for number, name in enumerate(names)}
+    encoding = Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    return [[names[number] for number in encoding.encode_ordinary(text)] for text in texts]

@@ -10,6 +10,7 @@ happens. With `num=0` everything is done here.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import subprocess
@@ -107,6 +108,7 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
     """A worker's life: the action first, then tasks until the pipe ends."""
     sys.path[:] = pickle.load(requests)  # before the action, which is found through it
     action = pickle.load(requests)
+    gc.freeze()  # what the libraries hold stays: no collection need go through it
     while True:
         try:
             task = pickle.load(requests)

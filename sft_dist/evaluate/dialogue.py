@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from sft_dist.data.bos import begins_with
 from sft_dist.data.templates import ChatTemplate
 from sft_dist.errors import ConfigError
 from sft_dist.evaluate.generation import stock_attention
@@ -86,7 +87,7 @@ class Dialogue:
             raise ConfigError(f"chat template {self._template.name}: it refuses these turns ({error})") from error
         bos = self._template.bind(tokenizer).bos_to_prepend
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [tokenizer.bos_token_id, *ids] if bos and not text.startswith(bos) else ids
+        return [tokenizer.bos_token_id, *ids] if bos and not begins_with(text, bos) else ids
 
     def _room(self, num_prompt_tokens: int) -> int:
         """Tokens the answer may have: what was asked for, as far as the model's positions reach."""

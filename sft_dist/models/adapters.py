@@ -42,7 +42,7 @@ def apply_tuning(
     elif tuning.method in ("prefix", "prompt"):
         tuned = _with_virtual_tokens(model, tuning, seed)
     else:
-        base = quantise(model, compute) if tuning.method == "qlora" else model
+        base = _in_four_bits(model, compute) if tuning.method == "qlora" else model
         tuned = _with_lora(base, tuning, seed)
     if not any(parameter.requires_grad for parameter in tuned.parameters()):
         raise ConfigError("tuning.freeze matches every parameter: nothing would be trained")
@@ -54,7 +54,7 @@ def apply_tuning_plain(model: PreTrainedModel, tuning: TuningSection, seed: int,
     with on any machine."""
     if tuning.method == "qlora":
         model, tuning = (
-            dequantise(quantise(model, compute), torch.float32),
+            dequantise(_in_four_bits(model, compute), torch.float32),
             tuning.model_copy(update={"method": "lora"}),
         )
     return apply_tuning(model, tuning, seed, compute)
@@ -80,6 +80,11 @@ def frozen_digest(model: nn.Module, value: Callable[[str, Tensor], Tensor] = lam
 def is_adapter(model: nn.Module) -> bool:
     """Whether `model` carries a PEFT adapter."""
     return hasattr(model, "peft_config")
+
+
+def _in_four_bits(model: PreTrainedModel, compute: torch.dtype) -> PreTrainedModel:
+    """`model` quantised, unless that was done while it was read."""
+    return model if getattr(model, "is_loaded_in_4bit", False) else quantise(model, compute)
 
 
 def _freeze(model: PreTrainedModel, patterns: list[str]) -> PreTrainedModel:

@@ -26,15 +26,22 @@ MAX_ERROR = 0.17  # of a block's largest weight: half of NF4's widest gap (0.152
 REMEDY = "install it with `pip install 'sft_dist[quantised]'`, or use tuning.method=lora"
 
 
-def quantise(model: PreTrainedModel, compute: torch.dtype) -> PreTrainedModel:
+def quantise(
+    model: PreTrainedModel,
+    compute: torch.dtype,
+    value: Callable[[str, Tensor], Tensor] = lambda _, held: held.data,
+) -> PreTrainedModel:
     """`model` with every decoder matrix in NF4, multiplied in `compute`. Raises ConfigError without bitsandbytes, or
     when it has no matrix that can be quantised.
 
-    Codes are stored under the dtype `compute`, because FSDP2 would cast bytes of any other.
+    `value` gives the values of a parameter, by default its own: those of a model without memory come one after another,
+    and no two of its matrices are there at once. Codes are stored under the dtype `compute`, because FSDP2 would cast
+    bytes of any other.
     """
     bitsandbytes = _library()
 
-    def four_bits(linear: nn.Linear) -> nn.Module:
+    def four_bits(name: str, linear: nn.Linear) -> nn.Module:
+        given = value(f"{name}.weight", linear.weight)
         made = bitsandbytes.nn.Linear4bit(
             linear.in_features,
             linear.out_features,
@@ -46,12 +53,12 @@ def quantise(model: PreTrainedModel, compute: torch.dtype) -> PreTrainedModel:
             device="meta",
         )
         made.weight = bitsandbytes.nn.Params4bit(
-            linear.weight.data, quant_type="nf4", compress_statistics=True, quant_storage=compute, module=made
-        ).to(linear.weight.device)
+            given, quant_type="nf4", compress_statistics=True, quant_storage=compute, module=made
+        ).to(given.device)
         made.bias = linear.bias
         # On some CPUs it would repack the codes in place for inference, under the feet of engines that shard them.
         made.support_avx512bf16_for_cpu = False
-        check_codes(linear.weight.data, made.weight.data, made.weight.quant_state)
+        check_codes(given, made.weight.data, made.weight.quant_state)
         return made
 
     if not _replace(model, nn.Linear, four_bits, lambda linear: linear.in_features % BLOCK == 0):
@@ -67,7 +74,7 @@ def dequantise(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The 4-bit matrices of `model` as plain ones of `dtype` with the same values."""
     bitsandbytes = _library()
 
-    def plain(linear: Any) -> nn.Module:
+    def plain(name: str, linear: Any) -> nn.Module:
         state = linear.weight.quant_state
         values = bitsandbytes.functional.dequantize_4bit(linear.weight.data, state)
         made = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -109,16 +116,17 @@ def move_scales(model: nn.Module, device: torch.device) -> None:
 def _replace(
     model: PreTrainedModel,
     kind: type[nn.Module],
-    make: Callable[[Any], nn.Module],
+    make: Callable[[str, Any], nn.Module],
     able: Callable[[Any], bool] = lambda module: True,
 ) -> int:
     """Exchange the modules of exactly `kind` inside the decoder that are `able`, one by one: the model never stands
     there twice. Returns how many there were."""
-    names = [name for name, module in model.base_model.named_modules() if type(module) is kind and able(module)]
+    inside = set(model.base_model.modules())
+    found = [name for name, module in model.named_modules() if type(module) is kind and module in inside]
+    names = [name for name in found if able(model.get_submodule(name))]
     for name in names:
         parent, _, child = name.rpartition(".")
-        holder = model.base_model.get_submodule(parent)
-        setattr(holder, child, make(getattr(holder, child)))
+        setattr(model.get_submodule(parent), child, make(name, model.get_submodule(name)))
     return len(names)
 
 

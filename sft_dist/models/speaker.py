@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from sft_dist.config.schema import ModelSection
 from sft_dist.errors import ConfigError
+from sft_dist.models.base import load_base, quantised_base
 from sft_dist.models.load import first_line, load_model, load_tokenizer
 from sft_dist.models.vocabulary import num_added
 
@@ -33,21 +34,27 @@ def load_speaker(path: str, *, dtype: torch.dtype, device: torch.device) -> Spea
         raise ConfigError(f"{path}: no such model folder; a finished run has one in RUN_DIR/export")
     tokenizer = load_tokenizer(ModelSection(path=path))
     is_adapter = (Path(path) / "adapter_config.json").is_file()
-    model = _with_adapter(path, dtype, tokenizer) if is_adapter else _load(path, dtype)
+    whole = ModelSection(path=path)
+    model = (
+        _with_adapter(path, dtype, tokenizer) if is_adapter else load_model(whole, dtype=dtype, seed=0, vocab_size=0)
+    )
     return Speaker(model.to(device).eval(), tokenizer)
-
-
-def _load(path: str, dtype: torch.dtype, vocab_size: int = 0, num_added: int = 0) -> PreTrainedModel:
-    return load_model(ModelSection(path=path), dtype=dtype, seed=0, vocab_size=vocab_size, num_added=num_added)
 
 
 def _with_adapter(path: str, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     """The adapter of `path` on the base model that its adapter_config.json names, with rows for the tokens that the
-    adapter's tokenizer brought along."""
-    base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    adapter's tokenizer brought along; in the 4 bits, and the dtype beside them, that it was trained on."""
+    base, four_bits = PeftConfig.from_pretrained(path).base_model_name_or_path, quantised_base(Path(path))
     if not base:
         raise ConfigError(f"{path}: adapter_config.json names no base model; set base_model_name_or_path there")
-    model = _load(base, dtype, len(tokenizer), num_added(tokenizer))
+    model = load_base(
+        ModelSection(path=base),
+        dtype=four_bits or dtype,
+        seed=0,
+        vocab_size=len(tokenizer),
+        num_added=num_added(tokenizer),
+        four_bits=four_bits is not None,
+    )
     try:
         return PeftModel.from_pretrained(model, path)
     except (OSError, ValueError, RuntimeError) as error:

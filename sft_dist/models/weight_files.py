@@ -3,16 +3,17 @@
     skeleton = empty_model(...)     parameters without memory; buffers are real (rotary frequencies are in no file)
     files = find_files(...)         `files.gap(skeleton)` is None where they hold every parameter under its name
     <shard the skeleton>
-    give_memory(skeleton, device)   for this rank's shards
-    files.fill(skeleton)            every rank reads its rows of every parameter, file by file
+    files.fill(skeleton, device)    memory for this rank's shards; it reads its rows of every parameter, file by file
+    files.value(name, parameter)    or one whole value after another: an engine cuts it, a 4-bit base quantises it
 
-A rank's memory is its own share plus the pages of one file. The bits are those of the ordinary load: the same
-values cast the same way, and what no file holds (LoRA's matrices) comes from (seed, name) as always.
+A rank's memory is its own share plus the pages of one file, or one tensor. The bits are those of the ordinary load: the
+same values cast the same way, and what no file holds (LoRA's matrices) comes from (seed, name) as always.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -50,10 +51,24 @@ class WeightFiles:
         wanted = dict(model.named_parameters()) | _saved_buffers(model)
         return next((name for name in wanted if self._file_name(name) is None and not _is_adapter(name)), None)
 
-    def fill(self, model: nn.Module) -> None:
-        """This rank's values into every parameter and saved buffer of `model`, whose memory is there. One file is open
-        at a time: the pages of the others do not count against this process."""
-        tensors = dict(model.named_parameters()) | _saved_buffers(model)
+    def fill(self, model: nn.Module, device: torch.device) -> None:
+        """Memory on `device` and values for what this rank holds of `model`, a sharded one without memory."""
+        give_memory(model, device)
+        self._read_into(dict(model.named_parameters()) | _saved_buffers(model))
+
+    def load(self, model: nn.Module, hold: Callable[[str, nn.Parameter, Tensor], nn.Parameter]) -> None:
+        """Whole values for every parameter of `model` that has no memory, one after another, and for saved buffers.
+        `hold(name, empty parameter, value)` gives what takes the parameter's place, wherever it is tied to."""
+        names, places = {p: name for name, p in model.named_parameters()}, _places(model)
+        for parameter in [p for p in places if p.is_meta]:
+            name = names[parameter]
+            held = hold(name, parameter, self.value(name, parameter))
+            for module, attribute in places[parameter]:
+                setattr(module, attribute, held)
+        self._read_into(_saved_buffers(model))
+
+    def _read_into(self, tensors: dict[str, Tensor]) -> None:
+        """One file is open at a time: the pages of the others do not count against this process."""
         place = {name: str(self.files.get(self._file_name(name) or "", "")) for name in tensors}
         for path, names in groupby(sorted(tensors, key=lambda name: place[name]), key=lambda name: place[name]):
             with safe_open(path, framework="pt") if path else nullcontext() as file:
@@ -130,6 +145,20 @@ def rows_of(tensor: Tensor) -> slice:
     size = -(-tensor.shape[0] // mesh.shape[-1])
     start = min(size * mesh.get_local_rank(mesh.ndim - 1), tensor.shape[0])
     return slice(start, start + tensor.to_local().shape[0])
+
+
+def hold_whole(name: str, parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
+    """For `WeightFiles.load`: the value as it is."""
+    return nn.Parameter(value, requires_grad=parameter.requires_grad)
+
+
+def _places(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
+    """Every parameter with the (module, attribute) that hold it: several where weights are tied."""
+    found: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            found.setdefault(parameter, []).append((module, name))
+    return found
 
 
 def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:

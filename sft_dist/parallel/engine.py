@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,22 @@ class RunOptimizer(torch.optim.Optimizer):
         """The state of each tensor, now rather than at the first step: a checkpoint can fill it, and a run that does
         not fit fails at once."""
         raise NotImplementedError
+
+
+Hold = Callable[[str, nn.Parameter, Tensor], nn.Parameter]
+
+
+class StoredWeights(Protocol):
+    """The values of a model that has no memory yet (its parameters lie on the meta device, its buffers are real)."""
+
+    def fill(self, model: nn.Module, device: torch.device) -> None:
+        """Memory on `device` and values for what this rank holds of a model that is sharded already."""
+
+    def load(self, model: nn.Module, hold: Hold) -> None:
+        """Whole values, one parameter after another: `hold(name, empty parameter, value)` takes its place."""
+
+    def value(self, name: str, parameter: Tensor) -> Tensor:
+        """The whole value of one parameter of the Hugging Face (or PEFT) model, in its dtype, on the CPU."""
 
 
 MakeOptimizer = Callable[[Mapping[str, nn.Parameter]], RunOptimizer]

@@ -10,7 +10,7 @@ already divides by the global token count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from sft_dist.parallel.engine import Engine, MakeOptimizer, live_engine
+from sft_dist.parallel.engine import Engine, MakeOptimizer, StoredWeights, live_engine
 from sft_dist.parallel.runtime import Runtime
 
 
@@ -30,20 +30,20 @@ def build_fsdp(
     compute_dtype: torch.dtype,
     make_optimizer: MakeOptimizer,
     dp_replicate: int,
-    fill: Callable[[nn.Module], None] | None = None,
+    weights: StoredWeights | None = None,
 ) -> Engine:
     """Shard `packed` in place over W / `dp_replicate` ranks, each of `layers` as a group of its own.
 
     Parameters keep their dtype, forward and backward run in `compute_dtype`, gradient sums in fp32. A
-    model on the meta device gets memory and values from `fill`, which is called with `packed` once it is sharded.
+    model on the meta device gets memory and values from `weights` once it is sharded.
     """
     mesh = data_mesh(place, dp_replicate)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(packed, mesh=mesh, mp_policy=policy)
-    if fill is not None:
-        fill(packed)
+    if weights is not None:
+        weights.fill(packed.model, place.device)  # type: ignore[arg-type]
     register_fsdp_forward_method(packed, "generate")
     register_fsdp_forward_method(packed, "hidden_states")
     register_fsdp_forward_method(packed, "logits")

@@ -107,7 +107,9 @@ def _backend(device: torch.device) -> str:
 
 
 def _fix_threads(local_world_size: int, asked: int | None) -> int:
-    """The same thread count whatever launched us: launchers set OMP_NUM_THREADS differently, and sums depend on it."""
-    num_threads = asked or max(1, (os.cpu_count() or 1) // local_world_size)
+    """The same thread count whatever launched us: launchers set OMP_NUM_THREADS differently, and sums depend on it.
+    No more than the cores that a scheduler has left to this process."""
+    share = (os.cpu_count() or 1) // local_world_size
+    num_threads = asked or max(1, min(share, len(os.sched_getaffinity(0))))
     torch.set_num_threads(num_threads)
     return num_threads

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -45,6 +45,7 @@ from torch.distributed.tensor import DTensor, Shard
 from sft_dist.parallel.engine import (
     Engine,
     MakeOptimizer,
+    StoredWeights,
     full_tensor,
     global_numel,
     trained_parameters,
@@ -60,7 +61,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's: what DeepSpeed's flat partitions have room for
-BUCKET_ELEMENTS = 50_000_000  # of one collective: 200 MB in fp32
+BUCKET_ELEMENTS = 50_000_000  # of one collective at most: 200 MB in fp32
 
 
 def build_zero(
@@ -70,22 +71,31 @@ def build_zero(
     compute_dtype: torch.dtype,
     make_optimizer: MakeOptimizer,
     offload: str,
+    weights: StoredWeights | None = None,
 ) -> Engine:
     """Partition `packed` (on the CPU, equal on every rank) in place; `offload` is none, optimizer or params (stage 3).
 
-    Stages 1 and 2 leave the parameters in their dtype; stage 3 holds them in `compute_dtype`, with fp32 masters.
+    Stages 1 and 2 leave the parameters in their dtype; stage 3 holds them in `compute_dtype`, with fp32 masters, and
+    takes the values of a model without memory from `weights`, one tensor at a time.
     """
-    trained = trained_parameters(packed)
     settings = configuration(stage, packed, place.device, compute_dtype, offload)
-    cast = stage == 3 and compute_dtype != torch.float32
-    finer = {name: p.detach().clone() for name, p in trained.items() if cast and not _fits(p.detach(), compute_dtype)}
+    finer: Mapping[str, Callable[[], Tensor]] = {}
+    if weights is not None:
+        finer = _partition_from(weights, packed, settings, compute_dtype)
+    elif stage == 3:
+        finer = {
+            name: p.detach().clone
+            for name, p in trained_parameters(packed).items()
+            if not _fits(p.detach(), compute_dtype)
+        }
+    trained = trained_parameters(packed)
     made, wrapper, _, _ = deepspeed.initialize(
         model=packed, optimizer=make_optimizer(trained), config=settings, dist_init_required=False
     )
     assert_partitioned(made, stage, place.world_size, place.device)
     wrapper.optimizer.allocate(partitions(wrapper))
     for name, weight in finer.items():
-        _write_partition(trained[name], weight, None)  # DeepSpeed has made the masters from the narrower copy
+        _write_partition(trained[name], weight(), None)  # DeepSpeed has made the masters from the narrower copy
     if stage < 3:
         wrapper._lazy_init_hp_params_optimizer_state()  # links each parameter to its part of the moments
 
@@ -148,11 +158,13 @@ def configuration(
 ) -> dict[str, Any]:
     """What DeepSpeed is told. Batch sizes are for its statistics only: the loop says where a step ends."""
     place = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    sizes = [p.numel() for p in packed.parameters() if p.requires_grad]
+    bucket = min(BUCKET_ELEMENTS, max(*sizes, sum(sizes) // 8))
     largest_vector = max((p.numel() for p in packed.parameters() if p.ndim < 2), default=0)
     zero: dict[str, Any] = {
         "stage": stage,
-        "reduce_bucket_size": BUCKET_ELEMENTS,
-        "allgather_bucket_size": BUCKET_ELEMENTS,
+        "reduce_bucket_size": bucket,  # stage 3 holds it from start to end
+        "allgather_bucket_size": bucket,
         "stage3_param_persistence_threshold": largest_vector,  # norms and biases stay gathered, matrices never
     }
     if offload != "none":
@@ -203,6 +215,25 @@ def own_rows(whole: Tensor, mesh: DeviceMesh) -> Tensor:
     """This rank's rows of `whole`, on the CPU, as FSDP2 would shard it."""
     rows = [*whole.chunk(mesh.size()), *[whole[:0]] * mesh.size()][mesh.get_local_rank()].cpu().clone()
     return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
+
+
+def _partition_from(
+    weights: StoredWeights, packed: nn.Module, settings: dict[str, Any], dtype: torch.dtype
+) -> dict[str, Callable[[], Tensor]]:
+    """Values for every parameter, in `dtype`, each cut among the ranks before the next one is read. Returns those that
+    are trained and finer than `dtype`, by name."""
+    cut = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings, dtype=dtype)
+    finer: dict[str, Callable[[], Tensor]] = {}
+
+    def hold(name: str, parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
+        if parameter.requires_grad and not _fits(value, dtype):
+            finer[name] = partial(weights.value, name, parameter)
+        held = nn.Parameter(value.to(dtype), requires_grad=parameter.requires_grad)
+        cut._convert_to_zero_parameters([held])
+        return held
+
+    weights.load(packed.model, hold)  # type: ignore[arg-type]
+    return finer
 
 
 def _global_norm(wrapper: Any) -> Tensor:

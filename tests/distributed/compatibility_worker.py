@@ -19,6 +19,7 @@ from sft_dist import milestones
 from sft_dist.errors import SftError
 from sft_dist.parallel.runtime import Runtime, runtime
 from sft_dist.parts import build_parts, read_inputs
+from sft_dist.resilience.ending import run_and_end
 from sft_dist.train import train_step
 
 
@@ -50,4 +51,6 @@ def main(folder: Path, template: dict[str, Any], number: int, of: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), int(sys.argv[3]), int(sys.argv[4]))
+    run_and_end(
+        lambda: main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), int(sys.argv[3]), int(sys.argv[4]))
+    )

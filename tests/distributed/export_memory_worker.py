@@ -25,6 +25,7 @@ from sft_dist.optim import build_optimizer
 from sft_dist.parallel.build import build_engine
 from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.runtime import Runtime, runtime
+from sft_dist.resilience.ending import run_and_end
 from sft_kernels import choose_head
 
 FILE_BYTES = 8 << 20  # mapped while it is read back, so part of the peak
@@ -84,4 +85,4 @@ def main(folder: Path, strategy: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    run_and_end(lambda: main(Path(sys.argv[1]), sys.argv[2]))

@@ -2,35 +2,61 @@
 
 from __future__ import annotations
 
+import atexit
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 240
+NURSERY = Path(__file__).with_name("nursery.py")
+SECONDS = 500
 
 
 def run_ranks(script: Path, world_size: int, folder: Path, arguments: Sequence[str] = ()) -> list[str]:
-    """Output of each rank. Fails with the output of the first rank that did not exit 0; leaves no process behind."""
+    """Output of each rank, forked from a process that has imported the libraries. Fails with the output of the first
+    rank that did not exit 0; leaves no process behind."""
     rendezvous = folder / f"rendezvous-{world_size}"
-    processes = [_start(script, rank, world_size, rendezvous, arguments) for rank in range(world_size)]
+    outputs = [folder / f"output-{world_size}-{rank}" for rank in range(world_size)]
+    ranks = [
+        {"environment": environment(rank, world_size, rendezvous), "output": str(output)}
+        for rank, output in enumerate(outputs)
+    ]
+    launch = {"script": str(script), "arguments": list(arguments), "ranks": ranks, "seconds": SECONDS}
+    return _checked(world_size, _nursery().codes(launch), [output.read_text(errors="replace") for output in outputs])
+
+
+def start_ranks(script: Path, world_size: int, folder: Path, arguments: Sequence[str] = ()) -> list[str]:
+    """As `run_ranks`, in processes that begin anew: for what is settled at a process's start, or counts its memory."""
+    rendezvous = folder / f"rendezvous-{world_size}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            env=environment(rank, world_size, rendezvous),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(world_size)
+    ]
     try:
         outputs = [process.communicate(timeout=SECONDS)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {rank} of {world_size} exited {process.returncode}:\n{output}"
-    return outputs
+    return _checked(world_size, [process.returncode for process in processes], outputs)
 
 
-def _start(
-    script: Path, rank: int, world_size: int, rendezvous: Path, arguments: Sequence[str]
-) -> subprocess.Popen[str]:
-    environment = os.environ | {
+def environment(rank: int, world_size: int, rendezvous: Path) -> dict[str, str]:
+    """What a launcher would tell a rank."""
+    return os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -39,10 +65,56 @@ def _start(
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join(str(path) for path in (ROOT, ROOT / "kernels", ROOT / "tests")),
     }
-    return subprocess.Popen(
-        [sys.executable, str(script), *arguments],
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+
+
+def _checked(world_size: int, codes: Sequence[int], outputs: list[str]) -> list[str]:
+    for rank, (code, output) in enumerate(zip(codes, outputs, strict=True)):
+        assert code == 0, f"rank {rank} of {world_size} exited {code}:\n{output}"
+    return outputs
+
+
+class _Nursery:
+    """The process that forks ranks."""
+
+    def __init__(self) -> None:
+        start = environment(0, 1, Path("unused")) | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, str(NURSERY)], env=start, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def codes(self, launch: dict[str, object]) -> list[int]:
+        """Exit codes of the launch's ranks."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(launch) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, f"the process that forks ranks ended with {self._process.wait()}"
+        return list(json.loads(answer)["codes"])
+
+    def end(self) -> None:
+        """It ends with its input."""
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@cache
+def _nursery() -> _Nursery:
+    """One for all tests of this process."""
+    made = _Nursery()
+    atexit.register(made.end)
+    return made
+
+
+def cells(all_cases: Iterable[str], default: Iterable[str]) -> list[object]:
+    """Parameters of a test over a matrix: cells that are not in `default` wait in the long suite (`make faults`)."""
+    quick = set(default)
+    assert quick <= set(all_cases), quick - set(all_cases)
+    return [pytest.param(case, marks=() if case in quick else pytest.mark.faults, id=case) for case in all_cases]
+
+
+def asked_for(request: pytest.FixtureRequest, name: str = "case") -> list[Any]:
+    """Which cells the tests of this module will look at in this session: others need not run."""
+    mine = (item for item in request.session.items if getattr(item, "module", None) is request.module)
+    asked = (item.callspec.params.get(name) for item in mine if hasattr(item, "callspec"))
+    return list(dict.fromkeys(case for case in asked if case is not None))

@@ -1,7 +1,7 @@
 """One rank of four: HSDP as two replicas of two shards; twenty steps, checkpoints into and out of other layouts.
 
-`python hsdp_worker.py FOLDER CASE...`, cases as zero_worker knows them. At four processes an accumulation of 2 there is
-one micro-batch on every rank, and 8 is four.
+`python hsdp_worker.py FOLDER CASE...`, cases as zero_worker knows them, or tuning_worker (the optimizers). At four
+processes an accumulation of 2 there is one micro-batch on every rank, and 8 is four.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import tuning_worker
 import zero_worker
 from zero_worker import SAVED_AFTER, STEPS, build, resumed, train
 
@@ -20,9 +21,12 @@ from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.fsdp import assert_sharded
 from sft_dist.parallel.runtime import Runtime, runtime
+from sft_dist.resilience.ending import run_and_end
 
 
 def run(case: str, folder: Path, place: Runtime) -> dict[str, object]:
+    if case.split("-")[1] != "none":
+        return dict(tuning_worker.run(case, folder, place))
     made, rounds = build(case, place), int(case.split("-")[3])
     manager = CheckpointManager(folder / f"{case}-{place.world_size}")
     before = train(made, range(1, SAVED_AFTER + 1), rounds, place)
@@ -46,6 +50,7 @@ def run(case: str, folder: Path, place: Runtime) -> dict[str, object]:
     if case.startswith("hsdp"):
         figures["sums_between_replicas"] = count_sums(made, rounds, place)
         figures["refused"] = refused(made, place)
+        zero_worker.export(made, folder / "exports" / case, place)
     return figures
 
 
@@ -93,4 +98,4 @@ def main(folder: Path, cases: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    run_and_end(lambda: main(Path(sys.argv[1]), sys.argv[2:]))

@@ -31,6 +31,7 @@ from sft_dist.parallel import ddp, fsdp
 from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.runtime import Runtime, runtime
 from sft_dist.parallel.sequence import sequence_group
+from sft_dist.resilience.ending import run_and_end
 
 Fault = Callable[[], Any]
 TWO = [("ddp", "none"), ("fsdp2", "none"), ("zero1", "none"), ("zero2", "optimizer"), ("zero3", "params")]
@@ -273,4 +274,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_and_end(lambda: main(Path(sys.argv[1])))

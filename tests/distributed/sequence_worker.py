@@ -39,6 +39,7 @@ from sft_dist.parallel.build import CASTS_ITSELF, build_engine
 from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.runtime import Runtime, runtime
 from sft_dist.parallel.sequence import SequenceGroup, sequence_group, share_dropout
+from sft_dist.resilience.ending import run_and_end
 from sft_dist.train import train_step
 from sft_dist.types import IGNORE_INDEX, PackedBatch, StepPlan
 from sft_kernels import choose_head
@@ -277,4 +278,4 @@ def main(folder: Path, cases: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    run_and_end(lambda: main(Path(sys.argv[1]), sys.argv[2:]))

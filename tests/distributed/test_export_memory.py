@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from harness import run_ranks
+from harness import start_ranks
 
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("export_memory_worker.py")
@@ -19,7 +19,7 @@ def test_an_export_never_holds_the_model(
     """What is left is the probe's forward pass, which FSDP2 gathers layers for as in training, and on rank 0 the
     re-opened folder: embeddings, head, one decoder layer, one mapped file."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # else glibc keeps what was freed, and reuse looks like none
-    run_ranks(WORKER, 2, tmp_path, [str(tmp_path), strategy])
+    start_ranks(WORKER, 2, tmp_path, [str(tmp_path), strategy])
     for rank in (0, 1):
         found = json.loads((tmp_path / f"{strategy}-{rank}.json").read_text())
         print(rank, {name: f"{size / 2**20:.1f} MiB" for name, size in found.items()})

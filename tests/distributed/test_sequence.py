@@ -7,6 +7,8 @@ of documents, and the last ones hold padding alone or nothing that is learned.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from sft_dist.models.attention import BACKENDS
 
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("sequence_worker.py")
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "sequence_memory.py"
 
 BOTH = [f"{e}-{m}-{rounds}-plain" for e in ("ddp", "fsdp2") for m in ("full", "lora") for rounds in (1, 4)]
 GROUPS = ["ddp-full-1-plain", "ddp-lora-4-plain", "fsdp2-full-4-plain", "fsdp2-lora-1-plain"]
@@ -153,3 +156,15 @@ def test_processes_that_form_no_groups_are_refused_before_anything_is_prepared(t
     said = train(recipe, "--nproc", "1", code=2)
     assert "parallel.sequence=2: 1 process(es) cannot form groups of 2; start 2" in said
     assert not (tmp_path / "uneven").exists()
+
+
+@pytest.mark.faults
+def test_a_document_that_one_process_cannot_hold_trains_when_it_is_cut(tmp_path: Path) -> None:
+    """Under a limit of the kernel on what each process may allocate; the table in docs/engines.md comes from there."""
+    command = [sys.executable, str(BENCHMARK), "--out", str(tmp_path / "table.md")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|") for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert [(row[1].strip(), row[-2].strip()) for row in rows] == [
+        ("1", "no: cannot allocate"), ("2", "yes"), ("4", "yes")
+    ]  # fmt: skip

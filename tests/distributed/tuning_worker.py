@@ -40,6 +40,9 @@ from sft_dist.train import StepResult, train_step
 from sft_kernels import choose_head
 
 STEPS, SAVED_AFTER = 10, 4
+LIMIT = {"float32": 1e-6, "bfloat16": 1e-2}  # relative; bf16 rounds at 4e-3 in another order of sums
+NORM_LIMIT = {"muon": 1e-3}
+LOSS_LIMIT = {"muon": 1e-5}
 WIDE = SMALL | {"hidden_size": 64, "intermediate_size": 128, "attention_bias": True}  # whole 4-bit blocks, and biases
 OPTIMIZERS = {
     "adamw": OptimSection(weight_decay=0.1),
@@ -75,11 +78,12 @@ def build(case: str, place: Runtime) -> Engine:
             parameter.data = parameter.data.to(master)
     optim = OPTIMIZERS[optimizer]
     head = choose_head("reference", "cpu")[1]
-    autocast = dtype if strategy not in CASTS_ITSELF and dtype != torch.float32 else None
+    autocast = dtype if strategy not in (*CASTS_ITSELF, "hsdp") and dtype != torch.float32 else None
     packed = PackedCausalLM(tuned, head, autocast_dtype=autocast, neftune_alpha=optim.neftune_alpha)
     make_optimizer = partial(build_optimizer, optim=optim, lr=1e-3, rounding_seed=7 if rounded else None)
     layers = decoder_layers(causal_lm(tuned))
-    return build_engine(strategy, packed.train(), layers, place, dtype, make_optimizer)
+    replicas, strategy = (2, "fsdp2") if strategy == "hsdp" else (1, strategy)
+    return build_engine(strategy, packed.train(), layers, place, dtype, make_optimizer, dp_replicate=replicas)
 
 
 def train(made: Engine, steps: range, accumulation: int, place: Runtime) -> list[StepResult]:
@@ -108,7 +112,7 @@ def resumed(case: str, path: Path, manager: CheckpointManager, accumulation: int
 
 
 def run(case: str, folder: Path, place: Runtime) -> dict[str, list[float]]:
-    """Ten steps with a checkpoint on the way; accumulation 1 resumes from it too, else the result is exported."""
+    """Ten steps with a checkpoint on the way; accumulation 1 and HSDP resume from it too, the others are exported."""
     _, method, rounds, *_ = case.split("-")
     accumulation = int(rounds)
     made = build(case, place)
@@ -117,7 +121,7 @@ def run(case: str, folder: Path, place: Runtime) -> dict[str, list[float]]:
     path = manager.save(SAVED_AFTER, made.state(), {"step": SAVED_AFTER})
     after = train(made, range(SAVED_AFTER + 1, STEPS + 1), accumulation, place)
     found = {"straight": before + after, "after": after}
-    if accumulation == 1:
+    if accumulation == 1 or case.startswith("hsdp"):
         found["resumed"] = resumed(case, path, manager, accumulation, place)
         found["replicas"] = resumed("ddp-" + case.split("-", 1)[1], path, manager, accumulation, place)
     elif place.world_size > 1:

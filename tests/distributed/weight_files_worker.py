@@ -10,6 +10,9 @@ import gc
 import hashlib
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +22,26 @@ from torch import Tensor
 
 from sft_dist.assembly import spread
 from sft_dist.config.auto import Choices
-from sft_dist.config.schema import Recipe
+from sft_dist.config.schema import ModelSection, Recipe
+from sft_dist.models.base import load_base
 from sft_dist.models.packed import causal_lm
 from sft_dist.network import build_empty_network, build_network
 from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.runtime import Runtime, runtime
+from sft_dist.resilience.ending import run_and_end
 
 MIB = 2**20
+STRATEGIES = ("fsdp2", "zero3")
+KINDS = (("full", "float32"), ("lora", "float32"), ("lora", "bfloat16"), ("full", "bfloat16"))  # method, compute
 
 
-def recipe(path: Path, method: str, dp_replicate: int = 1) -> Recipe:
+def recipe(path: Path, method: str, strategy: str) -> Recipe:
     return Recipe.model_validate(
         {
             "model": {"path": str(path)},
             "data": {"sources": [{"path": "d.json"}]},
             "tuning": {"method": method, **({} if method == "full" else {"rank": 2})},
-            "parallel": {"strategy": "fsdp2", "dp_replicate": dp_replicate},
+            "parallel": {"strategy": strategy},
         }
     )
 
@@ -43,7 +50,7 @@ def build(asked: Recipe, place: Runtime, compute: str, empty: bool) -> Engine:
     make: Any = build_empty_network if empty else build_network
     network = make(asked, getattr(torch, compute), place.device, vocab_size=8)
     assert (network.files is not None) == empty
-    return spread(network, asked, Choices(1, 4, 1e-3, "fsdp2", "none", compute), place)
+    return spread(network, asked, Choices(1, 4, 1e-3, asked.parallel.strategy, "none", compute), place)
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
@@ -60,7 +67,8 @@ def facts(made: Engine, place: Runtime) -> dict[str, Any]:
     model = made.model
     lm = causal_lm(model)
     found = {
-        "parameters": digest(dict(model.named_parameters())),
+        "parameters": digest({name: getattr(p, "ds_tensor", p) for name, p in model.named_parameters()}),
+        "state": digest(made.state()),
         "buffers": digest(dict(model.named_buffers())),
         "names": [sorted(dict(model.named_parameters())), sorted(made.state())],
         "tied": lm.get_input_embeddings().weight is lm.get_output_embeddings().weight,
@@ -70,13 +78,13 @@ def facts(made: Engine, place: Runtime) -> dict[str, Any]:
     return found | {"losses": [(r.loss, r.grad_norm) for r in results]}
 
 
-def peak_mib(asked: Recipe, place: Runtime, empty: bool) -> float:
-    """Largest resident memory while the engine is built, above what was there before. The kernel counts."""
+def peak_mib(make: Callable[[], object]) -> float:
+    """Largest resident memory meanwhile, above what was there before. The kernel counts."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
-    made = build(asked, place, "float32", empty)
+    made = make()
     peak = status("VmHWM") - before
     del made
     return peak
@@ -91,15 +99,22 @@ def main(folder: Path) -> None:
     found: dict[str, Any] = {}
     with runtime() as place:
         torch.set_num_threads(1)
-        for name in ("untied", "tied"):
-            for method, compute in (("full", "float32"), ("lora", "float32"), ("lora", "bfloat16")):
-                asked = recipe(folder / name, method)
-                case = f"{name}-{method}-{compute}"
-                found[case] = [facts(build(asked, place, compute, empty), place) for empty in (False, True)]
-        asked = recipe(folder / "large", "lora")
-        found["peaks"] = {"files": peak_mib(asked, place, True), "whole": peak_mib(asked, place, False)}
+        for strategy, name, (method, compute) in product(STRATEGIES, ("untied", "tied"), KINDS):
+            asked = recipe(folder / name, method, strategy)
+            pair = [facts(build(asked, place, compute, empty), place) for empty in (False, True)]
+            found[f"{strategy}-{name}-{method}-{compute}"] = pair
+        for strategy in STRATEGIES:
+            asked = recipe(folder / "large", "lora", strategy)
+            made = {how: partial(build, asked, place, "float32", how == "files") for how in ("files", "whole")}
+            found[f"peaks-{strategy}"] = {how: peak_mib(make) for how, make in made.items()}
+        large = ModelSection(path=str(folder / "large"))
+        load = partial(load_base, large, dtype=torch.float32, seed=0, vocab_size=0)
+        found["peaks-4-bit"] = {
+            "files": peak_mib(partial(load, four_bits=True)),
+            "whole": peak_mib(partial(load, four_bits=False)),
+        }
         (folder / f"found-{place.rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_and_end(lambda: main(Path(sys.argv[1])))

@@ -19,7 +19,7 @@ from architectures import tiny_config
 from safetensors.torch import save_file
 from tiny_run import write_tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sft_dist.certify import Documents
 from sft_dist.checkpoint.export import export_model, package_of, probe_limit
@@ -34,6 +34,7 @@ from sft_dist.models import attention
 from sft_dist.models.adapters import apply_tuning, is_adapter
 from sft_dist.models.load import DTYPES, build_random
 from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers
+from sft_dist.models.quantise import quantise
 from sft_dist.optim import build_optimizer, set_step
 from sft_dist.parallel.build import CASTS_ITSELF, build_engine
 from sft_dist.parallel.engine import Engine
@@ -69,15 +70,30 @@ def load_step(step: int, accumulation: int, place: Runtime) -> LoadedStep:
     return LoadedStep(StepPlan(step, 0, cuts), batches, tuple(mine), "")
 
 
+def untuned(method: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a case before anything is added; that of qlora is wide enough for whole blocks of 4-bit codes."""
+    config = tiny_config("llama")
+    if method == "qlora":
+        config.update({"hidden_size": 64, "intermediate_size": 128})
+    return build_random(config, dtype=dtype, seed=0)
+
+
+def untuned_base(method: str, dtype: torch.dtype) -> PreTrainedModel:
+    """What an adapter stands on when it is loaded again."""
+    model = untuned(method, dtype)
+    return quantise(model, dtype) if method == "qlora" else model
+
+
 def build(case: str, place: Runtime) -> Engine:
     strategy, offload, method, _, compute = case.split("-")
     dtype = DTYPES[compute]
-    full = method == "full"
-    model = build_random(tiny_config("llama"), dtype=torch.float32 if full else dtype, seed=0)
+    model = untuned(method, torch.float32 if method == "full" else dtype)
     model.config.use_cache = False
     attention.install(model, "sdpa")
-    dropout = 0.3 if method == "dropout" else 0.0
-    tuned = apply_tuning(model, TuningSection(method="full" if full else "lora", rank=3, dropout=dropout), seed=0)
+    tuning = TuningSection(
+        method="lora" if method == "dropout" else method, rank=3, dropout=0.3 if method == "dropout" else 0.0
+    )
+    tuned = apply_tuning(model, tuning, seed=0, compute=dtype)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -150,16 +166,19 @@ def run(case: str, folder: Path, place: Runtime) -> dict[str, list[float]]:
 
 
 def export(made: Engine, out: Path, place: Runtime) -> None:
-    """The Hugging Face or adapter folder, and the logits that it has to give when it is loaded again."""
+    """The Hugging Face or adapter folder, and the logits that it has to give when it is loaded again. The certificate
+    wants the trainer's, bit for bit in fp32."""
+    method = out.name.split("-")[2]
     expected = logits(made)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(write_tokenizer(out.parent / f"tokenizer-{place.rank}"))
     dtype = DTYPES[out.name.split("-")[-1]]
-    base = Base(0, partial(build_random, tiny_config("llama"), dtype=dtype, seed=0)) if is_adapter(made.model) else None
+    base = Base(0, partial(untuned_base, method, dtype)) if is_adapter(made.model) else None
     package = package_of(made.model, Words(tokenizer, ""), base)
     probe = trained_probe(made, place.device, probe_limit(dtype, "cpu"))
     certificate = export_model(package, live_weights(made, torch.float32), out, probe, file_bytes=40_000)
     if place.is_main:
         assert certificate is not None
+        assert dtype != torch.float32 or certificate.difference == 0.0
         save_file({"logits": expected}, out / "expected.safetensors")
 
 

@@ -18,7 +18,11 @@ TINY = {
     "checkpoint": {"every_steps": 10},
     "eval": {"generate": 0, "every_steps": 1000},
 }
-CLUSTER = {"target": "slurm", "nodes": 2, "processes_per_node": 1, "time": "10", "preflight": False}
+# A virtual node has one core of this machine: so it takes as many threads as a rank of a laptop does.
+ONE_CORE = "taskset -cp $((SLURM_NODEID % $(nproc))) $$ >/dev/null"
+CLUSTER = {
+    "target": "slurm", "nodes": 2, "processes_per_node": 1, "time": "10", "preflight": False, "setup": [ONE_CORE],
+}  # fmt: skip
 
 
 class Submitted:

@@ -83,9 +83,10 @@ def bad(prepare_run: Callable[..., Submitted]) -> Callable[..., Submitted]:
     return lambda name, sick: prepare_run(name, cluster={"nodes": 3, "preflight": True, "setup": sick.lines})
 
 
-def test_each_fault_is_named_within_half_a_minute(
+def test_another_code_version_file_and_clock_and_a_taken_port_are_named(
     cluster: Cluster, bad: Callable[..., Submitted], tmp_path: Path
 ) -> None:
+    """Within half a minute."""
     first, second, third = cluster.nodes
     other = tmp_path / "other"
     shutil.copytree(ROOT / "sft_dist", other / "sft_dist", ignore=shutil.ignore_patterns("__pycache__"))
@@ -110,6 +111,12 @@ def test_each_fault_is_named_within_half_a_minute(
         (third, "clock is +9.0 s off"),
     )
 
+
+@pytest.mark.faults
+def test_a_node_without_names_and_one_without_network_are_named(
+    cluster: Cluster, bad: Callable[..., Submitted], tmp_path: Path
+) -> None:
+    first, second, third = cluster.nodes
     sick = Sick(tmp_path / "network")
     sick.stands_apart(second, "--mount", "mount --bind /dev/null /etc/hosts")
     sick.stands_apart(third, "--net")
@@ -119,6 +126,10 @@ def test_each_fault_is_named_within_half_a_minute(
         (third, f"cannot reach {first} port"),
     )
 
+
+@pytest.mark.faults
+def test_a_slow_link_and_wrong_sums_are_named(cluster: Cluster, bad: Callable[..., Submitted], tmp_path: Path) -> None:
+    second, third = cluster.nodes[1:]
     sick = Sick(tmp_path / "speed")
     sick.loads(third, SUMS)
     slow = ("dev", "eth0", "root", "tbf", "rate", "3mbit", "burst", "16kbit", "latency", "2s")

@@ -5,6 +5,7 @@ The nodes are those of the Slurm fixture; Slurm takes no part.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from slurm.cluster import Cluster
 from slurm.submitted import TINY, Submitted, workers
 from tiny_run import ROOT, lines, weights, write_recipe
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +32,14 @@ def hosts(cluster: Cluster) -> Iterator[tuple[Path, str]]:
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
     (folder / "authorized").write_text((folder / "user.pub").read_text())
     Path("/run/sshd").mkdir(exist_ok=True)
-    for node in cluster.nodes[:2]:
+    for index, node in enumerate(cluster.nodes[:2]):
         (folder / f"{node}.conf").write_text(
             f"HostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\nPidFile {folder}/{node}.pid\n"
             "PasswordAuthentication no\nPermitRootLogin yes\nStrictModes no\nUsePAM no\n"
         )
-        cluster.run("/usr/sbin/sshd", "-f", folder / f"{node}.conf", "-E", folder / f"{node}.log", node=node)
+        one_core = ("taskset", "-c", str(index % len(os.sched_getaffinity(0))))  # as in the jobs of submitted.py
+        sshd = ("/usr/sbin/sshd", "-f", folder / f"{node}.conf", "-E", folder / f"{node}.log")
+        cluster.run(*one_core, *sshd, node=node)
     host_file = folder / "hosts"
     host_file.write_text("# rank 0 first\n" + "".join(f"{node} slots=1\n" for node in cluster.nodes[:2]))
     options = (
@@ -94,7 +97,6 @@ def launch(cluster: Cluster, hosts: tuple[Path, str], tmp_path: Path) -> Iterato
             one.kill()
 
 
-@pytest.mark.faults
 def test_a_recipe_that_says_ssh_goes_there_by_itself(
     cluster: Cluster, hosts: tuple[Path, str], tmp_path: Path, uninterrupted: Submitted
 ) -> None:
@@ -135,7 +137,6 @@ def test_over_ssh_a_stop_and_a_slow_link_that_breaks_change_nothing(
     assert result(second.run_dir) == uninterrupted.result
 
 
-@pytest.mark.faults
 def test_a_killed_ssh_sh_leaves_nothing_behind_and_the_run_goes_on(
     cluster: Cluster, launch: Callable[..., Launched], uninterrupted: Submitted
 ) -> None:
@@ -148,7 +149,6 @@ def test_a_killed_ssh_sh_leaves_nothing_behind_and_the_run_goes_on(
     assert result(second.run_dir) == uninterrupted.result
 
 
-@pytest.mark.faults
 def test_a_cut_link_ends_the_run_with_71_on_both_sides_and_it_continues(
     cluster: Cluster, launch: Callable[..., Launched], uninterrupted: Submitted
 ) -> None:

@@ -71,6 +71,8 @@ def test_a_silent_node_is_named_and_what_follows_from_it_is_not() -> None:
 def test_when_nobody_reaches_the_first_node_it_is_the_first_that_is_bad() -> None:
     lost = {"unreachable": "cannot reach n1 port 9: no route"}
     assert [name for name, _ in complaints(facts(0), facts(1, **lost), facts(2, **lost))] == ["n1"]
+    nameless = {"unreachable": "does not know the name n1: try again"}
+    assert [name for name, _ in complaints(facts(0), facts(1, **nameless), facts(2, **lost))] == ["n2", "n3"]
 
 
 def test_a_failure_that_nothing_explains_costs_one_node() -> None:

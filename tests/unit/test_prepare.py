@@ -125,6 +125,15 @@ def test_duplicates_are_counted_kept_and_never_on_both_sides(tmp_path, tokenizer
     assert not set(decoded(data.train, tokenizer)) & set(decoded(data.eval, tokenizer))
 
 
+def test_pieces_of_one_record_are_no_duplicates(tmp_path, tokenizer):
+    long = [{"instruction": "say", "output": "word " * 200}]
+    source = write_lines(tmp_path / "a.jsonl", records(5) + long + long)
+    data = prepare(make_recipe(tmp_path, source, long_examples="split", eval_fraction=0), tokenizer, notice=said)
+    counts = data.report.sources[0]
+    assert counts.split == 2 and counts.pieces == counts.accepted - 7 > 4
+    assert counts.duplicates == 1
+
+
 def test_given_evaluation_sets_stand_beside_drawn_ones_and_overlap_is_said(tmp_path, tokenizer):
     extra = write_lines(tmp_path / "e.jsonl", [*records(1), {"instruction": "new", "output": "new"}])
     source = write_lines(tmp_path / "a.jsonl", records(10))

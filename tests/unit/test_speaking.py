@@ -6,6 +6,7 @@ import io
 import json
 import math
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,13 @@ from sft_dist.checkpoint.export_certificate import Base, Probe, Words, probe_ids
 from sft_dist.checkpoint.weights import plain_weights
 from sft_dist.cli import main as cli
 from sft_dist.config.loader import load_recipe
+from sft_dist.config.schema import ModelSection
 from sft_dist.data.prepare import prepare
 from sft_dist.data.templates import ChatTemplate
 from sft_dist.evaluate.dialogue import Dialogue, Streamer
 from sft_dist.evaluate.stopping import StopText
-from sft_dist.models.speaker import Speaker
+from sft_dist.models.base import load_base
+from sft_dist.models.speaker import Speaker, load_speaker
 
 WORDS = [
     "<pad>",
@@ -106,6 +109,33 @@ def adapter(export: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
             torch.nn.init.normal_(parameter, std=0.5)
     tuned.peft_config["default"].base_model_name_or_path = str(export)
     return exported(tuned.eval(), tokenizer, Path("adapter"), Base(0, network))
+
+
+def test_an_adapter_of_a_4_bit_base_speaks_on_that_base(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, initializer_range=0.4,
+    )  # fmt: skip
+    folder = exported(LlamaForCausalLM(config).eval(), tokenizer, tmp_path / "base")
+    load = partial(load_base, ModelSection(path=str(folder)), dtype=torch.float32, seed=0, vocab_size=0, four_bits=True)
+    tuned = get_peft_model(load(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    tuned.peft_config["default"].base_model_name_or_path = str(folder)
+    out = exported(tuned.eval(), tokenizer, tmp_path / "adapter", Base(0, load, "float32"))
+
+    def difference() -> float:
+        speaker = load_speaker(str(out), dtype=torch.float32, device=torch.device("cpu"))
+        ids = probe_ids(len(WORDS))
+        with torch.no_grad():
+            return float((speaker.model(input_ids=ids).logits - tuned(input_ids=ids).logits).abs().max())
+
+    assert difference() == 0.0
+    record = out / "export_certificate.json"
+    record.write_text(record.read_text().replace('"quantised_base": "float32"', '"quantised_base": null'))
+    assert difference() > 0.1  # the plain base says something else
 
 
 def expected_loss(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) -> tuple[float, int]:

@@ -18,7 +18,7 @@ from preparing import byte_tokenizer, records, write_lines
 from sft_dist.audit import prove
 from sft_dist.config.loader import load_recipe
 from sft_dist.config.schema import Recipe, SourceSection
-from sft_dist.data import files, hub
+from sft_dist.data import files, hub, stream_duplicates
 from sft_dist.data.cache import rules_digest
 from sft_dist.data.collate import batch_digest
 from sft_dist.data.inspect import view_packs
@@ -104,6 +104,23 @@ def test_reading_does_not_depend_on_interruptions_or_workers(tmp_path: Path, sou
     ]
     assert listed[0] == listed[1]
     assert len(listed[0]) == sum(source["rejected"] for source in reports[0]["sources"]) == 27 + 9
+
+
+def test_duplicates_of_a_stream_are_counted_in_the_last_segments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside a segment, in the one before, between sources; but not against what was read too long ago."""
+    rows = records(1400)
+    first = write_lines(tmp_path / "a.jsonl", [*rows, *rows[:10], *rows[1380:]])
+    second = write_lines(tmp_path / "b.jsonl", [*records(1400, "b {}"), *rows[5:8], *records(300, "c {}")])
+    counted = []
+    for most, name in ((64, "all"), (64, "stopped"), (1, "one")):
+        monkeypatch.setattr(stream_duplicates, "SEGMENTS", most)
+        job = job_of(stream_recipe(tmp_path / name, first, second), segment_examples=100)
+        store = make(job, *((1, 2, 1) if name == "stopped" else ()))
+        counted.append([source["duplicates"] for source in store.report()["sources"]])
+    assert counted[0] == counted[1] == [30, 3]
+    assert sum(counted[2]) < 33
 
 
 def test_a_stream_holds_what_an_indexed_preparation_holds(tmp_path: Path, sources: list[dict[str, Any]]) -> None:
