@@ -35,7 +35,7 @@ SAVE = 3  # the one that is hit
 CHANGES: dict[str, Any] = {
     "parallel": {"strategy": "fsdp2"},
     "tuning": {"method": "lora", "rank": 3, "dropout": 0.2},
-    "checkpoint": {"every_steps": 2},
+    "checkpoint": {"every_steps": 2, "async": True},
     "eval": {"generate": 0, "every_steps": 4},
 }
 

@@ -160,7 +160,7 @@ def recipe(folder: Path, name: str, cell: str, num_steps: int, keep: int) -> tup
         "parallel": {"strategy": strategy},
         "batch": {"tokens_per_micro_batch": 512, "tokens_per_step": 512 * int(ranks) * int(accumulation)},
         "optim": {"lr": 1e-3, "max_steps": num_steps},
-        "checkpoint": {"every_steps": EVERY_STEPS, "keep": keep},
+        "checkpoint": {"every_steps": EVERY_STEPS, "keep": keep, "async": True},
         "eval": {"generate": 0, "every_steps": 5},
         "resilience": {"max_restarts": 99},
     }

@@ -49,7 +49,7 @@ def recipe(folder: Path, name: str) -> Path:
         folder,
         name,
         optim={"max_steps": 12},
-        checkpoint={"every_steps": 4},
+        checkpoint={"every_steps": 4, "async": True},
         eval={"generate": 0, "every_steps": 6},
         resilience={"max_restarts": 0},
     )
