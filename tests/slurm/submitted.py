@@ -51,6 +51,12 @@ class Submitted:
         """Until metrics.jsonl holds `step`."""
         self.cluster.wait(lambda: len(lines(self.run_dir, "step")) >= step, seconds, f"step {step}; {self.log()}")
 
+    def wait_for_steps_of(self, attempt: int, number: int, seconds: float = 120) -> None:
+        """Until the workers that were started as this attempt have taken `number` steps: lines of earlier ones stay in
+        metrics.jsonl until they are there."""
+        own = lambda: [line for line in lines(self.run_dir, "step") if line["attempt"] == attempt]  # noqa: E731
+        self.cluster.wait(lambda: len(own()) >= number, seconds, f"attempt {attempt}; {self.log()}")
+
     def wait(self, job: str | None = None, seconds: float = 180) -> dict[str, str]:
         """The record of the job once it is over."""
         try:

@@ -33,21 +33,20 @@ def test_every_interruption_ends_in_the_same_weights(
     cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", 60, run.log())
     first = endings(run)[0]
     assert (first["code"], first["near_end"], first["again"]) == (75, True, True)
-    stopped_after = len(lines(run.run_dir, "step"))
 
     hurry(cluster, job)
-    run.wait_for_step(stopped_after + 3)
+    run.wait_for_steps_of(attempt=2, number=3)
     cluster.run("scontrol", "requeue", job)
     cluster.wait(lambda: cluster.job(job)["Restarts"] == "2", 60, run.log())
 
     hurry(cluster, job)
-    run.wait_for_step(stopped_after + 6)
+    run.wait_for_steps_of(attempt=3, number=3)
     victim = cluster.nodes[1]
     cluster.run("scontrol", "update", f"NodeName={victim}", "State=DRAIN", "Reason=test")
     cluster.run("scontrol", "update", f"NodeName={victim}", "State=DOWN", "Reason=test")
     cluster.wait(lambda: cluster.job(job)["Restarts"] == "3", 60, run.log())
     hurry(cluster, job)
-    run.wait_for_step(stopped_after + 9)
+    run.wait_for_steps_of(attempt=4, number=3)
     assert victim not in cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).stdout.split()
     cluster.run("scontrol", "update", f"NodeName={victim}", "State=RESUME")
 
@@ -55,7 +54,7 @@ def test_every_interruption_ends_in_the_same_weights(
     cluster.run("kill", "-9", worker)  # rank 0; nothing but the script requeues after a crash
     cluster.wait(lambda: cluster.job(job)["Restarts"] == "4", 60, run.log())
     hurry(cluster, job)
-    run.wait_for_step(len(lines(run.run_dir, "step")) + 1)
+    run.wait_for_steps_of(attempt=5, number=1)
 
     preempt = ("sbatch", "--parsable", "-p", "urgent", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "true")
     urgent = cluster.run(*preempt).stdout.strip()
