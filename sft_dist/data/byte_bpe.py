@@ -10,9 +10,12 @@ Not believed but shown, each premise on the tokenizer at hand, each character wh
   tokens ever appear, each from one pair only. With those alone, and ids that rise along the list, both choose the same
   pair at every step. Tokens that only a whole word can be (`ignore_merges`) would come out as a known pair of ids
   instead; a text with such a pair is not given out.
-- *Added tokens* cut the text first, in both: none may overlap another, or take white space with it.
-- *Words* are cut by one pattern in two libraries, which may know different versions of Unicode (`words.SameWords`).
+- *Added tokens* cut the text first, in both: none may overlap another, or take white space with it, or be spelled as
+  the vocabulary spells other bytes.
+- *Words* are cut by one of a few patterns that both libraries read alike, with whatever version of Unicode each of them
+  knows (`words.SameWords`).
 - *Normalisation* is none, or NFC of texts that are NFC already.
+- *Characters* of a token are those of its bytes: a tokenizer that reports tokens without their white space stays out.
 
 And whatever comes out must spell the text, byte for byte.
 """
@@ -34,6 +37,10 @@ from sft_dist.data.words import SameWords
 LONGEST = 1 << 16  # characters of one text: on longer ones a pattern may need a deep stack
 SEPARATOR = "\0"  # between texts that are tokenised in one call; data with it is refused
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CONTRACTIONS, _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_OTHERS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = rf"{_CONTRACTIONS}|{_LETTERS}|\p{{N}}{{1,3}}|{_OTHERS}"
+QWEN_PATTERN = rf"{_CONTRACTIONS}|{_LETTERS}|\p{{N}}|{_OTHERS}"  # Qwen 2, 2.5 and 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +133,11 @@ def byte_bpe_of(backend: Any) -> ByteBpe | None:
     model, added = about["model"], {token["content"]: token for token in about["added_tokens"]}
     pattern = _pattern(about["pre_tokenizer"])
     nfc = about["normalizer"] is not None
-    if pattern is None or (nfc and about["normalizer"] != {"type": "NFC"}):
+    if pattern is None or _trims(about["post_processor"]) or (nfc and about["normalizer"] != {"type": "NFC"}):
         return None
     if backend.encode_special_tokens or not _is_byte_bpe(model) or not _are_apart(added.values(), nfc):
+        return None
+    if any(text in model["vocab"] and not _spells_itself(text) for text in added):
         return None
     words = SameWords(backend.pre_tokenizer, pattern, nfc)
     found = _reachable(_merging(backend, model), model, added)
@@ -140,7 +149,7 @@ def byte_bpe_of(backend: Any) -> ByteBpe | None:
 
 
 def _pattern(pre_tokenizer: Any) -> str | None:
-    """What cuts words, of the two usual ways to say it."""
+    """What cuts words, of the two usual ways to say it, if it is a pattern that both libraries read alike."""
     match pre_tokenizer:
         case {"type": "ByteLevel", "add_prefix_space": False}:
             return GPT2_PATTERN if pre_tokenizer.get("use_regex", True) else None
@@ -151,8 +160,14 @@ def _pattern(pre_tokenizer: Any) -> str | None:
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
             ],
         }:
-            return pattern
+            return pattern if pattern in (LLAMA3_PATTERN, QWEN_PATTERN) else None
     return None
+
+
+def _trims(post_processor: Mapping[str, Any] | None) -> bool:
+    """Whether tokens are reported without the white space at their edges."""
+    about = post_processor or {}
+    return bool(about.get("trim_offsets")) or any(map(_trims, about.get("processors", ())))
 
 
 def _is_byte_bpe(model: Mapping[str, Any]) -> bool:
@@ -178,6 +193,13 @@ def _are_apart(added: Iterable[Mapping[str, Any]], nfc: bool) -> bool:
     return not any(_overlaps(text, texts, beginnings) for text in texts)
 
 
+def _spells_itself(added: str) -> bool:
+    """Whether the vocabulary, which has a letter for each byte, spells the text `added` as it is. Then that entry is
+    the added token. Else it may be other bytes: Ġ is a space there, and é is the byte E9."""
+    letters = _byte_of()
+    return all(letters.get(letter, -1) == ord(letter) < 128 for letter in added) or not set(added) <= letters.keys()
+
+
 def _overlaps(text: str, texts: set[str], beginnings: set[str]) -> bool:
     """Whether another of `texts` begins in `text` and reaches over its end, or is a part of it."""
     inside = (text[start:end] for start in range(len(text)) for end in range(start + 1, len(text) + 1))
@@ -194,13 +216,18 @@ def _merging(backend: Any, model: Mapping[str, Any]) -> Any:
     return copy
 
 
+def _byte_of() -> dict[str, int]:
+    """Letter of a byte-level vocabulary -> byte."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
+
+
 def _reachable(
     merging: Any, model: Mapping[str, Any], added: Mapping[str, Any]
 ) -> tuple[dict[bytes, int], list[tuple[int, int]]] | None:
     """Ranks of the tokens that merging makes, and how the others begin; None unless all bytes are among the first."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    byte_of = _byte_of()
     ranks: dict[bytes, int] = {}
     others: list[tuple[int, int]] = []
     for token, number in model["vocab"].items():

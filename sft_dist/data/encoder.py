@@ -74,10 +74,11 @@ class Encoder:
         again = [*others, *checked]
         slow = dict(zip(again, self._slowly([texts[n] for n in again], [masks[n] for n in again]), strict=True))
         for number in checked:
-            if not np.array_equal(slow[number].ids, sure[number].ids):
+            if not _are_same(slow[number], sure[number]):
                 raise DataError(
                     f"model.tokenizer: tiktoken tokenises {texts[number][:60]!r} ... otherwise than the tokenizer "
-                    "itself; pip uninstall tiktoken, delete the cache and run again"
+                    "itself; pip uninstall tiktoken (preparation then uses the tokenizer itself, at a quarter of the "
+                    "speed), delete the cache and run again"
                 )
         return [sure[number] if number in sure else slow[number] for number in range(len(texts))]
 
@@ -86,6 +87,15 @@ class Encoder:
 def encoder_of(tokenizer: PreTrainedTokenizerFast, vocabulary_size: int) -> Encoder:
     """The one encoder of a tokenizer; `vocabulary_size` because tokens can be added to it."""
     return Encoder(tokenizer)
+
+
+def _are_same(one: Encoded, other: Encoded) -> bool:
+    """Whether ids are equal, and the tokens under each span; a span without tokens can be written in many ways."""
+    return np.array_equal(one.ids, other.ids) and _covered(one) == _covered(other)
+
+
+def _covered(encoded: Encoded) -> list[tuple[int, int]]:
+    return [(first, end) if end > first else (0, 0) for first, end in encoded.ranges]
 
 
 def _encoded(fast: ByteBpe, texts: Sequence[str], masks: Sequence[Sequence[Span]]) -> list[Encoded | None]:

@@ -1,7 +1,11 @@
-"""Whether two libraries cut a text into the same words.
+r"""Whether two libraries cut a text into the same words.
 
-A pattern sees a character only through its classes (letter, digit, space ...), so it is enough to see how each
-character is cut in every kind of neighbourhood. Each is looked at once, when it first comes.
+Patterns are read by two engines (tiktoken's in Rust, Oniguruma in `tokenizers`), which differ in syntax: `\p{N}{1,3}+`
+is one thing here and another there. No look at single characters would find that, so `byte_bpe` lets in only patterns
+whose every construct means the same in both: alternatives in order, greedy repetition of classes, `(?!\S)` and
+contractions in either case. What is left to differ is which characters are a letter, a digit, a space or the other case
+of a letter, by the version of Unicode that each engine knows. That is a property of single characters, so each is
+looked at once, when it first comes, in neighbourhoods that give away its class.
 
 tiktoken does not say how it cuts. But a vocabulary that holds what the other library cuts, and each two neighbours
 joined, gives it away: a cut inside a word leaves pieces of it, a missing cut a joined pair.
@@ -20,7 +24,8 @@ _UNKNOWABLE = ("Cs", "Cn")  # surrogates, and what no version of Unicode that Py
 
 
 class SameWords:
-    """The characters that a `tokenizers` pre-tokenizer and tiktoken are known to see alike under `pattern`.
+    """The characters that a `tokenizers` pre-tokenizer and tiktoken are known to see alike under `pattern`, which both
+    must read alike: that is not looked at.
 
     `nfc`: texts are normalised, so characters that are not assigned yet may still change.
     """

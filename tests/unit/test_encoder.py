@@ -9,7 +9,7 @@ import pytest
 import template_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from sft_dist.data import encoder as encoder_module
@@ -161,6 +161,84 @@ def test_each_premise_is_looked_at(name: str) -> None:
     assert byte_bpe_of(changed(make_backend(), PREMISES[name])) is None
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        QWEN.replace(r"\p{N}|", r"\p{N}{1,3}+|"),  # possessive in tiktoken, a repetition of a repetition in Oniguruma
+        QWEN.replace(r"|\s+(?!\S)", r"|\s+$|\s+(?!\S)"),
+        r"\h+|\H",  # hexadecimal digits in one library, white space in the other
+        r"(?<word>\p{L}+)|[^\p{L}\g<word>]+",  # tiktoken cannot read it
+    ],
+)
+def test_patterns_that_nobody_compared_are_left_to_the_tokenizer(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = make_backend()
+    backend.pre_tokenizer = split(pattern)
+    assert byte_bpe_of(backend) is None
+    assert_same(*encoders(backend, monkeypatch), ["12345678", "the  \n end ", "\n\nface"])
+
+
+@pytest.mark.parametrize("digits", ["\\p{N}", "\\p{N}{1,3}"])
+def test_the_patterns_of_qwen_and_llama_are_known(digits: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = make_backend()
+    backend.pre_tokenizer = split(QWEN.replace(r"\p{N}|", digits + "|"))
+    fast, slow = encoders(backend, monkeypatch)
+    assert fast._fast is not None
+    assert_same(fast, slow, ["1", "12", "123", "1234", "12345678 1234567", "the  \n end ", "٣٤٥٦٧ is 34567"])
+
+
+@pytest.mark.parametrize("content", ["Ġthe", "Ã©", "é"])
+def test_an_added_token_that_spells_one_of_the_vocabulary_is_left_to_the_tokenizer(
+    content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the vocabulary it stands for other bytes than its text has."""
+    backend = make_backend()
+    assert content in backend.get_vocab()
+    backend.add_tokens([content])
+    assert_same(*encoders(backend, monkeypatch), ["see the end", "café", "Ġthe Ã©", "\u00e9\u00c3"])
+    assert byte_bpe_of(backend) is None
+
+
+def test_an_added_token_that_spells_itself_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = make_backend()
+    backend.add_tokens(["the"])
+    fast, slow = encoders(backend, monkeypatch)
+    assert fast._fast is not None
+    assert_same(fast, slow, ["see the end", "theory", "the"])
+
+
+TRIMMING = {
+    "byte level": processors.ByteLevel(trim_offsets=True),
+    "roberta": processors.RobertaProcessing(("<|im_end|>", 601), ("<|im_start|>", 600), trim_offsets=True),
+}
+
+
+@pytest.mark.parametrize("name", TRIMMING)
+@pytest.mark.parametrize("alone", [True, False])
+def test_tokens_without_their_white_space_are_left_to_the_tokenizer(
+    name: str, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their library reports other characters than the bytes of tiktoken's tokens."""
+    backend = make_backend()
+    backend.post_processor = TRIMMING[name] if alone else processors.Sequence([TRIMMING[name]])
+    fast, slow = encoders(backend, monkeypatch)
+    text = "see the end"
+    for spans in ([Span(0, 4, 1.0)], [Span(3, 4, 1.0)], [Span(4, 7, 1.0)]):
+        assert fast.encode([text], [spans])[0].ranges == slow.encode([text], [spans])[0].ranges
+    assert byte_bpe_of(backend) is None
+
+
+def test_what_trims_in_front_of_the_model_changes_no_span(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The switch of the pre-tokenizer, as GPT-2 has it, is without effect."""
+    backend = make_backend()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True)
+    fast, slow = encoders(backend, monkeypatch)
+    assert fast._fast is not None
+    for start in range(11):
+        for end in range(start + 1, 12):
+            spans = [Span(start, end, 1.0)]
+            assert fast.encode(["see the end"], [spans])[0].ranges == slow.encode(["see the end"], [spans])[0].ranges
+
+
 def test_other_kinds_of_tokenizers_stay_with_their_library() -> None:
     words = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -195,6 +273,17 @@ def test_a_difference_ends_the_preparation(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(fast._fast, "encode", swapped)
     with pytest.raises(DataError, match="pip uninstall tiktoken"):
         fast.encode(["the weather"], [[]])
+
+
+def test_a_difference_under_a_span_ends_the_preparation(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, slow = encoders(make_backend(), monkeypatch)
+    text, spans = "the weather", [Span(0, 3, 1.0), Span(4, 4, 1.0), Span(4, 11, 1.0)]
+    ((ids, (first, *others)),) = slow.encode([text], [spans])
+    moved = encoder_module.Encoded(ids, [(first[0], first[1] + 1), *others])
+    assert fast.encode([text], [spans])  # a span without characters is in no token, however that is written
+    monkeypatch.setattr(encoder_module, "_encoded", lambda *_: [moved])
+    with pytest.raises(DataError, match="pip uninstall tiktoken"):
+        fast.encode([text], [spans])
 
 
 def test_it_begins_when_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
