@@ -300,7 +300,7 @@ class PackPlan:
         """Those windows, several at a time where there are cores: packing lets go of the interpreter's lock."""
         if len(numbers) == 1 or self.spec.window < WINDOW_EXAMPLES:
             return [self._window(epoch, number) for number in numbers]
-        with ThreadPoolExecutor(min(len(numbers), os.cpu_count() or 1)) as threads:
+        with ThreadPoolExecutor(min(len(numbers), len(os.sched_getaffinity(0)))) as threads:
             return list(threads.map(partial(self._window, epoch), numbers))
 
     @cached_property

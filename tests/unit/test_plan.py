@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_dist.data import layout
+from sft_dist.data import plan as plan_module
 from sft_dist.data.plan import PackPlan, build_plan, eval_plan
 from sft_dist.errors import DataError
 
@@ -75,6 +76,22 @@ def test_a_step_may_reach_over_several_windows():
     windows = {place // 8 for place in range(200)}
     assert len(plan.step(1).packs) == 20 > plan.num_packs / len(windows) * 2
     assert sorted(examples_of(step for step in plan if step.epoch == 0)) == list(range(200))
+
+
+def test_windows_are_packed_on_the_cores_that_this_process_may_use(monkeypatch):
+    asked = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, max_workers):
+            asked.append(max_workers)
+            super().__init__(max_workers)
+
+    monkeypatch.setattr(plan_module, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(plan_module, "WINDOW_EXAMPLES", 8)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {3, 5})
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    make_plan(some_lengths(), window_examples=8, micro_batches_per_step=20, packs_per_micro_batch=1).step(1)
+    assert set(asked) == {2}
 
 
 def test_threads_that_ask_in_any_order_get_the_same_steps():
