@@ -95,9 +95,17 @@ def code_digest() -> str:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         if path.stem not in _READERS_OF_THE_STORE:
             digest.update(path.name.encode() + path.read_bytes())
-    for package in ("tokenizers", "jinja2"):
-        digest.update(importlib.metadata.version(package).encode())
+    for package in ("tokenizers", "tiktoken", "jinja2"):
+        digest.update(f"{package} {_version(package)};".encode())
     return digest.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed: preparation can do without tiktoken."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @contextmanager

@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from sft_dist.config.schema import DataSection, Recipe, SourceSection
+from sft_dist.data.bos import bos_notices
 from sft_dist.data.cache import cache_name, cache_root, only_one, rules_digest
 from sft_dist.data.files import file_digest
 from sft_dist.data.folder import atomic_folder, remove_unfinished
@@ -112,7 +113,7 @@ def prepare(
         rules = rules_of(recipe, tokenizer, template)
         stream = open_stream(recipe, rules, rules_digest(recipe, tokenizer, template.text), progress, reads_streams)
         prepared = replace(prepared, stream=stream)
-    for line in prepared.report_now().lines():
+    for line in [*prepared.report_now().lines(), *bos_notices(template.text, tokenizer)]:
         notice(line)
     return prepared
 
@@ -157,12 +158,14 @@ def _make(
 @contextmanager
 def _libraries_left_alone() -> Iterator[None]:
     """The garbage collector goes through what is made from here on, not again and again through all that torch and
-    transformers hold: that is a sixth of the time of a preparation."""
+    transformers hold: that is a sixth of the time of a preparation. What somebody else has frozen stays frozen."""
+    is_ours = gc.get_freeze_count() == 0
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if is_ours:
+            gc.unfreeze()
 
 
 def _find(folder: Path, template: ChatTemplate) -> PreparedData | None:

@@ -1,6 +1,8 @@
 """Sources become stores once; every record is accounted for; one changed byte prepares anew."""
 
+import gc
 import gzip
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -10,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import template_cases
 from hypothesis import given
 from hypothesis import strategies as st
 from preparing import byte_tokenizer, decoded, make_recipe, records, said, write_lines
 from transformers import PreTrainedTokenizerFast
 
 from sft_dist.data import prepare as prepare_module
+from sft_dist.data.cache import code_digest
 from sft_dist.data.prepare import prepare
 from sft_dist.data.report import PrepareReport
 from sft_dist.data.selection import num_copies
@@ -36,6 +40,47 @@ def test_every_record_is_in_exactly_one_split(tmp_path, tokenizer):
     texts = [text for store in (data.train, data.eval, data.test) for text in decoded(store, tokenizer)]
     assert len(set(texts)) == 50
     assert data.report.sources[0].accepted == data.report.sources[0].records == 50
+
+
+@pytest.mark.parametrize("frozen_before", [False, True])
+def test_what_others_froze_stays_frozen(tmp_path, tokenizer, frozen_before):
+    """The garbage collector goes over everything again afterwards, unless somebody else had said otherwise."""
+    recipe = make_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", records(3)))
+    gc.unfreeze()
+    if frozen_before:
+        gc.freeze()
+    try:
+        prepare(recipe, tokenizer, notice=said)
+        assert (gc.get_freeze_count() > 0) == frozen_before
+    finally:
+        gc.unfreeze()
+
+
+def test_another_tiktoken_prepares_anew_and_none_at_all_prepares(monkeypatch):
+    version, digests = importlib.metadata.version, []
+
+    def pretended(name, tiktoken):
+        if name == "tiktoken" and tiktoken is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return tiktoken if name == "tiktoken" else version(name)
+
+    for tiktoken in ("0.13.0", "0.14.0", None):
+        monkeypatch.setattr("importlib.metadata.version", lambda name, tiktoken=tiktoken: pretended(name, tiktoken))
+        digests.append(code_digest.__wrapped__())
+    assert len(set(digests)) == 3
+
+
+def test_a_template_that_begins_some_conversations_with_bos_is_named(tmp_path):
+    tokenizer = template_cases.byte_tokenizer()
+    tokenizer.add_bos_token = True
+    each = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    for name, opening in (("odd", "{% if messages[0].role == 'system' %}{{ bos_token }}{% endif %}"), ("even", "")):
+        (tmp_path / f"{name}.jinja").write_text(opening + each)
+        source = write_lines(tmp_path / "a.jsonl", records(3))
+        lines: list[str] = []
+        recipe = make_recipe(tmp_path, source, chat_template=str(tmp_path / f"{name}.jinja"))
+        prepare(recipe, tokenizer, notice=lines.append)
+        assert any("begins only some conversations with BOS (<s>)" in line for line in lines) == (name == "odd")
 
 
 def test_learned_is_the_answer_and_its_stop(tmp_path, tokenizer):
