@@ -107,7 +107,7 @@ def hiding_secrets() -> Iterator[None]:
 
 
 def _move_handlers(old: Sequence[TextIO], new: Sequence[TextIO]) -> None:
-    """Log handlers of any library keep the stream that was there when they were made: they get the new one of its kind."""
+    """Log handlers keep the stream that was there when they were made: those of `old` ones get the new one."""
     known = (each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger))
     for handler in {handler for logger in (logging.root, *known) for handler in logger.handlers}:
         if not isinstance(handler, logging.StreamHandler):
