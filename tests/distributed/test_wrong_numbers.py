@@ -48,6 +48,11 @@ def test_one_infinite_gradient_of_one_rank_stops_all_with_a_bundle(place: Path, 
     assert len(lines(place / name, "step")) == 4
 
 
+def test_the_save_under_way_when_a_run_stops_is_committed(place: Path) -> None:
+    (newest,) = folders(place / "stop")
+    assert read_manifest(newest).step == 4
+
+
 @pytest.mark.parametrize("name", ["once", "once-zero3"])
 def test_what_is_finite_when_done_again_is_the_machines_fault(place: Path, name: str) -> None:
     text = told(place, name)

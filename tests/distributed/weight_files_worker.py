@@ -25,6 +25,7 @@ from sft_dist.config.auto import Choices
 from sft_dist.config.schema import ModelSection, Recipe
 from sft_dist.models.base import load_base
 from sft_dist.models.packed import causal_lm
+from sft_dist.models.quantise import quantise
 from sft_dist.network import build_empty_network, build_network
 from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.runtime import Runtime, runtime
@@ -111,7 +112,7 @@ def main(folder: Path) -> None:
         load = partial(load_base, large, dtype=torch.float32, seed=0, vocab_size=0)
         found["peaks-4-bit"] = {
             "files": peak_mib(partial(load, four_bits=True)),
-            "whole": peak_mib(partial(load, four_bits=False)),
+            "whole": peak_mib(lambda: quantise(load(four_bits=False), torch.float32)),
         }
         (folder / f"found-{place.rank}.json").write_text(json.dumps(found))
 

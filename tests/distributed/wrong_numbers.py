@@ -92,7 +92,7 @@ def miscompute(step: int) -> None:
 
 # name: (changes of the recipe, settings, what goes wrong, exit code)
 LIVES: dict[str, tuple[dict[str, Any], list[str], Patch, int]] = {
-    "stop": (fsdp(), [], partial(poison, (5,)), 70),
+    "stop": (fsdp(), ["checkpoint.every_steps=4", "checkpoint.async=true"], partial(poison, (5,)), 70),
     "stop-ddp": (LORA, [], partial(poison, (5,)), 70),
     "once": (fsdp(), [], partial(poison, (5,), times=1), 77),
     "skip": (fsdp(**SKIP), [], partial(poison, (5, 8)), 0),
