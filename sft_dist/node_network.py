@@ -11,7 +11,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -21,16 +21,18 @@ REACH_SECONDS = 8.0
 REDUCE_SECONDS = 20.0  # for one all-reduce, the meeting of the ranks included
 REDUCE_FLOATS = {"cuda": 1 << 24, "cpu": 1 << 18}  # 64 MiB, 1 MiB: enough to fill the link of either
 PAIRINGS = 3
+MEASURE_SECONDS = (1 + PAIRINGS) * REDUCE_SECONDS  # a node whose partners hang waits for each of them
 _POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Bytes per second / 1e9, and what went wrong; the speeds are None where the reduction did not come about."""
+    """Bytes per second / 1e9, and what went wrong; a speed is None where its test did not come about."""
 
     all_reduce: float | None = None
     link: float | None = None
-    fault: str | None = None
+    fault: str | None = None  # of the all-reduce
+    link_fault: str | None = None  # of a test of two nodes: either's, or neither's
 
 
 def reach(nodes: Nodes) -> str | None:
@@ -93,9 +95,17 @@ def measure(nodes: Nodes) -> Measured:
         wrong = int((values != nodes.count * (nodes.count + 1) / 2).sum())
         fault = f"{wrong} of {len(values)} sums are wrong: suspect memory or network hardware" if wrong else None
         seconds = timed(lambda: dist.all_reduce(values.fill_(1.0)), values, times=3)  # the others wait: no way out
-        return Measured(4 * len(values) / seconds / 1e9, link_rate(nodes, values), fault)
+        found = Measured(4 * len(values) / seconds / 1e9, fault=fault)
     except Exception as error:  # the libraries below raise what they like
-        return Measured(fault=str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
+        return Measured(fault=_first_line(error))
+    try:
+        return replace(found, link=link_rate(nodes, values))
+    except Exception as error:
+        return replace(found, link_fault=_first_line(error))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 def link_rate(nodes: Nodes, values: Any) -> float:

@@ -38,7 +38,7 @@ from sft_dist.estimate.compare import checkpoint_size
 from sft_dist.estimate.hardware import GIB
 from sft_dist.gpu_health import gpu_faults, gpu_rates, gpus
 from sft_dist.launch.nodes import Nodes, read_nodes
-from sft_dist.node_network import REACH_SECONDS, REDUCE_SECONDS, measure, reach
+from sft_dist.node_network import MEASURE_SECONDS, REACH_SECONDS, REDUCE_SECONDS, measure, reach
 
 REPORT, BAD_NODES = "report.json", "bad_nodes"
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "deepspeed")
@@ -61,8 +61,14 @@ class Facts:
     gpu_teraflops: list[float] = field(default_factory=list)  # of each GPU, in a matrix product
     unreachable: str | None = None  # why the first node cannot be reached, or cannot listen
     failed_sum: str | None = None  # what went wrong with the all-reduce
+    failed_link: str | None = None  # what went wrong between this node and another one
     gigabytes_per_second: float | None = None  # of the all-reduce; None: it did not come about
     link_gigabytes_per_second: float | None = None  # each way, with the best of a few partners
+
+    @property
+    def has_measured(self) -> bool:
+        """Whether this node came as far as the tests of the network's speed."""
+        return self.failed_sum is not None or self.gigabytes_per_second is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +88,10 @@ def compare(told: Sequence[Facts | None], names: Sequence[str]) -> list[Complain
     for key in sorted({key for facts in present for key in facts.same}):
         found += _odd(key, [(facts.name, facts.same.get(key, "absent")) for facts in present])
     found += _odd_clocks(present) + _slow_gpus(present) + _slow_links(present) + _unreachable(present, names)
-    return found + _wrong_sums(present, is_explained=bool(found))
+    found += _failed_on(present, "all-reduce", [facts.failed_sum for facts in present], is_explained=bool(found))
+    if found:  # a node that dies or is bad takes the links of its partners with it
+        return found
+    return _failed_on(present, "its link to another node", [facts.failed_link for facts in present])
 
 
 def _unreachable(present: Sequence[Facts], names: Sequence[str]) -> list[Complaint]:
@@ -94,10 +103,14 @@ def _unreachable(present: Sequence[Facts], names: Sequence[str]) -> list[Complai
     return lost
 
 
-def _wrong_sums(present: Sequence[Facts], *, is_explained: bool) -> list[Complaint]:
-    """A sum that fails on some nodes only is theirs. One that fails on all follows from what else was found; where
+def _failed_on(
+    present: Sequence[Facts], test: str, failures: Sequence[str | None], *, is_explained: bool = False
+) -> list[Complaint]:
+    """A test that fails on some nodes only is theirs. One that fails on all follows from what else was found; where
     nothing was, the last node answers for it."""
-    failed = [Complaint(facts.name, f"all-reduce: {facts.failed_sum}") for facts in present if facts.failed_sum]
+    failed = [
+        Complaint(facts.name, f"{test}: {failure}") for facts, failure in zip(present, failures, strict=True) if failure
+    ]
     if len(failed) < len(present):
         return failed
     return [] if is_explained else failed[-1:]
@@ -218,7 +231,7 @@ def check_nodes(recipe: Recipe, nodes: Nodes, names: Sequence[str], say: Callabl
     _tell(meeting, facts, "node")
     if nodes.index > 0:
         return _await_verdict(meeting)
-    told = collect(meeting, nodes.count, "node", REDUCE_SECONDS)
+    told = collect(meeting, nodes.count, "node", MEASURE_SECONDS if facts.has_measured else REDUCE_SECONDS)
     complaints = compare(told, names)
     rate = facts.gigabytes_per_second
     speed = "" if rate is None else f", all-reduce {1000 * rate:,.0f} MB/s"
@@ -248,6 +261,7 @@ def explore_network(facts: Facts, nodes: Nodes, meeting: Path) -> Facts:
     return replace(
         facts,
         failed_sum=found.fault,
+        failed_link=found.link_fault,
         gigabytes_per_second=found.all_reduce,
         link_gigabytes_per_second=found.link,
     )
@@ -255,7 +269,7 @@ def explore_network(facts: Facts, nodes: Nodes, meeting: Path) -> Facts:
 
 def _await_verdict(meeting: Path) -> int:
     """What the first node has found; 77 when it says nothing."""
-    deadline = time.monotonic() + 2 * REDUCE_SECONDS
+    deadline = time.monotonic() + MEASURE_SECONDS + REDUCE_SECONDS
     while not (meeting / REPORT).exists() and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
     is_fine = (meeting / REPORT).exists() and not json.loads((meeting / REPORT).read_text())["complaints"]

@@ -2,7 +2,7 @@
 
     the node that finds the hang    what its ranks say -> RUN_DIR/logs/attempt_N/hang/node_00001.json
     the others                      see that file, or find the hang themselves, and do the same
-    each node                       ends its ranks once all have told, or PATIENCE_SECONDS later
+    each node                       ends its ranks once all have told, or PATIENCE_SECONDS and a look later
     the first that has told         accuses, of the ranks of all nodes
 
 Without that the node that is first would end its ranks, and those of the others would die of a broken connection and
@@ -12,8 +12,8 @@ tell nothing. The run may hang because of its disk, so what touches it is done b
 from __future__ import annotations
 
 import json
+import os
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -27,6 +27,8 @@ from sft_dist.resilience.watchdog import Witness
 
 PATIENCE_SECONDS = 10.0  # for the other nodes to look, and for their ranks to give stacks
 _LOOK_SECONDS = 0.5
+_LOOKS_PER_SECOND = 64  # of all nodes together: the folder's server has a run to serve
+_LISTED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class Testimony:
     silence_seconds: float
     witnesses: tuple[Witness, ...]
     speaker: int  # the node that tells the user
+    missing: tuple[int, ...] = ()  # the nodes that have not told
 
 
 class Hearing:
@@ -43,6 +46,7 @@ class Hearing:
 
     def __init__(self, job: Job) -> None:
         self._folder, self._node, self._count = job.attempt_dir / "hang", job.nodes.index, job.nodes.count
+        self._look_seconds = max(_LOOK_SECONDS, self._count / _LOOKS_PER_SECOND)
         self._called, self._over = threading.Event(), threading.Event()
         self._told: dict[int, Testimony] = {}
 
@@ -60,24 +64,24 @@ class Hearing:
         return self._called.is_set()
 
     def hear(self, silence_seconds: float, witnesses: Sequence[Witness]) -> Testimony:
-        """Tell the other nodes what this one's ranks have said; what all have told within PATIENCE_SECONDS."""
+        """Tell the other nodes what this one's ranks have said; what all have told within our patience."""
         mine = Testimony(silence_seconds, tuple(witnesses), self._node)
         self._told = {self._node: mine}
         if self._count > 1:
             asking = threading.Thread(target=self._exchange, args=(mine,), daemon=True)
             asking.start()
-            asking.join(PATIENCE_SECONDS)
+            asking.join(PATIENCE_SECONDS + self._look_seconds)
             self._over.set()
         told = dict(self._told)
         together = [witness for node in sorted(told) for witness in told[node].witnesses]
-        return Testimony(max(t.silence_seconds for t in told.values()), tuple(together), min(told))
+        missing = tuple(node for node in range(self._count) if node not in told)
+        return Testimony(max(t.silence_seconds for t in told.values()), tuple(together), min(told), missing)
 
     def _look_out(self) -> None:
-        while not self._over.wait(_LOOK_SECONDS):
-            with suppress(OSError):
-                if next(self._folder.glob("node_*.json"), None) is not None:
-                    self._called.set()
-                    return
+        while not self._over.wait(self._look_seconds):
+            if self._testimonies():
+                self._called.set()
+                return
 
     def _exchange(self, mine: Testimony) -> None:
         with suppress(OSError):
@@ -86,14 +90,36 @@ class Hearing:
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(asdict(mine)))
             partial.replace(path)
-        while len(self._told) < self._count and not self._over.is_set():
-            for node in set(range(self._count)) - self._told.keys():
-                with suppress(OSError):
-                    self._told[node] = _read(self._path(node))
-            time.sleep(_LOOK_SECONDS / 10)
+        while True:
+            for node, path in self._testimonies().items():
+                if node not in self._told:
+                    with suppress(OSError):
+                        self._told[node] = _read(path)
+            if len(self._told) >= self._count or self._over.wait(_LOOK_SECONDS):
+                return
+
+    def _testimonies(self) -> dict[int, Path]:
+        """The files of the nodes that have told. One listing: a file that is asked for by name before it is there stays
+        absent for seconds on NFS, and each such question is a call to the server."""
+        with suppress(OSError), os.scandir(self._folder) as entries:
+            found = {_node_of(entry.name): Path(entry.path) for entry in entries}
+            return {node: path for node, path in found.items() if node is not None}
+        return {}
 
     def _path(self, node: int) -> Path:
         return self._folder / f"node_{node:05d}.json"
+
+
+def no_word_from(missing: Sequence[int]) -> str:
+    """The nodes that have not told, in a few words."""
+    numbers = ", ".join(map(str, missing[:_LISTED]))
+    more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
+    return f"no word from {'node' if len(missing) == 1 else 'nodes'} {numbers}{more}"
+
+
+def _node_of(name: str) -> int | None:
+    number = name.removeprefix("node_").removesuffix(".json")
+    return int(number) if name == f"node_{number}.json" and number.isdigit() else None
 
 
 def _read(path: Path) -> Testimony:

@@ -33,7 +33,7 @@ from sft_dist.config.auto import refuse_uneven
 from sft_dist.config.loader import dump_recipe, load_recipe
 from sft_dist.config.schema import Recipe
 from sft_dist.errors import EXIT_DONE, EXIT_HANG, EXIT_NO_PROGRESS, EXIT_STOPPED, StorageError
-from sft_dist.launch.hearing import Hearing
+from sft_dist.launch.hearing import Hearing, Testimony, no_word_from
 from sft_dist.launch.job import RESOLVED_NAME, Job, choose_num_processes, worker_command
 from sft_dist.launch.nodes import hosting, join, read_nodes
 from sft_dist.launch.restarts import Ending, Restarts, newest_step
@@ -65,6 +65,7 @@ GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL for the peers of a dead work
 LOOK_SECONDS = 0.5  # between looks at the signs of life
 RECORDS_SECONDS = 4.0  # NCCL looks once a second whether it is asked for its record; on CPUs nobody is asked
 STACKS_SECONDS = 3.0  # for the ranks of a stuck run to give their stacks: milliseconds, where the machine is not busy
+TWICE_SECONDS = 0.5  # between two SIGINTs that one Ctrl-C has sent
 TAIL_LINES = 20
 INTERRUPTED = b"sft-dist: stopping with a checkpoint at the end of this step; Ctrl-C again ends it at once\n"
 # A worker that listens never dies of these: it was still preparing, had nothing to save, and can be started again.
@@ -197,7 +198,7 @@ def supervise(
             return end_hang(job, workers, hearing, watchdog.silence_seconds)
         if failed is not None:
             workers.end(grace_seconds)
-    ending = how_it_ended(job, workers, failed)
+    ending = how_it_ended(job, workers, failed, was_interrupted=stops.has_killed)
     append_event(job.attempt_dir, "end", code=ending.code, cause=ending.cause, returncodes=workers.returncodes)
     return ending
 
@@ -216,6 +217,10 @@ def end_hang(job: Job, workers: Workers, hearing: Hearing, silence_seconds: floa
     ]
     told = hearing.hear(silence_seconds, witnesses)
     workers.kill()
+    line = _hang_line(told)
+    if told.speaker == job.nodes.index:  # said before the wait: one that is stuck in the kernel may never be gone
+        collectives = f", NCCL's last collectives in {job.attempt_dir}/{DUMP_PREFIX}*" if records else ""
+        _say(f"error: {line}; all are being ended, stacks in {job.attempt_dir}/rank_*.stacks.txt{collectives}")
     while workers.are_running:
         workers.wait()
     try:
@@ -226,23 +231,30 @@ def end_hang(job: Job, workers: Workers, hearing: Hearing, silence_seconds: floa
         write_exit_code(job.attempt_dir, EXIT_HANG)
     except OSError as error:
         _say(f"warning: {job.attempt_dir}: the stacks cannot be written ({error.strerror})")
-    line = accuse(told.witnesses, told.silence_seconds)
     if told.speaker == job.nodes.index:
         append_event(job.attempt_dir, "hang", cause=line, ranks={w.rank: str(w) for w in told.witnesses})
-        collectives = f", NCCL's last collectives in {job.attempt_dir}/{DUMP_PREFIX}*" if records else ""
-        _say(f"error: {line}; all were ended, stacks in {job.attempt_dir}/rank_*.stacks.txt{collectives}")
     append_event(job.attempt_dir, "end", code=EXIT_HANG, cause="hang", returncodes=workers.returncodes)
     return Ending(EXIT_HANG, "hang")
 
 
-def how_it_ended(job: Job, workers: Workers, failed: int | None) -> Ending:
+def _hang_line(told: Testimony) -> str:
+    """Who holds the run up, and which nodes have not told what their ranks do."""
+    line = accuse(told.witnesses, told.silence_seconds)
+    return f"{line}; {no_word_from(told.missing)}" if told.missing else line
+
+
+def how_it_ended(job: Job, workers: Workers, failed: int | None, *, was_interrupted: bool = False) -> Ending:
     """The code to exit with, and which worker is to blame: the one that `failed` first, unless another was killed.
 
-    When a rank is killed its peers fail as well, of the broken connection, and may be noticed first.
+    When a rank is killed its peers fail as well, of the broken connection, and may be noticed first. None is to blame
+    where `was_interrupted` says that the user had all of them killed.
     """
     returncodes = workers.returncodes
     if failed is None:
         return Ending(exit_code(job, returncodes), "in order")
+    if was_interrupted:
+        _say("ended by the second Ctrl-C")
+        return Ending(exit_code(job, returncodes), "second Ctrl-C")
     if (returncodes[failed] or 0) > 0 and exit_code(job, returncodes, failed) == 1:
         killed = workers.killed_by_others()
         failed = failed if killed is None else killed
@@ -287,10 +299,13 @@ class Stops:
 
     `asked` says that one has come. It outlives the attempt: a run that was asked to stop is not started again.
     The second SIGINT is SIGKILL to the workers: one that is stuck in native code looks at no signal that it handles.
+    Within TWICE_SECONDS of the first it is the same one, from a forwarder and from the terminal, and goes to nobody.
     """
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
+        self.has_killed = False
+        self._interrupted: float | None = None  # when the first SIGINT came
         self._workers: Workers | None = None
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
 
@@ -310,11 +325,17 @@ class Stops:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        is_second = self.asked == number == signal.SIGINT
         self.asked = signal.Signals(number)
-        if number == signal.SIGINT and not is_second:
+        if number != signal.SIGINT:
+            self._pass_on()
+        elif self._interrupted is None:
+            self._interrupted = time.monotonic()
             os.write(2, INTERRUPTED)  # `print` may be at work below this handler
-        if self._workers is not None and is_second:
+            self._pass_on()
+        elif time.monotonic() - self._interrupted > TWICE_SECONDS and self._workers is not None:
+            self.has_killed = self._workers.are_running
             self._workers.kill()
-        elif self._workers is not None:
+
+    def _pass_on(self) -> None:
+        if self._workers is not None and self.asked is not None:
             self._workers.send(FORWARDED[self.asked])

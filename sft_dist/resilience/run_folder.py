@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -130,7 +131,8 @@ def write_exit_code(folder: str | Path | None, code: int) -> None:
     named = [os.environ[name] for name in (EXIT_CODE_VARIABLE, RESULT_VARIABLE) if os.environ.get(name)]
     places = {Path(place).absolute() for place in (Path(folder) / "exit_code" if folder else None, *named) if place}
     for path in places:
-        partial = path.with_name(path.name + ".partial")
+        # a name of its own: after a hang every node writes here, at nearly the same time
+        partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text(f"{code}\n")

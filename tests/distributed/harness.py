@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,11 +18,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 NURSERY = Path(__file__).with_name("nursery.py")
 SECONDS = 500
+TAIL_CHARACTERS = 2000
 
 
 def run_ranks(script: Path, world_size: int, folder: Path, arguments: Sequence[str] = ()) -> list[str]:
-    """Output of each rank, forked from a process that has imported the libraries. Fails with the output of the first
-    rank that did not exit 0; leaves no process behind."""
+    """Output of each rank, forked from a process that has imported the libraries. Fails with the output of the
+    rank that failed first, as far as the codes tell, and the ends of the others'; leaves no process behind."""
     rendezvous = folder / f"rendezvous-{world_size}"
     outputs = [folder / f"output-{world_size}-{rank}" for rank in range(world_size)]
     ranks = [
@@ -68,9 +70,22 @@ def environment(rank: int, world_size: int, rendezvous: Path) -> dict[str, str]:
 
 
 def _checked(world_size: int, codes: Sequence[int], outputs: list[str]) -> list[str]:
-    for rank, (code, output) in enumerate(zip(codes, outputs, strict=True)):
-        assert code == 0, f"rank {rank} of {world_size} exited {code}:\n{output}"
+    """`outputs`, where all ranks ended with 0; else the one that most likely failed by itself is told first."""
+    if any(codes):
+        ranks = sorted(range(world_size), key=lambda rank: (_blamelessness(codes[rank]), rank))
+        told = [f"rank {ranks[0]} of {world_size} exited {codes[ranks[0]]}:\n{outputs[ranks[0]]}"]
+        told += [
+            f"rank {rank} exited {codes[rank]}, its end:\n{outputs[rank][-TAIL_CHARACTERS:]}" for rank in ranks[1:]
+        ]
+        raise AssertionError("\n".join(told))
     return outputs
+
+
+def _blamelessness(code: int) -> int:
+    """Its own signal, its own code, SIGKILL (as the siblings of a failed rank get it), none."""
+    if code < 0:
+        return 2 if code == -signal.SIGKILL else 0
+    return 1 if code else 3
 
 
 class _Nursery:

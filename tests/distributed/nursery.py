@@ -1,7 +1,8 @@
 """Forks ranks: the libraries, which take seconds of every process's start, are imported once for all launches.
 
 Reads launches as lines of JSON from stdin, {script, arguments, ranks: [{environment, output}], seconds}, and answers
-each with a line {codes}: the exit code of every rank, those that were killed at the end of the time included. It never
+each with a line {codes}: the exit code of every rank, those that were killed included: at the end of the time, or
+SIBLING_SECONDS after the first that failed, since the others may wait for it in vain. It never
 computes anything itself, since a process that has started torch's thread pool cannot be forked safely.
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
+SIBLING_SECONDS = 10.0  # for the ranks beside one that failed to say what they saw of it
 
 
 def main() -> None:
@@ -80,13 +82,15 @@ def fork(launch: dict[str, Any], rank: dict[str, Any]) -> int:
 
 
 def wait(pids: list[int], deadline: float) -> dict[int, int]:
-    """Exit code by process; what is still there at the deadline is killed."""
+    """Exit code by process; what is still there at the deadline, or some time after a failure, is killed."""
     codes: dict[int, int] = {}
     while len(codes) < len(pids):
         for pid in [pid for pid in pids if pid not in codes]:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 codes[pid] = os.waitstatus_to_exitcode(status)
+                if codes[pid]:
+                    deadline = min(deadline, time.monotonic() + SIBLING_SECONDS)
         left = deadline - time.monotonic()
         if len(codes) < len(pids) and left > 0:
             signal.sigtimedwait([signal.SIGCHLD], left)

@@ -25,6 +25,7 @@ from tiny_run import trajectory, weights, write_recipe
 from sft_dist import train
 from sft_dist.checkpoint.catalog import folders
 from sft_dist.checkpoint.manifest import folder_step
+from sft_dist.launch.local import TWICE_SECONDS
 from sft_dist.launch.requeue import left_in_time
 from sft_dist.resilience.heartbeat import Heart
 from sft_dist.resilience.lock import RunLock
@@ -71,7 +72,8 @@ def strike(folder: Path, number: signal.Signals, target: str, phase: str, times:
                 time.sleep(0.001)
             pids = {f"rank {r}": int((folder / f"pid-{r}").read_text()) for r in (1, 0)}
             pids = {"launcher": os.getppid(), **pids}  # ourselves last
-            for _ in range(times):
+            for turn in range(times):
+                time.sleep(turn * 1.2 * TWICE_SECONDS)  # sooner, it would count as the same Ctrl-C
                 arrived = signal.getsignal(number)  # two SIGINTs that wait together are one
                 for name, pid in pids.items():
                     if target in (name, "all"):

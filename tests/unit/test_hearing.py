@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from sft_dist.launch import hearing
-from sft_dist.launch.hearing import Hearing
+from sft_dist.launch import hearing, local
+from sft_dist.launch.hearing import Hearing, no_word_from
 from sft_dist.launch.job import Job
 from sft_dist.launch.nodes import Nodes
 from sft_dist.resilience.heartbeat import Beat
@@ -73,4 +74,33 @@ def test_a_node_that_says_nothing_is_not_waited_for_for_long(
     mine = Witness(1, Beat(4, "train", -9.0, 1), ())
     with Hearing(job) as heard:
         told = heard.hear(7.0, [mine])
-    assert (told.silence_seconds, told.witnesses, told.speaker) == (7.0, (mine,), 1)
+    assert (told.silence_seconds, told.witnesses, told.speaker, told.missing) == (7.0, (mine,), 1, (0,))
+
+
+def test_the_line_says_which_nodes_have_not_told() -> None:
+    told = hearing.Testimony(7.0, (Witness(1, Beat(4, "train", -9.0, 1), ()),), 1, (0, 5))
+    assert local._hang_line(told).endswith("; no word from nodes 0, 5")
+    assert "no word" not in local._hang_line(replace(told, missing=()))
+    assert no_word_from([3]) == "no word from node 3"
+    assert no_word_from(range(10)) == "no word from nodes 0, 1, 2, 3, 4, 5, 6, 7 and 2 more"
+
+
+def test_a_file_that_is_not_there_is_not_asked_for_and_one_that_was_read_not_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """512 nodes that each open 511 files again and again would be millions of calls to the disk that hangs."""
+    monkeypatch.setattr(hearing, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(hearing, "_LOOK_SECONDS", 0.01)
+    job = Job(("true",), 1, tmp_path, 1, Nodes(4, 0, "n", 1, "m"))
+    (job.attempt_dir / "hang").mkdir(parents=True)
+    (job.attempt_dir / "hang" / "node_00002.json").write_text(json.dumps(asdict(hearing.Testimony(9.0, (), 2))))
+    read, read_text = [], Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path: (read.append(path.name), read_text(path))[1])
+    told = Hearing(job).hear(7.0, [])
+    assert read == ["node_00002.json"]
+    assert (told.silence_seconds, told.speaker, told.missing) == (9.0, 0, (1, 3))
+
+
+@pytest.mark.parametrize(("count", "seconds"), [(2, 0.5), (32, 0.5), (512, 8.0)])
+def test_many_nodes_look_out_less_often(tmp_path: Path, count: int, seconds: float) -> None:
+    assert Hearing(Job(("true",), 1, tmp_path, 1, Nodes(count, 0, "n", 1, "m")))._look_seconds == seconds

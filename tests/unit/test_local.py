@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from sft_dist.errors import ConfigError, LockedError
+from sft_dist.launch.hearing import Hearing
 from sft_dist.launch.job import Job, choose_num_processes, count_gpus
-from sft_dist.launch.local import Stops, supervise
+from sft_dist.launch.local import TWICE_SECONDS, Stops, end_hang, supervise
+from sft_dist.resilience.heartbeat import Beat
 from sft_dist.resilience.lock import RunLock
 from sft_dist.resilience.run_folder import attempt_dir
 
@@ -281,9 +283,69 @@ def test_the_second_interrupt_ends_workers_that_do_not_react(launch: Callable[..
     assert started.process.stderr is not None
     while "Ctrl-C again ends it at once" not in started.process.stderr.readline():
         assert started.process.poll() is None
+    time.sleep(1.1 * TWICE_SECONDS)
     started.process.send_signal(signal.SIGINT)
-    assert started.finish()[0] == 1
+    code, _, err = started.finish()
+    assert code == 1 and err.splitlines()[-1] == "sft-dist: ended by the second Ctrl-C"
     assert all(is_gone(pid) for pid in started.pids()) and len(started.attempts()) == 1
+
+
+class Pretended:
+    """Workers that keep what is done to them; `end_hang` is told what has been said before it waits for them."""
+
+    def __init__(self, before_waiting: Callable[[], object] = lambda: None) -> None:
+        self.done: list[str] = []
+        self.are_running, self.returncodes, self._before_waiting = True, [-9], before_waiting
+
+    def send(self, number: signal.Signals) -> None:
+        self.done.append(number.name)
+
+    def kill(self) -> None:
+        self.done.append("kill")
+
+    def beats(self) -> dict[int, Beat]:
+        return {0: Beat(4, "train", 1.0, 1)}
+
+    def stacks(self, seconds: float) -> dict[int, str]:
+        return {0: ""}
+
+    def records(self, seconds: float) -> list[Path]:
+        return []
+
+    def wait(self) -> None:
+        self._before_waiting()
+        self.are_running = False
+
+
+@pytest.mark.parametrize(
+    ("sent", "done"),
+    [
+        ([(0, "SIGINT"), (0.1, "SIGINT")], ["SIGINT"]),  # a forwarder that sends twice
+        ([(0, "SIGINT"), (0.1, "SIGINT"), (2, "SIGINT")], ["SIGINT", "kill"]),
+        ([(0, "SIGINT"), (1, "SIGTERM"), (2, "SIGINT")], ["SIGINT", "SIGTERM", "kill"]),
+        ([(0, "SIGTERM"), (1, "SIGINT"), (2, "SIGTERM")], ["SIGTERM", "SIGINT", "SIGTERM"]),
+    ],
+)
+def test_interrupts_are_counted(
+    monkeypatch: pytest.MonkeyPatch, sent: list[tuple[float, str]], done: list[str]
+) -> None:
+    stops, workers = Stops(), Pretended()
+    stops.pass_to(workers)  # type: ignore[arg-type]
+    for at, name in sent:
+        monkeypatch.setattr(time, "monotonic", lambda at=at: 100.0 + at)
+        stops._on_signal(signal.Signals[name], None)
+    assert workers.done == done and stops.has_killed == ("kill" in done)
+
+
+def test_a_hang_is_told_before_its_workers_are_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rank that is stuck in the kernel outlives SIGKILL."""
+    job = Job(("true",), 1, tmp_path, 1)
+    job.attempt_dir.mkdir(parents=True)
+    said: list[str] = []
+    workers = Pretended(lambda: said.append(capsys.readouterr().err))
+    assert end_hang(job, workers, Hearing(job), 7.0).code == 71  # type: ignore[arg-type]
+    assert workers.done == ["kill"]
+    assert len(said) == 1 and "hang: no sign of life for 7 s; rank 0: step 4, train" in said[0]
 
 
 def test_sigkill_of_the_launcher_leaves_no_orphan_and_a_free_folder(launch: Callable[..., Launched]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -66,6 +69,48 @@ def test_a_silent_node_is_named_and_what_follows_from_it_is_not() -> None:
     failed = {"failed_sum": "timed out"}
     ((name, what),) = complaints(facts(0, **failed), None, facts(2, **failed))
     assert name == "n2" and "said nothing" in what
+
+
+def test_a_link_that_fails_is_not_its_nodes_fault_where_another_is_bad() -> None:
+    """The partner of a node that dies in the test of links fails as well."""
+    lost = {"failed_link": "connection closed by peer", "gigabytes_per_second": 1.0}
+    assert [name for name, _ in complaints(facts(0), None, facts(2, **lost))] == ["n2"]
+    assert [name for name, _ in complaints(facts(0), facts(1, faults=["GPU 3"]), facts(2, **lost))] == ["n2"]
+    assert [name for name, _ in complaints(facts(0), facts(1, failed_sum="x"), facts(2, **lost))] == ["n2"]
+    ((name, what),) = complaints(facts(0), facts(1), facts(2, **lost))
+    assert name == "n3" and what == "its link to another node: connection closed by peer"
+    assert [name for name, _ in complaints(*(facts(node, **lost) for node in range(3)))] == ["n3"]
+
+
+def test_a_partner_that_dies_in_the_test_of_links_leaves_the_sums_right() -> None:
+    """One process is all there is here: the reduction comes about, and the link raises."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from sft_dist import node_network as n; from sft_dist.launch.nodes import Nodes\n"
+         "def link_rate(*_): raise RuntimeError('closed by peer\\nmore')\n"
+         "n.link_rate = link_rate\n"
+         "found = n.measure(Nodes(1, 0, '127.0.0.1', 29379, 'm'))\n"
+         "print(found.fault, found.link, found.link_fault, found.all_reduce > 0)"],
+        capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.stdout == "None None closed by peer True\n", done.stderr
+
+
+def test_the_first_node_waits_for_those_whose_partners_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[tuple[str, float]] = []
+    recipe = load_recipe([], ["model.path=gpt2", "data.sources=[{path: x.json}]", f"run.dir={tmp_path}"])
+    first = Nodes(2, 0, "n", 1, "m")
+
+    def collect(meeting: Path, count: int, kind: str, seconds: float) -> list[Facts | None]:
+        waits.append((kind, seconds))
+        return [facts(0), facts(1)]
+
+    monkeypatch.setattr(preflight, "collect", collect)
+    monkeypatch.setattr(preflight, "reach", lambda nodes: None)
+    monkeypatch.setattr(preflight, "measure", lambda nodes: Measured(1.0, link_fault="timed out"))
+    preflight.check_nodes(recipe, first, NAMES[:2], lambda line: None)
+    monkeypatch.setattr(preflight, "explore_network", lambda facts, *_: facts)
+    preflight.check_nodes(recipe, first, NAMES[:2], lambda line: None)
+    assert [seconds for kind, seconds in waits if kind == "node"] == [80.0, 20.0]
 
 
 def test_when_nobody_reaches_the_first_node_it_is_the_first_that_is_bad() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -30,21 +32,67 @@ def test_what_looks_like_a_key_is_hidden(secret: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["HF_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "SENTRY_DSN", "DATABASE_URL"]
-)
+    "name",
+    ["HF_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "SENTRY_DSN", "DATABASE_URL", "PGPASSWORD", "MYSQL_PWD",
+     "AZURE_STORAGE_CONNECTION_STRING"],
+)  # fmt: skip
 def test_the_values_of_secret_variables_are_hidden(name: str) -> None:
     assert Redactor({name: "no shape at all"})("before no shape at all after") == "before [hidden] after"
 
 
-def test_ordinary_words_stay() -> None:
+def test_ordinary_words_stay(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.touch()
     environment = {
         "TOKENIZERS_PARALLELISM": "false-and-long",
         "MY_KEY": "short",
-        "HF_TOKEN_PATH": "/root/token",
+        "HF_TOKEN_PATH": str(token),
+        "PWD": "/srv/a/folder",
+        "OLDPWD": "/srv/a/folder",
         "A": "b",
     }
-    text = "false-and-long short /root/token b 12:30 s3://bucket/key?versionId=3 step 1/12 loss 4.6"
+    text = f"false-and-long short {token} /srv/a/folder b 12:30 s3://bucket/key?versionId=3 step 1/12 loss 4.6"
     assert Redactor(environment)(text) == text
+
+
+def test_a_secret_may_begin_as_a_path_does() -> None:
+    assert Redactor({"AWS_SECRET_ACCESS_KEY": "/abcd+efgh/ijkl"})("id /abcd+efgh/ijkl.") == "id [hidden]."
+
+
+KEY = f"-----BEGIN RSA PRIVATE KEY-----\n{BODY}\n{BODY}\n-----END RSA PRIVATE KEY-----"
+
+
+def test_a_private_key_is_hidden_as_a_whole() -> None:
+    assert Redactor({})(f"read {KEY} and {KEY}.") == "read [hidden] and [hidden]."
+    assert Redactor({})(f"read {KEY[:60]}") == "read [hidden]"
+
+
+def test_a_private_key_is_hidden_line_by_line_and_what_follows_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with hiding_secrets():
+        for line in KEY.splitlines():
+            print(line)
+        print("told")
+        print(KEY.splitlines()[0])
+        for number in range(200):  # no end comes: not all that is ever said is lost
+            print("line", number)
+    out = capsys.readouterr().out
+    assert BODY not in out and out.startswith("[hidden]\ntold\n[hidden]") and out.endswith("line 199\n")
+
+
+def test_log_handlers_that_were_there_before_are_covered_meanwhile(capsys: pytest.CaptureFixture[str]) -> None:
+    logger, handler = logging.getLogger("a.library"), logging.StreamHandler(sys.stderr)
+    before = handler.stream
+    logger.addHandler(handler)
+    try:
+        with hiding_secrets():
+            logger.warning("token hf_%s", BODY)
+            late = logging.StreamHandler(sys.stdout)
+            logger.addHandler(late)
+        assert handler.stream is before and late.stream is sys.stdout
+    finally:
+        logger.handlers.clear()
+    err = capsys.readouterr().err
+    assert "token [hidden]" in err and BODY not in err
 
 
 def test_streams_warnings_and_threads_are_covered(

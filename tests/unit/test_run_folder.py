@@ -47,6 +47,25 @@ def test_exit_code_goes_to_the_attempt_and_where_worker_sh_waits(
     assert read_exit_code(tmp_path) == 75
 
 
+def test_another_node_that_writes_the_exit_code_meanwhile_is_no_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It comes between our write and our rename."""
+    rename = Path.replace
+
+    def replace(partial: Path, path: Path) -> None:
+        with monkeypatch.context() as other:
+            other.setattr(Path, "replace", rename)
+            other.setattr("socket.gethostname", lambda: "another")
+            write_exit_code(tmp_path, 71)
+        rename(partial, path)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    write_exit_code(tmp_path, 71)
+    assert read_exit_code(tmp_path) == 71 and capsys.readouterr().err == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["exit_code"]
+
+
 def test_events_are_json_lines(tmp_path: Path) -> None:
     append_event(tmp_path, "start", processes=2)
     append_event(tmp_path, "end", code=0)
