@@ -30,11 +30,10 @@ class FlightRecorder:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For the workers, below what the user has set. Both spellings: PyTorch renames these from 2.9 on."""
+        """For the workers, below what the user has set, in the names that PyTorch has from 2.9 on: the older
+        TORCH_NCCL_TRACE_BUFFER_SIZE still works, and every rank warns of it at every start."""
         return {
-            "TORCH_NCCL_TRACE_BUFFER_SIZE": EVENTS,
             "TORCH_FR_BUFFER_SIZE": EVENTS,
-            "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": self._dumps,
             "TORCH_FR_DUMP_TEMP_FILE": self._dumps,
             "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": self._pipes,
         }
