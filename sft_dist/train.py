@@ -29,6 +29,7 @@ from sft_dist.config.identity import read_fingerprint
 from sft_dist.data.ledger import fold
 from sft_dist.data.loader import LoadedStep
 from sft_dist.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError
+from sft_dist.inputs import Inputs
 from sft_dist.job import Job
 from sft_dist.layout_certificate import certify_layout
 from sft_dist.milestones import Position
@@ -40,10 +41,11 @@ from sft_dist.optim import lr_at, set_lr
 from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import Runtime, seed_for
-from sft_dist.parts import Inputs, Parts, build_parts, header_rows
+from sft_dist.parts import Parts, build_parts
 from sft_dist.rehearsal import fit
 from sft_dist.resilience.corruption import audit, baseline
 from sft_dist.resilience.run_folder import append_event, attempt_dir
+from sft_dist.run_header import header_rows
 from sft_dist.step_metrics import measure
 from sft_dist.types import StepResult
 

@@ -33,11 +33,11 @@ from sft_dist.config.overrides import split_arguments
 from sft_dist.config.schema import Recipe
 from sft_dist.config.srun import adopt_srun
 from sft_dist.errors import EXIT_DONE, SftError
+from sft_dist.inputs import read_inputs
 from sft_dist.job import Job
 from sft_dist.observe.trackers import check_trackers
 from sft_dist.parallel.messages import broadcast_json
 from sft_dist.parallel.runtime import read_place, runtime
-from sft_dist.parts import read_inputs
 from sft_dist.resilience.ending import letting_go, run_and_end
 from sft_dist.resilience.heartbeat import heart
 from sft_dist.resilience.lease import LEASE_VARIABLE
