@@ -7,7 +7,7 @@
              (the last three are host memory; a CPU's own memory)
 
 What each engine keeps is read off `sft_dist.parallel` and PyTorch; `benchmarks/estimate_check.py` compares with
-measured peaks. ZeRO (Rajbhandari et al., 2020) is as DeepSpeed's defaults leave it. Activations count what autograd
+measured peaks. ZeRO (Rajbhandari et al., 2020) is as `parallel.zero` sets DeepSpeed up. Activations count what autograd
 saves in a layer of transformers (the tests count it too); Korthikanti et al. (2022) do so for Megatron's layers.
 """
 
@@ -22,7 +22,9 @@ FP32 = 4
 DDP_BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's bucket_cap_mb
 ZERO_BUCKET_BYTES = 50_000_000 * FP32  # parallel.zero.BUCKET_ELEMENTS
 ZERO_BUCKET_SHARE = 8  # parallel.zero.BUCKET_SHARE
-ZERO3_LIVE_ELEMENTS = 10**9  # stage3_max_live_parameters
+ZERO3_LIVE_ELEMENTS = 10**9  # parallel.zero.LIVE_ELEMENTS
+ZERO3_PREFETCH_ELEMENTS = 50_000_000  # parallel.zero.PREFETCH_ELEMENTS
+ZERO3_MOVED_ELEMENTS = 10**9  # parallel.zero.MOVED_ELEMENTS
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 1280 * 2**20}  # logits of one chunk: sft_kernels.one_pass.CHUNK_BYTES
 SAVE_FILE_BYTES = 2 * 2**30  # checkpoint.shards.FILE_BYTES
 NF4_BYTES = (
@@ -58,8 +60,8 @@ class Layout:
 
     @property
     def autocasts(self) -> bool:
-        """Every engine but FSDP2 keeps trained weights in the master dtype and casts them as they are used."""
-        return self.strategy != "fsdp2" and self.compute != FP32
+        """FSDP2 and ZeRO-3 gather weights in the compute dtype; the others cast master weights as they are used."""
+        return self.strategy not in ("fsdp2", "zero3") and self.compute != FP32
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ class Memory:
 def memory(architecture: Architecture, tuned: Tuned, layout: Layout) -> Memory:
     """What one rank holds. On a CPU the phases of the host are phases of the device."""
     states = _states(tuned, layout)
-    engine = {"ddp": _ddp, "fsdp2": _fsdp2}.get(layout.strategy, _zero)
+    engine = {"ddp": _ddp, "fsdp2": _fsdp2, "zero3": _zero3}.get(layout.strategy, _zero)
     steps = engine(architecture, tuned, layout, states)
     saved, in_background, exported = _writing(tuned, layout)
     offloaded = _offloaded(tuned, layout)
@@ -113,16 +115,17 @@ def _between_steps(tuned: Tuned, layout: Layout, states: Parts) -> Parts:
     if layout.strategy == "ddp" and layout.world_size > 1:
         return held | {"communication": states["gradients"]}
     if layout.strategy == "zero3":
-        bucket = min(ZERO_BUCKET_BYTES, tuned.trained * FP32 // ZERO_BUCKET_SHARE)
-        return held | {"gradients": states["gradients"], "communication": bucket}
+        return held | {"gradients": states["gradients"], "communication": _zero_bucket(tuned, ZERO_BUCKET_SHARE)}
     return held
 
 
 def weight_bytes(tuned: Tuned, layout: Layout) -> int:
-    """All weights: a frozen base in the compute dtype or in 4 bits, what is trained in the master dtype."""
-    base = layout.master if tuned.trains_all else layout.compute
+    """All weights: a frozen base in the compute dtype or in 4 bits, what is trained in the master dtype; stage 3 has
+    its fp32 masters with the optimizer."""
+    moved = layout.compute if layout.strategy == "zero3" else layout.master
+    base = moved if tuned.trains_all else layout.compute
     in_layers = (tuned.base - tuned.root.base) * (NF4_BYTES if tuned.quantised else base)
-    return int(in_layers) + tuned.root.base * base + tuned.added * layout.master
+    return int(in_layers) + tuned.root.base * base + tuned.added * moved
 
 
 def activation_bytes(architecture: Architecture, tuned: Tuned, layout: Layout) -> int:
@@ -258,23 +261,43 @@ def _fsdp2(architecture: Architecture, tuned: Tuned, layout: Layout, states: Par
 
 
 def _zero(architecture: Architecture, tuned: Tuned, layout: Layout, states: Parts) -> dict[str, Parts]:
-    """DeepSpeed. A bucket is filled from gradients that live until it is reduced; stage 3 keeps its bucket beside the
-    partition, and gathers until a billion elements are alive."""
-    head = head_bytes(architecture, tuned, layout)
-    share = ZERO_BUCKET_SHARE if layout.strategy == "zero3" else 1
-    bucket = min(ZERO_BUCKET_BYTES, tuned.trained * FP32 // share)
+    """DeepSpeed's stages 1 and 2. A bucket is filled from gradients that live until it is reduced."""
+    bucket = _zero_bucket(tuned)
     held = states | {"communication": bucket}
     if layout.strategy == "zero2":
         held["gradients"] = max(states["gradients"], bucket)
-    if layout.strategy == "zero3":
-        held["communication"] = 2 * bucket
-        held["gathered layers"] = min(tuned.base + tuned.added, ZERO3_LIVE_ELEMENTS) * layout.master
     loss = held | {
         "copies for compute": _autocast_copies(tuned, layout),
         "activations": activation_bytes(architecture, tuned, layout),
-        **head,
+        **head_bytes(architecture, tuned, layout),
     }
     return {"loss": loss}
+
+
+def _zero3(architecture: Architecture, tuned: Tuned, layout: Layout, states: Parts) -> dict[str, Parts]:
+    """DeepSpeed's stage 3. Weights are gathered until a billion elements are alive, and what is prefetched together is
+    there twice: as the ranks' pieces and as the parameters that are put together from them. By then the forward pass is
+    as far as what was gathered before. A rank alone uses its partition as it is. The optimizer's step takes a copy of
+    the partition of the gradients, beside the partition and its bucket."""
+    elements, bucket = tuned.base + tuned.added, _zero_bucket(tuned, ZERO_BUCKET_SHARE)
+    each = weight_bytes(tuned, layout) / elements if layout.world_size > 1 else 0.0
+    alive = min(elements, ZERO3_LIVE_ELEMENTS)
+    beyond_embedding = max(0, alive - architecture.vocab_size * architecture.hidden_size)
+    prefetched = min(beyond_embedding, ZERO3_PREFETCH_ELEMENTS)
+    activations, head = activation_bytes(architecture, tuned, layout), head_bytes(architecture, tuned, layout)
+    gathered = states | {"gathered layers": int(alive * each)}
+    gather = gathered | {
+        "communication": bucket + int(prefetched * each),
+        "activations": activations * (alive - prefetched) // alive,
+    }
+    loss = gathered | {"communication": 2 * bucket, "activations": activations, **head}
+    moved = min(tuned.trained // layout.world_size, ZERO3_MOVED_ELEMENTS) * FP32 if layout.offload == "none" else 0
+    return {"gather": gather, "loss": loss, "update": states | {"communication": bucket, "gradients to apply": moved}}
+
+
+def _zero_bucket(tuned: Tuned, share: int = 1) -> int:
+    """Bytes of one, which has room for 1/`share` of what is trained."""
+    return min(ZERO_BUCKET_BYTES, tuned.trained * FP32 // share)
 
 
 def _autocast_copies(tuned: Tuned, layout: Layout) -> int:

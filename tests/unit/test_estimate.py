@@ -194,6 +194,35 @@ def test_predicted_states_are_what_processes_hold(strategy: str) -> None:
     assert check.predict(case)["step"] == pytest.approx(check.measure(case)["step"], rel=check.LIMIT)
 
 
+def measured_engines() -> list[tuple[str, int, int, int, float]]:
+    """(engine, replicas, ranks, micro-batches, MiB at the peak of a step): the rows of `engine_memory.py`'s result."""
+    text = (CHECKOUT / "benchmarks" / "results" / "engine_memory.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    found = []
+    for name, ranks, rounds, _, _, peak, _ in rows[2:]:
+        strategy, _, mesh = name.partition(" ")
+        found.append((strategy, int(mesh.split()[0]) if mesh else 1, int(ranks), int(rounds), float(peak)))
+    return found
+
+
+@pytest.mark.parametrize(("strategy", "replicas", "ranks", "rounds", "peak"), measured_engines())
+def test_peaks_are_those_measured_on_one_two_and_four_ranks(
+    strategy: str, replicas: int, ranks: int, rounds: int, peak: float
+) -> None:
+    check = load_benchmark()
+    case = check.Case(strategy, "full", ranks, rounds, dp_replicate=replicas)
+    assert check.predict(case)["step"] / check.MIB == pytest.approx(peak, rel=check.LIMIT)
+
+
+def test_stage_3_gathers_and_keeps_weights_in_the_compute_dtype() -> None:
+    architecture = derive(EIGHT_B, "x")
+    counts = tuned(architecture, TuningSection())
+    layout = Layout("zero3", 8, "cuda", 2, 4, 8192, 8192, 1, True)
+    parts = memory(architecture, counts, layout).device["loss"]
+    assert parts["weights"] == 2 * counts.base // 8 and parts["gathered layers"] == 2 * 10**9
+    assert parts["optimizer"] == 12 * counts.base // 8 and "copies for compute" not in parts
+
+
 def load_benchmark() -> Any:
     """benchmarks/estimate_check.py as a module."""
     path = CHECKOUT / "benchmarks" / "estimate_check.py"
