@@ -202,6 +202,8 @@ def _states(tuned: Tuned, layout: Layout) -> Parts:
             states = {"weights": weights // world, "gradients": gradients // world}
     if layout.offload == "params":
         states["weights"] = 0
+    if layout.offload != "none" and layout.strategy == "zero3":
+        states["gradients"] = 0
     optimizer = (masters + 2 * tuned.trained * FP32) // world
     return states | {"optimizer": optimizer if layout.offload == "none" else 0}
 
@@ -277,13 +279,14 @@ def _zero(architecture: Architecture, tuned: Tuned, layout: Layout, states: Part
 def _zero3(architecture: Architecture, tuned: Tuned, layout: Layout, states: Parts) -> dict[str, Parts]:
     """DeepSpeed's stage 3. Weights are gathered until a billion elements are alive, and what is prefetched together is
     there twice: as the ranks' pieces and as the parameters that are put together from them. By then the forward pass is
-    as far as what was gathered before. A rank alone uses its partition as it is. The optimizer's step takes a copy of
-    the partition of the gradients, beside the partition and its bucket."""
+    as far as what was gathered before. A rank alone uses its partition as it is, where it lies on the device. The
+    optimizer's step takes a copy of the partition of the gradients, beside the partition and its bucket."""
     elements, bucket = tuned.base + tuned.added, _zero_bucket(tuned, ZERO_BUCKET_SHARE)
-    each = weight_bytes(tuned, layout) / elements if layout.world_size > 1 else 0.0
+    is_brought = layout.world_size > 1 or (layout.offload == "params" and layout.device != "cpu")
+    each = weight_bytes(tuned, layout) / elements if is_brought else 0.0
     alive = min(elements, ZERO3_LIVE_ELEMENTS)
     beyond_embedding = max(0, alive - architecture.vocab_size * architecture.hidden_size)
-    prefetched = min(beyond_embedding, ZERO3_PREFETCH_ELEMENTS)
+    prefetched = min(beyond_embedding, ZERO3_PREFETCH_ELEMENTS) if layout.world_size > 1 else 0
     activations, head = activation_bytes(architecture, tuned, layout), head_bytes(architecture, tuned, layout)
     gathered = states | {"gathered layers": int(alive * each)}
     gather = gathered | {
@@ -338,7 +341,8 @@ def _offloaded(tuned: Tuned, layout: Layout) -> Parts:
     """What `parallel.offload` puts into host memory instead."""
     if layout.offload == "none":
         return {}
-    moved = 4 * tuned.trained * FP32 // layout.world_size  # masters, two moments, gradients
+    copies = 5 if layout.strategy == "zero3" else 4  # masters, two moments, gradients; stage 3 has these twice
+    moved = copies * tuned.trained * FP32 // layout.world_size
     weights = weight_bytes(tuned, layout) // layout.world_size if layout.offload == "params" else 0
     return {"offloaded": moved + weights}
 
