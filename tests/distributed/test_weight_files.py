@@ -141,15 +141,22 @@ def test_frozen_weights_have_the_same_digest(models: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-def test_magnitudes_of_dora_are_read_as_the_rows_lengths(models: Path, compute: torch.dtype) -> None:
-    asked = recipe(models / "untied", tuning={"method": "dora", "rank": 2})
+@pytest.mark.parametrize(
+    ("method", "trained"), [("dora", ("lora_magnitude_vector", 2 * 7)), ("bitfit", ("bias", 2 * 3))]
+)
+def test_what_is_trained_starts_as_in_the_ordinary_load(
+    tmp_path: Path, method: str, trained: tuple[str, int], compute: torch.dtype
+) -> None:
+    write_model(tmp_path, tiny_config("qwen2"), 0.05)
+    asked = recipe(tmp_path, tuning={"method": method})
     network = build_empty_network(asked, compute, torch.device("cpu"), vocab_size=8)
     whole = build_network(asked, compute, torch.device("cpu"), vocab_size=8)
     assert network is not None and network.files is not None
     assert all(parameter.is_meta for parameter in network.model.parameters())
     network.files.fill(network.model, torch.device("cpu"))
     read, loaded = (dict(model.named_parameters()) for model in (network.model, whole.model))
-    assert read.keys() == loaded.keys() and sum("lora_magnitude_vector" in name for name in read) == 2 * 7
+    word, number = trained
+    assert read.keys() == loaded.keys() and sum(word in name and p.requires_grad for name, p in read.items()) == number
     for name, parameter in read.items():
         assert torch.equal(parameter, loaded[name]) and parameter.dtype == loaded[name].dtype, name
         assert parameter.requires_grad == loaded[name].requires_grad
