@@ -1,67 +1,38 @@
 """Bytes of one rank, part by part, in each phase of a step. The fullest phase is the peak.
 
+    gather   the forward pass begins (fsdp2), or has gathered all it will (zero3)
     loss     forward is done: all activations, the loss head, what stays gathered
     backward gradients are complete or being reduced, one layer's activations are left
+    reduce   the last gradients to be reduced (fsdp2); update: the optimizer's step (zero3)
     save     a checkpoint is written and waited for; saving: it is written in the background of the next steps
     export   the model is written tensor by tensor, and the folder re-opened layer by layer
              (the last three are host memory; a CPU's own memory)
 
 What each engine keeps is read off `sft_dist.parallel` and PyTorch; `benchmarks/estimate_check.py` compares with
-measured peaks. ZeRO (Rajbhandari et al., 2020) is as `parallel.zero` sets DeepSpeed up. Activations count what autograd
-saves in a layer of transformers (the tests count it too); Korthikanti et al. (2022) do so for Megatron's layers.
+measured peaks. ZeRO (Rajbhandari et al., 2020) is as `parallel.zero` sets DeepSpeed up.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sft_dist.estimate.activations import activation_bytes, head_bytes, layer_activation_bytes
 from sft_dist.estimate.architecture import Architecture
+from sft_dist.estimate.layout import FP32, Layout
 from sft_dist.estimate.tuning import Tuned
 
-FP32 = 4
 DDP_BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's bucket_cap_mb
 ZERO_BUCKET_BYTES = 50_000_000 * FP32  # parallel.zero.BUCKET_ELEMENTS
 ZERO_BUCKET_SHARE = 8  # parallel.zero.BUCKET_SHARE
 ZERO3_LIVE_ELEMENTS = 10**9  # parallel.zero.LIVE_ELEMENTS
 ZERO3_PREFETCH_ELEMENTS = 50_000_000  # parallel.zero.PREFETCH_ELEMENTS
 ZERO3_MOVED_ELEMENTS = 10**9  # parallel.zero.MOVED_ELEMENTS
-CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 1280 * 2**20}  # logits of one chunk: sft_kernels.one_pass.CHUNK_BYTES
 SAVE_FILE_BYTES = 2 * 2**30  # checkpoint.shards.FILE_BYTES
 NF4_BYTES = (
     0.5 + 1 / 64 + 4 / (64 * 256)
 )  # of a weight: its code, an 8-bit scale for 64, and one in fp32 for 256 scales
-STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 Parts = dict[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How a step is spread. Bytes are per element; tokens are of one micro-batch on one rank."""
-
-    strategy: str
-    world_size: int
-    device: str  # cuda | cpu
-    compute: int
-    master: int
-    micro_tokens: int
-    micro_loss_tokens: int
-    rounds: int  # micro-batches of a step on one rank
-    checkpointing: bool
-    offload: str = "none"
-    optimizer: str = "adamw"
-    dp_replicate: int = 1  # replicas of the sharded model (fsdp2)
-    saves_in_background: bool = False  # checkpoint.async
-
-    @property
-    def shards(self) -> int:
-        """Ranks that share one replica's state."""
-        return self.world_size // self.dp_replicate
-
-    @property
-    def autocasts(self) -> bool:
-        """FSDP2 and ZeRO-3 gather weights in the compute dtype; the others cast master weights as they are used."""
-        return self.strategy not in ("fsdp2", "zero3") and self.compute != FP32
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,42 +97,6 @@ def weight_bytes(tuned: Tuned, layout: Layout) -> int:
     base = moved if tuned.trains_all else layout.compute
     in_layers = (tuned.base - tuned.root.base) * (NF4_BYTES if tuned.quantised else base)
     return int(in_layers) + tuned.root.base * base + tuned.added * moved
-
-
-def activation_bytes(architecture: Architecture, tuned: Tuned, layout: Layout) -> int:
-    """What autograd keeps of all layers at the end of the forward pass."""
-    tokens, stream = layout.micro_tokens, _stream_bytes(tuned, layout)
-    edge = tokens * architecture.hidden_size * (FP32 + stream)  # around the last norm
-    if layout.checkpointing:
-        return edge + architecture.num_layers * tokens * architecture.hidden_size * stream
-    return edge + architecture.num_layers * layer_activation_bytes(architecture, tuned, layout)
-
-
-def layer_activation_bytes(architecture: Architecture, tuned: Tuned, layout: Layout) -> int:
-    """What autograd keeps of one layer: inputs of norms in fp32, inputs of matrices, queries to values, the MLP."""
-    a, c, stream = architecture, layout.compute, _stream_bytes(tuned, layout)
-    queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-    norm = FP32 * a.hidden_size + (stream * a.hidden_size if tuned.trains_all else 0)
-    norms = a.num_norms * norm
-    if a.qk_norm:
-        norms += (queries + keys) * (FP32 + (c if tuned.trains_all else 0))
-    casts_each = layout.autocasts and (stream != c or not tuned.trains_all)  # one copy per matrix instead of one in all
-    inputs = (a.num_inward if casts_each else 2) * c * a.hidden_size
-    attention = c * (2 * queries + 2 * keys)
-    if layout.device == "cpu":
-        attention += c * queries  # documents are gathered by length and put back
-    mlp = 4 * c * a.intermediate_size
-    return layout.micro_tokens * (norms + inputs + attention + mlp)
-
-
-def head_bytes(architecture: Architecture, tuned: Tuned, layout: Layout) -> Parts:
-    """One chunk of logits, supervised rows with their gradients, a cast matrix; and the matrix's gradient."""
-    a, c = architecture, layout.compute
-    rows = layout.micro_loss_tokens * a.hidden_size * c
-    logits = min(layout.micro_loss_tokens * a.vocab_size * c, CHUNK_BYTES[layout.device])
-    cast = a.vocab_size * a.hidden_size * c if layout.autocasts and tuned.trains_head else 0
-    gradient = a.vocab_size * a.hidden_size * FP32 if tuned.trains_head else 0
-    return {"loss head": 2 * rows + logits + cast, "gradient of the head": gradient}
 
 
 def optimizer_bytes(tuned: Tuned, layout: Layout) -> int:
@@ -308,11 +243,6 @@ def _autocast_copies(tuned: Tuned, layout: Layout) -> int:
     if not layout.autocasts or layout.master != FP32:
         return 0
     return (tuned.trained - tuned.root.trained) * layout.compute
-
-
-def _stream_bytes(tuned: Tuned, layout: Layout) -> int:
-    """Of the residual stream: fp32 where autocast meets fp32 embeddings."""
-    return layout.master if layout.autocasts and tuned.trains_all else layout.compute
 
 
 def _writing(tuned: Tuned, layout: Layout) -> tuple[Parts, Parts, Parts]:

@@ -56,7 +56,7 @@ def test_the_estimate_counts_with_what_deepspeed_is_told() -> None:
     assert settings["stage3_prefetch_bucket_size"] == zero.PREFETCH_ELEMENTS == memory.ZERO3_PREFETCH_ELEMENTS
     assert settings["stage3_max_live_parameters"] == zero.LIVE_ELEMENTS == memory.ZERO3_LIVE_ELEMENTS
     assert settings["sub_group_size"] == zero.MOVED_ELEMENTS == memory.ZERO3_MOVED_ELEMENTS
-    assert zero.BUCKET_ELEMENTS * memory.FP32 == memory.ZERO_BUCKET_BYTES
+    assert zero.BUCKET_ELEMENTS * 4 == memory.ZERO_BUCKET_BYTES
     assert zero.BUCKET_SHARE == memory.ZERO_BUCKET_SHARE
 
 

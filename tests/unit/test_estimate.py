@@ -26,10 +26,12 @@ from sft_dist.config.shipped import CHECKOUT
 from sft_dist.data.collate import collate
 from sft_dist.data.store import write_store
 from sft_dist.errors import ConfigError
+from sft_dist.estimate.activations import activation_bytes
 from sft_dist.estimate.architecture import FAMILIES, Architecture, config_path, derive
 from sft_dist.estimate.compare import Estimate, estimate
 from sft_dist.estimate.hardware import GIB, GPUS, Device, find_device
-from sft_dist.estimate.memory import STRATEGIES, Layout, activation_bytes, memory, optimizer_bytes, weight_bytes
+from sft_dist.estimate.layout import STRATEGIES, Layout
+from sft_dist.estimate.memory import memory, optimizer_bytes, weight_bytes
 from sft_dist.estimate.pace import step_flops
 from sft_dist.estimate.tuning import tuned
 from sft_dist.models import attention
