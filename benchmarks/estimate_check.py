@@ -91,7 +91,8 @@ CASES = (
 def predict(case: Case) -> dict[str, int]:
     """Bytes of one rank at the peak of each of PHASES."""
     from sft_dist.estimate.architecture import derive
-    from sft_dist.estimate.memory import Layout, memory
+    from sft_dist.estimate.layout import Layout
+    from sft_dist.estimate.memory import memory
     from sft_dist.estimate.tuning import tuned
 
     architecture = derive(case.architecture, "case")

@@ -119,10 +119,10 @@ def document(example: Any) -> dict[str, list[int]]:
 
 def train_ours(options: argparse.Namespace) -> None:
     """`sft-dist train` in this process; the steps are what it wrote to metrics.jsonl."""
-    from sft_dist import train
+    from sft_dist import worker
 
     run_dir = options.run / "run"
-    code = train.main([str(options.work / "recipe.yaml"), f"run.dir={run_dir}"])
+    code = worker.main([str(options.work / "recipe.yaml"), f"run.dir={run_dir}"])
     assert code == 0, code
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [

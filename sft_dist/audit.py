@@ -27,8 +27,8 @@ from sft_dist.data.plan import PackPlan
 from sft_dist.data.stream_plan import StreamPlan
 from sft_dist.data.stream_store import AnyStore
 from sft_dist.errors import CheckpointError
+from sft_dist.fingerprint import reopen
 from sft_dist.observe.metrics import read_metrics
-from sft_dist.parts import reopen
 from sft_dist.types import StepPlan
 
 MAX_LISTED = 20

@@ -15,16 +15,18 @@ import torch
 
 from sft_dist.checkpoint.background import BackgroundSaver
 from sft_dist.checkpoint.catalog import folders
-from sft_dist.checkpoint.export import base_of, export_model, package_of, probe_limit
+from sft_dist.checkpoint.export import export_model, package_of, probe_limit
 from sft_dist.checkpoint.export_certificate import Certificate, Probe, probe_ids
 from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.checkpoint.manifest import folder_step, step_name
+from sft_dist.checkpoint.rebuild import base_of
 from sft_dist.checkpoint.weights import live_weights
 from sft_dist.data.ledger import START
 from sft_dist.errors import CheckpointError
 from sft_dist.evaluate.generation import Prompt, generate, prompts_from_store, stock_attention
 from sft_dist.evaluate.heldout import Measured, heldout_loss
 from sft_dist.evaluate.metrics import exact_match
+from sft_dist.inputs import words_of
 from sft_dist.job import Job
 from sft_dist.models.adapters import is_adapter
 from sft_dist.models.load import DTYPES
@@ -35,7 +37,7 @@ from sft_dist.observe.run_files import append_lines, read_lines, write_json
 from sft_dist.optim import set_step
 from sft_dist.parallel.engine import Engine, global_numel
 from sft_dist.parallel.messages import broadcast_json, gather_json
-from sft_dist.parts import Parts, words_of
+from sft_dist.parts import Parts
 
 GENERATION_BATCH = 32
 

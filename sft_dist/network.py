@@ -23,7 +23,7 @@ from sft_dist.models.vocabulary import require_training
 from sft_dist.models.weight_files import WeightFiles, empty_model, find_files
 from sft_dist.parallel.sequence import ALONE, SequenceGroup, refuse_what_cannot_be_cut, share_dropout
 
-FROM_FILES = ("full", "lora", "rslora")  # methods whose adapters do not start from the values of the base
+FROM_FILES = ("full", "lora", "rslora", "dora", "bitfit")  # methods that read what they start from out of the files too
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,62 +6,42 @@ the first step.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from sft_dist.assembly import prove_boundaries, spread
 from sft_dist.certify import Check
 from sft_dist.checkpoint.export import rehearse_words
-from sft_dist.checkpoint.export_certificate import Words
 from sft_dist.config.auto import Choices, Facts, choose, compute_dtype
 from sft_dist.config.elastic import ELASTIC, check_micro_batches
-from sft_dist.config.identity import identity, read_fingerprint, refuse_changes
-from sft_dist.config.loader import load_resolved
+from sft_dist.config.identity import read_fingerprint, refuse_changes
 from sft_dist.config.schema import Recipe
 from sft_dist.data.loader import Loader, Plan, VerifiedDocuments
 from sft_dist.data.plan import PackPlan
 from sft_dist.data.planning import heldout_plan, train_plan
-from sft_dist.data.prepare import PreparedData, prepare
-from sft_dist.data.store import TokenStore
 from sft_dist.data.stream_plan import StreamPlan
 from sft_dist.data.stream_store import AnyStore
-from sft_dist.errors import CheckpointError, ConfigError, DataError
+from sft_dist.fingerprint import explain_inputs, make_fingerprint
+from sft_dist.inputs import Inputs, longest_example, pad_token_id, words_of
 from sft_dist.models.adapters import frozen_digest, is_adapter
-from sft_dist.models.load import DTYPES, load_tokenizer
+from sft_dist.models.load import DTYPES
 from sft_dist.models.packed import causal_lm
 from sft_dist.models.rotary import refuse_shared_turns
 from sft_dist.models.vocabulary import num_added
 from sft_dist.network import Network, build_empty_network, build_network
-from sft_dist.observe.header import batch_equation, certificate_line, count
 from sft_dist.observe.perf import Shape
 from sft_dist.parallel.build import SHARD_BY_SHARD
-from sft_dist.parallel.engine import Engine, global_numel
+from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.messages import broadcast_json
-from sft_dist.parallel.runtime import Runtime, read_place
+from sft_dist.parallel.runtime import Runtime
 from sft_dist.parallel.sequence import ALONE, SequenceGroup, sequence_group
-from sft_dist.resilience.heartbeat import heart
 
 PAD_MULTIPLE_CPU = 8
-VERSIONED = ("torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors")
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """What exists before any process group: the same on every rank."""
-
-    recipe: Recipe
-    tokenizer: PreTrainedTokenizerBase
-    data: PreparedData
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,24 +73,6 @@ class Parts:
         """End the loaders' threads."""
         for split in (self.train, *self.heldout.values()):
             split.loader.close()
-
-
-def read_inputs(recipe: Recipe, notice: Callable[[str], None]) -> Inputs:
-    """Tokenizer and prepared data. Concurrent ranks share the preparation through the cache's lock."""
-    tokenizer = load_tokenizer(recipe.model)
-    is_first_here = read_place()[2] == 0
-    data = prepare(recipe, tokenizer, notice=notice, progress=_beat_while_preparing, reads_streams=is_first_here)
-    return Inputs(recipe, tokenizer, data)
-
-
-def _beat_while_preparing(done: int, total: int) -> None:
-    heart().stay("prepare")
-
-
-def words_of(inputs: Inputs) -> Words:
-    """What an export says beside its weights."""
-    template, tokenizer = inputs.data.template, inputs.tokenizer
-    return Words(tokenizer, template.text, template.stop_token_ids(tokenizer))
 
 
 def build_parts(inputs: Inputs, place: Runtime, run_dir: Path, chosen: Choices | None = None) -> Parts:
@@ -177,14 +139,6 @@ def _network(
     return network, _choices(recipe, recorded, network.model, store, place)
 
 
-def longest_example(inputs: Inputs) -> int:
-    """Tokens of the longest example of any split; of a stream, what its longest may have."""
-    if inputs.recipe.data.streams:
-        return inputs.recipe.data.seq_len
-    splits = (inputs.data.train, inputs.data.eval)
-    return max(int(np.max(store.lengths)) for store in splits if isinstance(store, TokenStore))
-
-
 def decoder_shape(model: nn.Module) -> Shape:
     """The numbers that decide a step's FLOPs, read before the engine shards anything."""
     lm = causal_lm(model)
@@ -199,122 +153,6 @@ def decoder_shape(model: nn.Module) -> Shape:
         vocab_size=text.vocab_size,
         trains_all=not is_adapter(model),
     )
-
-
-def header_rows(parts: Parts, attempt: int) -> list[tuple[str, str]]:
-    """What the user sees before the first step."""
-    recipe, choices, plan, place = parts.recipe, parts.choices, parts.train.plan, parts.place
-    trained = sum(map(global_numel, parts.engine.trained.values()))
-    total = sum(map(global_numel, parts.engine.model.parameters()))
-    offloaded = "" if recipe.parallel.offload == "none" else f"{recipe.parallel.offload} offloaded, "
-    replicas = recipe.parallel.dp_replicate
-    mesh = "" if replicas == 1 else f"{replicas} replicas x {place.world_size // replicas} shards, "
-    shared_by = recipe.parallel.sequence
-    cut_among = "" if shared_by == 1 else f", each row cut among {shared_by} (sequence parallel)"
-    store = parts.inputs.data.train
-    so_far = " in the first window of a stream" if recipe.data.streams else ""
-    return [
-        ("run", f"{recipe.run.name} in {recipe.run.dir}, attempt {attempt}, seed {recipe.run.seed}"),
-        (
-            "model",
-            f"{parts.engine.model.config.model_type} {recipe.model.path or ''} ({recipe.model.init}), "  # type: ignore[union-attr]
-            f"{count(total)} parameters, {count(trained)} trained ({recipe.tuning.method}), "
-            f"compute {choices.compute}, master {recipe.precision.master}",
-        ),
-        (
-            "data",
-            f"{len(store):,} examples, {store.num_tokens:,} tokens{so_far}, {store.supervised_share:.1%} supervised, "
-            f"{len(parts.inputs.data.eval or ()):,} held out, template {parts.inputs.data.template.name}",
-        ),
-        (
-            "engine",
-            f"{parts.engine.name}, {offloaded}{mesh}{place.world_size} process(es) on {place.device.type}, "
-            f"{place.num_threads} thread(s) each{cut_among}; {choices.strategy_reason or 'as recorded'}",
-        ),
-        (
-            "batch",
-            batch_equation(
-                choices.packs_per_micro_batch,
-                recipe.data.seq_len,
-                choices.micro_batches_per_step,
-                place.world_size,
-                shared_by,
-            ),
-        ),
-        (
-            "plan",
-            f"{plan.num_steps} optimizer steps, packing {recipe.data.packing}, {plan.efficiency:.1%} of slots filled",
-        ),
-        (
-            "optimizer",
-            f"{recipe.optim.name}, lr {choices.lr:g} {recipe.optim.schedule}, "
-            f"activation checkpointing {choices.activation_checkpointing}"
-            + (", offloaded" if recipe.memory.activation_offload else "")
-            + (", compiled layers" if recipe.precision.compile else ""),
-        ),
-        *parts.kernels,
-        ("certificate", certificate_line([(c.name, c.figure, c.limit) for c in parts.checks])),
-    ]
-
-
-def make_fingerprint(
-    inputs: Inputs, choices: Choices, plan: PackPlan | StreamPlan, frozen: str | None
-) -> dict[str, Any]:
-    """What must not change between attempts (`recipe`, `inputs`), what `auto` became, and versions for the record."""
-    return {
-        "recipe": identity(inputs.recipe),
-        "inputs": data_fingerprint(inputs, plan) | {"frozen weights": frozen},
-        "choices": choices.as_dict(),
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
-    }
-
-
-def data_fingerprint(inputs: Inputs, plan: PackPlan | StreamPlan) -> dict[str, Any]:
-    """Hashes of what the steps are made from."""
-    data, template = inputs.data, inputs.data.template
-    return {
-        "data.train": data.train.fingerprint,
-        "data.eval": data.eval.fingerprint if data.eval is not None else None,
-        "template": hashlib.sha256(template.text.encode()).hexdigest(),
-        "tokenizer": hashlib.sha256(inputs.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "plan": plan.digest,
-    }
-
-
-def reopen(run_dir: Path, notice: Callable[[str], None]) -> tuple[Inputs, Choices, PackPlan | StreamPlan]:
-    """What the run in `run_dir` is made from, proven to be what it recorded; no model is loaded.
-
-    Raises CheckpointError when it is no run folder or its record is damaged, DataError when its data changed.
-    """
-    path = run_dir / "fingerprint.json"
-    try:
-        recorded = read_fingerprint(run_dir)
-        if recorded is None or not (run_dir / "config.yaml").is_file():
-            raise CheckpointError(f"{run_dir}: holds no config.yaml and fingerprint.json, so it is no run folder")
-        choices, before = Choices(**recorded["choices"]), dict(recorded["inputs"])
-    except (LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: altered ({error}); restore it from a copy") from error
-    inputs = read_inputs(load_resolved(run_dir / "config.yaml"), notice)
-    plan = train_plan(inputs.recipe, choices, inputs.data.train)
-    for key, value in data_fingerprint(inputs, plan).items():
-        if before.get(key) != value:
-            raise DataError(
-                f"{key} is {value} today, {run_dir} was trained with {before.get(key)}: restore what it was made from"
-            )
-    return inputs, choices, plan
-
-
-def explain_inputs(recipe: Recipe) -> dict[str, str]:
-    """What the hashed inputs are made from, for the one line that refuses a change."""
-    data, model = recipe.data, recipe.model
-    paths = {role: ", ".join(s.path for s in getattr(data, role)) for role in ("sources", "eval_sources")}
-    return {
-        "data.train": f"the training examples from {paths['sources']}",
-        "data.eval": f"the validation examples from {paths['eval_sources'] or paths['sources']}",
-        "template": f"data.chat_template={data.chat_template}",
-        "tokenizer": f"the files of {model.tokenizer or model.path}",
-        "frozen weights": f"the weights of {model.path} that are not trained",
-    }
 
 
 def _choices(
@@ -377,11 +215,3 @@ def _loader(
         cut=sequence.cut,
         reads_all=place.is_main,  # it writes metrics.jsonl
     )
-
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills rows; eos where the tokenizer has no pad token (it carries no label, so nothing learns it)."""
-    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return int(token_id)
-    raise ConfigError("model.tokenizer has neither pad nor eos token: name one in its tokenizer_config.json")

@@ -25,6 +25,8 @@ from sft_dist.config.auto import Choices
 from sft_dist.data.collate import batch_digest, collate
 from sft_dist.data.inspect import ExampleView, PackView, view_example, view_packs
 from sft_dist.errors import ConfigError
+from sft_dist.fingerprint import reopen
+from sft_dist.inputs import Inputs, pad_token_id
 from sft_dist.models import attention
 from sft_dist.models.adapters import apply_tuning_plain
 from sft_dist.models.load import DTYPES, load_model
@@ -32,7 +34,7 @@ from sft_dist.models.packed import PackedCausalLM, pick_head
 from sft_dist.models.vocabulary import num_added
 from sft_dist.observe.metrics import read_metrics
 from sft_dist.parallel.runtime import seed_for
-from sft_dist.parts import PAD_MULTIPLE_CPU, Inputs, pad_token_id, reopen
+from sft_dist.parts import PAD_MULTIPLE_CPU
 from sft_dist.types import StepPlan
 
 WEIGHTS = "model."

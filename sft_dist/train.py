@@ -1,53 +1,35 @@
-"""A training run, from recipe to export: build the parts, resume, step until done. One rank of it.
-
-    sft-dist train R.yaml key=value --nproc 2               starts the ranks itself
-    torchrun --nproc-per-node 2 -m sft_dist.train R.yaml    or accelerate, deepspeed: this module is the worker
+"""A training run, from its parts to the export: build them, resume, step until done.
 
 The only mutable state is {trained weights, optimizer moments, the step}. Batches, learning rate and seeds are functions
 of the step, so resuming is: load tensors, continue at step + 1.
+
+Launchers start a rank as `python -m sft_dist.train`; what it does before it comes here is in `worker`.
 """
 
 from __future__ import annotations
 
-import signal
+if __name__ == "__main__":  # before the slow imports: the worker first binds its life to its launcher's
+    import runpy
 
-from sft_dist.resilience.orphan import die_with_ancestors
-from sft_dist.resilience.stacks import answer_with_stacks
+    runpy.run_module("sft_dist.worker", run_name="__main__")
 
-if __name__ == "__main__":
-    die_with_ancestors()  # before the slow imports: a launcher killed meanwhile must not leave this process behind
-    answer_with_stacks()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop listens: Ctrl-C ends it without a traceback
-
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from sft_dist import milestones
 from sft_dist.checkpoint.background import BackgroundSaver
-from sft_dist.checkpoint.disk import explain, is_storage_failure
-from sft_dist.checkpoint.hub_push import check_hub, push
+from sft_dist.checkpoint.hub_push import push
 from sft_dist.checkpoint.manager import CheckpointManager
-from sft_dist.config.auto import FEW_STEPS, cadence, refuse_uneven
-from sft_dist.config.elastic import ELASTIC, check_world
-from sft_dist.config.environment import check_launcher
-from sft_dist.config.identity import check_recipe, read_fingerprint
-from sft_dist.config.loader import adoptions, load_recipe, load_resolved
-from sft_dist.config.overrides import split_arguments
-from sft_dist.config.schema import Recipe
-from sft_dist.config.srun import adopt_srun
+from sft_dist.config.auto import FEW_STEPS, cadence
+from sft_dist.config.identity import read_fingerprint
 from sft_dist.data.ledger import fold
 from sft_dist.data.loader import LoadedStep
-from sft_dist.data.stream_store import AnyStore
-from sft_dist.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError, SftError
+from sft_dist.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError
+from sft_dist.inputs import Inputs
 from sft_dist.job import Job
 from sft_dist.layout_certificate import certify_layout
 from sft_dist.milestones import Position
@@ -55,22 +37,17 @@ from sft_dist.models.packed import causal_lm
 from sft_dist.nonfinite import skip_or_stop
 from sft_dist.observe.header import certificate_line
 from sft_dist.observe.metrics import read_metrics, rises, roll_back
-from sft_dist.observe.perf import peak_flops, peak_memory_gib, step_flops
-from sft_dist.observe.trackers import check_trackers
 from sft_dist.optim import lr_at, set_lr
 from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.messages import broadcast_json
-from sft_dist.parallel.runtime import Runtime, read_place, runtime, seed_for
-from sft_dist.parts import Inputs, Parts, build_parts, header_rows, read_inputs
+from sft_dist.parallel.runtime import Runtime, seed_for
+from sft_dist.parts import Parts, build_parts
 from sft_dist.rehearsal import fit
 from sft_dist.resilience.corruption import audit, baseline
-from sft_dist.resilience.ending import letting_go, run_and_end
-from sft_dist.resilience.heartbeat import heart
-from sft_dist.resilience.lease import LEASE_VARIABLE
-from sft_dist.resilience.orphan import launcher_commands
-from sft_dist.resilience.run_folder import append_event, attempt_dir, claim, put_aside, write_exit_code
-from sft_dist.resilience.time_limit import end_time
-from sft_dist.types import StepMetrics, StepPlan, StepResult
+from sft_dist.resilience.run_folder import append_event, attempt_dir
+from sft_dist.run_header import header_rows
+from sft_dist.step_metrics import measure
+from sft_dist.types import StepResult
 
 LONGEST_UNSAVED_SECONDS = 1800.0  # with checkpoint.every_steps=auto, however many steps a run has
 
@@ -228,28 +205,36 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
         if inputs.recipe.data.streams:
             job.write_report(inputs.data.report_now().as_dict())
         job.beat(num_steps, "finish")
-        if not finished:
-            anew = inputs.recipe.checkpoint.resume == "never"
-            how = "with checkpoint.resume=auto" if anew else "the same command"
-            why = f" ({job.stop.reason})" if job.stop.reason else ""
-            job.console.say(f"stopped with a checkpoint{why}; run {how} to continue")
-            if place.is_main:
-                append_event(attempt_dir(job.run_dir, job.attempt), "stopped", reason=job.stop.reason)
-            return EXIT_STOPPED
-        exported = milestones.restore_best(parts, manager, job)
-        milestones.check_answers(parts, "after", job.run_dir)
-        certificate = milestones.export(parts, job.run_dir)
-        if certificate is not None:
-            job.console.say(f"export       {certificate.line()}")
-        if place.is_main:
-            job.console.say(milestones.describe(milestones.finish(job.run_dir, exported), job.run_dir))
-            if inputs.recipe.hub.push_to:
-                job.console.say(
-                    push(job.run_dir / "export", inputs.recipe.hub, f"{inputs.recipe.run.name}, {num_steps} steps")
-                )
-        return EXIT_DONE
+        return conclude(parts, job, manager) if finished else pause(parts, job)
     finally:
         parts.close()
+
+
+def pause(parts: Parts, job: Job) -> int:
+    """Say how to go on with a run that was asked to stop; its state is saved. Returns the exit code."""
+    anew = parts.recipe.checkpoint.resume == "never"
+    how = "with checkpoint.resume=auto" if anew else "the same command"
+    why = f" ({job.stop.reason})" if job.stop.reason else ""
+    job.console.say(f"stopped with a checkpoint{why}; run {how} to continue")
+    if parts.place.is_main:
+        append_event(attempt_dir(job.run_dir, job.attempt), "stopped", reason=job.stop.reason)
+    return EXIT_STOPPED
+
+
+def conclude(parts: Parts, job: Job, manager: CheckpointManager) -> int:
+    """Export the weights, and write down how the run went. Returns the exit code."""
+    recipe = parts.recipe
+    exported = milestones.restore_best(parts, manager, job)
+    milestones.check_answers(parts, "after", job.run_dir)
+    certificate = milestones.export(parts, job.run_dir)
+    if certificate is not None:
+        job.console.say(f"export       {certificate.line()}")
+    if parts.place.is_main:
+        job.console.say(milestones.describe(milestones.finish(job.run_dir, exported), job.run_dir))
+        if recipe.hub.push_to:
+            steps = f"{recipe.run.name}, {parts.train.plan.num_steps} steps"
+            job.console.say(push(job.run_dir / "export", recipe.hub, steps))
+    return EXIT_DONE
 
 
 def prove_layout(parts: Parts) -> str:
@@ -271,137 +256,3 @@ def resume(parts: Parts, job: Job, manager: CheckpointManager) -> Position:
         roll_back(job.run_dir, done.step, attempt_dir(job.run_dir, job.attempt))
     dist.barrier()
     return done
-
-
-def measure(
-    parts: Parts, loaded: LoadedStep, result: StepResult, lr: float, attempt: int, seconds: float
-) -> StepMetrics:
-    """One line of metrics.jsonl; counts are global."""
-    step, place = loaded.step, parts.place
-    peak = peak_flops(place.device)
-    examples = np.array([example for pack in step.packs for example in pack.example_ids])
-    squares = int((parts.inputs.data.train.lengths[examples].astype(np.int64) ** 2).sum())
-    flops = step_flops(parts.shape, step.num_tokens, squares, step.num_loss_tokens)
-    return StepMetrics(
-        step=step.step,
-        attempt=attempt,
-        loss=result.loss,
-        grad_norm=result.grad_norm,
-        lr=lr,
-        num_tokens=step.num_tokens,
-        num_loss_tokens=step.num_loss_tokens,
-        batch_digest=loaded.digest,
-        step_seconds=seconds,
-        tokens_per_second=step.num_tokens / seconds,
-        mfu=None if peak is None else flops / (seconds * place.world_size * peak),
-        peak_memory_gib=peak_memory_gib(place.device),
-        tokens_by_source=tokens_by_source(parts.inputs.data.train, step),
-    )
-
-
-def tokens_by_source(store: AnyStore, step: StepPlan) -> dict[str, int] | None:
-    """Source of the recipe -> tokens of it in this step; None where there is but one."""
-    if len(store.sources) < 2:
-        return None
-    examples = np.array([example for pack in step.packs for example in pack.example_ids])
-    counts = np.bincount(store.source_of(examples), weights=store.lengths[examples], minlength=len(store.sources))
-    return {name: int(count) for name, count in zip(store.sources, counts, strict=True) if count}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The worker: `--resolved RUN_DIR/config.yaml` from our launcher, else recipes and settings as users write them.
-
-    Returns 0 on an orderly end; the code itself (75 for "run again to continue") goes to logs/attempt_N/exit_code,
-    because torchrun would turn any other into 1.
-    """
-    adopt_srun(os.environ)
-    is_main = read_place()[0] == 0
-    try:
-        code, folder = run_worker(sys.argv[1:] if argv is None else argv)
-        if is_main:
-            write_exit_code(folder, code)
-        return 0
-    except SftError as error:
-        if is_main:
-            print(f"sft-dist: error: {error}", file=sys.stderr, flush=True)
-            write_exit_code(None, error.exit_code)
-        return error.exit_code
-
-
-def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
-    """Everything of one rank: (exit code, the attempt's folder on rank 0)."""
-    is_main = read_place()[0] == 0
-    notice = print if is_main else lambda text: None
-    recipe, adopted = check_launcher(read_recipe(argv), launchers=launcher_commands())
-    os.environ.pop("ACCELERATE_USE_FSDP", None)  # adopted; transformers would load empty weights on all but rank 0
-    refuse_uneven(recipe, read_place()[1])  # before the data are prepared
-    for line in [*told(argv), *adopted]:
-        notice(line)
-    elastic = recipe.run.deterministic == ELASTIC
-    if elastic:
-        check_world(read_place()[1])
-    run_dir, anew = Path(recipe.run.dir), recipe.checkpoint.resume == "never"
-    if not anew:
-        check_recipe(recipe)
-    if not anew and (run_dir / "summary.json").exists():
-        notice(f"the run in {run_dir} is finished: {run_dir / 'export'}; choose another run.dir to train anew")
-        return EXIT_DONE, None
-    check_trackers(recipe)
-    check_hub(recipe.hub)
-    heart().beat(0, "prepare")
-    inputs = read_inputs(recipe, notice)
-    heart().beat(0, "build")
-    with ExitStack() as stack:
-        stack.callback(inputs.data.close)
-        place = stack.enter_context(runtime(num_threads=1 if elastic else None))
-        attempt = broadcast_json(take_attempt(run_dir, stack) if place.is_main else None)
-        if anew and place.is_main and (aside := put_aside(run_dir, attempt)):
-            notice(f"checkpoint.resume=never: what earlier attempts left is in {aside}")
-        job = stack.enter_context(Job(run_dir, attempt, place.rank))
-        job.mind_the_end(end_time(recipe.resilience.end_time, os.environ), recipe.resilience.end_margin_seconds)
-        folder = attempt_dir(run_dir, attempt) if place.is_main else None
-        try:
-            with letting_go(), failing_storage(run_dir):
-                return train(inputs, job, place), folder
-        except SftError as error:
-            if folder is not None:
-                write_exit_code(folder, error.exit_code)
-            raise
-
-
-@contextmanager
-def failing_storage(run_dir: Path) -> Iterator[None]:
-    """A disk that is full, fails or went away, wherever the run meets it, ends it with one line and 74."""
-    try:
-        yield
-    except OSError as error:
-        if not is_storage_failure(error):
-            raise
-        raise explain(Path(error.filename or run_dir), error) from error
-
-
-def read_recipe(argv: Sequence[str]) -> Recipe:
-    """The resolved recipe of a run folder, or recipes with settings as on the command line."""
-    if argv[:1] == ["--resolved"]:
-        return load_resolved(argv[1])
-    return load_recipe(*split_arguments(argv))
-
-
-def told(argv: Sequence[str]) -> list[str]:
-    """What the recipe took from other programs' files; our launcher has told it already."""
-    return [] if argv[:1] == ["--resolved"] else adoptions(*split_arguments(argv))
-
-
-def take_attempt(run_dir: Path, stack: ExitStack) -> int:
-    """Number of this attempt. Our launcher has claimed the folder already; other launchers leave that to rank 0."""
-    if "SFT_ATTEMPT" in os.environ:
-        return int(os.environ["SFT_ATTEMPT"])
-    claimed = claim(run_dir, sys.argv)
-    stack.callback(claimed.lock.release)
-    stack.enter_context(claimed.lock.lease.kept())
-    os.environ[LEASE_VARIABLE] = claimed.lock.lease.token
-    return claimed.attempt
-
-
-if __name__ == "__main__":
-    run_and_end(main)

@@ -8,11 +8,10 @@ re-opening it (`export_certificate`), made durable, and renamed: a half-written 
 from __future__ import annotations
 
 import copy
-import json
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,9 +20,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import GenerationConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from sft_dist.checkpoint.catalog import find
@@ -39,20 +37,15 @@ from sft_dist.checkpoint.export_certificate import (
     words_fault,
     write_record,
 )
-from sft_dist.checkpoint.manifest import read_manifest
+from sft_dist.checkpoint.merging import merged_weights, refuse_to_merge
 from sft_dist.checkpoint.ranks import Ranks
-from sft_dist.checkpoint.shards import read_shards
+from sft_dist.checkpoint.rebuild import base_of, compute_dtype, fill, rebuild
 from sft_dist.checkpoint.weights import FILE_BYTES, Weight, Written, plain_weights, write_weights
-from sft_dist.config.schema import Recipe, TuningSection
-from sft_dist.errors import CertificateError, CheckpointError, ConfigError
-from sft_dist.models.adapters import apply_tuning, apply_tuning_plain, is_adapter
-from sft_dist.models.base import load_base
-from sft_dist.models.load import DTYPES
+from sft_dist.config.schema import Recipe
+from sft_dist.errors import CertificateError, ConfigError
+from sft_dist.models.adapters import ADAPTER, is_adapter
 from sft_dist.models.packed import causal_lm
-from sft_dist.models.vocabulary import num_added
 
-WEIGHTS_PREFIX = "model."
-ADAPTER = "default"
 # Of the logits' 2-norm. The weights themselves are proven to the last bit, so these only have to tell rounding from a
 # model that is put together wrongly. Measured: a merge in fp32 2e-6; bf16 against fp32 3e-3 (5 layers) to 3e-2 (80
 # layers); two matrices of one kind exchanged 7e-2 to 1.5.
@@ -146,11 +139,11 @@ def export_from_checkpoint(
     """
     folder = find(run_dir, step)
     if merge:
-        _refuse_to_merge(recipe.tuning, run_dir)
-    compute = _compute_dtype(Path(run_dir), recipe)
-    rebuild = partial(_rebuild, recipe, words.tokenizer, compute=compute, merging=merge)
-    model = rebuild().eval()
-    _fill(model, folder)
+        refuse_to_merge(recipe.tuning, run_dir)
+    compute = compute_dtype(Path(run_dir), recipe)
+    anew = partial(rebuild, recipe, words.tokenizer, compute=compute, merging=merge)
+    model = anew().eval()
+    fill(model, folder)
     lm = causal_lm(model)
     ids = probe_ids(lm.config.get_text_config().vocab_size)
     with torch.no_grad():
@@ -169,19 +162,6 @@ def export_from_checkpoint(
     certificate = export_model(package, weights, out, probe, file_bytes=file_bytes)
     assert certificate is not None
     return certificate
-
-
-def _refuse_to_merge(tuning: TuningSection, run_dir: str | Path) -> None:
-    """Raise ConfigError where nothing was added that could be folded into the base."""
-    if not tuning.adds_adapter:
-        raise ConfigError(
-            f"--merge: {run_dir} tuned the model itself (tuning.method={tuning.method}), there is no adapter to merge"
-        )
-    if not tuning.is_low_rank:
-        raise ConfigError(
-            f"--merge: {run_dir} learned virtual tokens (tuning.method={tuning.method}), which stand before the input "
-            f"and not in the weights; export without --merge"
-        )
 
 
 def model_tensors(state: Mapping[str, T], hf_config: PretrainedConfig) -> dict[str, T]:
@@ -204,36 +184,6 @@ def adapter_tensors(state: Mapping[str, T], adapter: str = ADAPTER) -> dict[str,
         elif ".lora_" in name and f".{adapter}" in name:
             kept[name.replace(f".{adapter}", "", 1)] = tensor
     return kept
-
-
-def merged_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Weight]:
-    """The base's weights with the adapter folded in, in `dtype`: each matrix is merged in fp32 when it is read."""
-    lm = causal_lm(model)
-    layers = {name: layer for name, layer in lm.named_modules() if isinstance(layer, BaseTunerLayer)}
-    weights = {}
-    for name, tensor in lm.state_dict(keep_vars=True).items():
-        owner, _, part = name.rpartition(".base_layer.")
-        stored = name.replace(".base_layer.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")
-        if ".lora_" in name or ".original_module." in name:
-            continue
-        read: Callable[[], Tensor] = tensor.detach
-        if owner in layers and part == "weight":
-            read = partial(_merged, layers[owner])
-        weights[stored] = Weight(tuple(tensor.shape), dtype if tensor.is_floating_point() else tensor.dtype, read)
-    return weights
-
-
-def _merged(layer: Any) -> Tensor:
-    """The matrix of one adapted layer with its adapter added in fp32; the layer stays as it is."""
-    parameter = layer.get_base_layer().weight
-    kept = parameter.data
-    parameter.data = kept.to(torch.float32, copy=True)
-    try:
-        layer.merge()
-        return parameter.data
-    finally:
-        parameter.data = kept
-        layer.merged_adapters.clear()
 
 
 def rehearse_words(config: PretrainedConfig, words: Words) -> None:
@@ -335,54 +285,6 @@ def _replace(partial: Path, out: Path) -> None:
     rename_fresh(partial, out)
     fsync_path(out.parent)
     shutil.rmtree(former, ignore_errors=True)
-
-
-def _compute_dtype(run_dir: Path, recipe: Recipe) -> torch.dtype:
-    """The dtype the run computed in: what `auto` meant is in its fingerprint."""
-    record = run_dir / "fingerprint.json"
-    chosen = json.loads(record.read_text())["choices"]["compute"] if record.is_file() else recipe.precision.compute
-    return DTYPES.get(chosen, torch.float32)
-
-
-def _rebuild(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, compute: torch.dtype, merging: bool) -> nn.Module:
-    """The run's model as it was before its first step; for merging, a 4-bit base as plain matrices of the values that
-    its codes stand for: those the adapter was trained on."""
-    master, tuning = DTYPES[recipe.precision.master], recipe.tuning
-    dtype = master if tuning.method == "full" else compute
-    model = _base(recipe, tokenizer, dtype)
-    tuned = (apply_tuning_plain if merging else apply_tuning)(model, tuning, recipe.run.seed, compute)
-    for parameter in tuned.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(master)
-    return tuned
-
-
-def base_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, compute: torch.dtype, num_parameters: int) -> Base:
-    """What an adapter of this run, with so many parameters under it, was trained on: to be loaded anew."""
-    four_bits = recipe.tuning.method == "qlora"
-    dtype = str(compute).removeprefix("torch.") if four_bits else None
-    return Base(num_parameters * compute.itemsize, partial(_base, recipe, tokenizer, compute), dtype)
-
-
-def _base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
-    return load_base(
-        recipe.model,
-        dtype=dtype,
-        seed=recipe.run.seed,
-        vocab_size=len(tokenizer),
-        num_added=num_added(tokenizer),
-        four_bits=recipe.tuning.method == "qlora",
-    )
-
-
-def _fill(model: nn.Module, folder: Path) -> None:
-    """Read the checkpoint's weights into the parameters of the same names, in place."""
-    wanted = {name: entry for name, entry in read_manifest(folder).tensors.items() if name.startswith(WEIGHTS_PREFIX)}
-    parameters = {f"{WEIGHTS_PREFIX}{name}": parameter.data for name, parameter in model.named_parameters()}
-    for name, entry in wanted.items():
-        if name not in parameters or tuple(parameters[name].shape) != entry.shape:
-            raise CheckpointError(f"{folder}: {name} does not fit the model that the run's config.yaml describes")
-    read_shards(folder, {name: parameters[name] for name in wanted})
 
 
 @contextmanager

@@ -30,9 +30,9 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     files, overrides = split_arguments(args.items)
     if inside_launcher(os.environ) and not args.dry_run:
-        from sft_dist import train
+        from sft_dist import worker
 
-        run_and_end(lambda: train.main([*files, *overrides]))
+        run_and_end(lambda: worker.main([*files, *overrides]))
     recipe = load_recipe(files, overrides)
     check_inputs(recipe)
     if recipe.cluster.target != "local" and not args.dry_run and not on_its_machines(os.environ):

@@ -67,6 +67,7 @@ ADOPTED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "optimizer.params.weight_decay": ("optim.weight_decay", _number),
     "scheduler.type": ("optim.schedule", SCHEDULES.get),
     "scheduler.params.warmup_max_lr": ("optim.lr", _positive),
+    "activation_checkpointing.cpu_checkpointing": ("memory.activation_offload", {True: True, False: False}.get),
 }
 # Leaf -> the values under which it changes nothing, and what to do about any other.
 FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -98,7 +99,6 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "tensorboard.enabled": ((False,), "say log.trackers=[tensorboard]"),
     "wandb.enabled": ((False,), "say log.trackers=[wandb]"),
     "comet.enabled": ((False,), "not available; see log.trackers"),
-    "activation_checkpointing.cpu_checkpointing": ((False,), "not available; see memory.activation_checkpointing"),
 }
 # Leaves or whole sections that our engine sets by itself or that only print; `*` ends a section.
 HARMLESS = (

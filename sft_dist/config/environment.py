@@ -21,7 +21,10 @@ from sft_dist.errors import ConfigError
 
 PRECISIONS = {"bf16": "bfloat16", "no": "float32"}
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-PARALLEL_SIZES = ("DP_REPLICATE_SIZE", "TP_SIZE", "CP_SIZE")
+PARALLEL_SIZES = {
+    "TP_SIZE": "tensor parallelism is not available: shard with parallel.strategy=fsdp2",
+    "CP_SIZE": "context parallelism is not available: parallel.sequence cuts rows (accelerate's sp_size)",
+}
 OFF = frozenset({"", "0", "no", "none", "false", "default"})
 REMEDY = (
     "use accelerate launch --multi_gpu --num_processes {n} -m sft_dist.train ..., or sft-dist train ... --nproc {n}"
@@ -88,12 +91,28 @@ def _wishes(environ: Mapping[str, str], launchers: Sequence[Sequence[str]]) -> l
     found.append(_flag_wish(environ, "ACCELERATE_USE_FSDP", "parallel.strategy", "fsdp2"))
     if _is_on(environ, "ACCELERATE_USE_FSDP"):
         found.append(_flag_wish(environ, "FSDP_ACTIVATION_CHECKPOINTING", "memory.activation_checkpointing", "full"))
-    size = environ.get("PARALLELISM_CONFIG_SP_SIZE", "1")
-    if _is_on(environ, "ACCELERATE_USE_PARALLELISM_CONFIG") and int(size) > 1:
-        found.append(Wish("PARALLELISM_CONFIG_SP_SIZE", size, "parallel.sequence", int(size)))
+        found.append(_flag_wish(environ, "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "memory.activation_offload", True))
+    if (compiler := environ.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() == "inductor":
+        found.append(Wish("ACCELERATE_DYNAMO_BACKEND", compiler, "precision.compile", True))
+    found += _mesh_wishes(environ)
     if (clip := environ.get("ACCELERATE_GRADIENT_CLIPPING", "none")).lower() not in OFF:
         found.append(Wish("ACCELERATE_GRADIENT_CLIPPING", clip, "optim.max_grad_norm", float(clip)))
     return [wish for wish in found if wish is not None] + _deepspeed_wishes(environ)
+
+
+def _mesh_wishes(environ: Mapping[str, str]) -> list[Wish]:
+    """Accelerate's mesh: ranks that share a row, and replicas of shards; replicas without shards are plain ones."""
+    if not _is_on(environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return []
+    sizes = {name: environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1") for name in ("SP", "DP_REPLICATE", "DP_SHARD")}
+    found = []
+    if int(sizes["SP"]) > 1:
+        found.append(Wish("PARALLELISM_CONFIG_SP_SIZE", sizes["SP"], "parallel.sequence", int(sizes["SP"])))
+    if (replicas := int(sizes["DP_REPLICATE"])) > 1:
+        is_hybrid = int(sizes["DP_SHARD"]) > 1
+        key, value = ("parallel.dp_replicate", replicas) if is_hybrid else ("parallel.strategy", "ddp")
+        found.append(Wish("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", sizes["DP_REPLICATE"], key, value))
+    return found
 
 
 def _deepspeed_wishes(environ: Mapping[str, str]) -> list[Wish]:
@@ -150,13 +169,11 @@ def _unavailable(environ: Mapping[str, str]) -> list[tuple[str, str]]:
                 "accumulation follows from batch.tokens_per_step: set that instead",
             )
         )
-    if environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in OFF:
-        found.append(
-            ("ACCELERATE_DYNAMO_BACKEND", "compilation is not available in this version: drop --dynamo_backend")
-        )
+    if environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in OFF | {"inductor"}:
+        found.append(("ACCELERATE_DYNAMO_BACKEND", "only inductor is available (precision.compile=true)"))
     found += [
-        (f"PARALLELISM_CONFIG_{size}", "this mesh dimension is not available in this version")
-        for size in PARALLEL_SIZES
+        (f"PARALLELISM_CONFIG_{size}", reason)
+        for size, reason in PARALLEL_SIZES.items()
         if _is_on(environ, "ACCELERATE_USE_PARALLELISM_CONFIG")
         and int(environ.get(f"PARALLELISM_CONFIG_{size}", 1)) > 1
     ]
@@ -164,11 +181,9 @@ def _unavailable(environ: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def _unavailable_fsdp(environ: Mapping[str, str]) -> list[tuple[str, str]]:
-    found = [
-        (name, "use parallel.strategy=zero3 with parallel.offload=params")
-        for name in ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD")
-        if _is_on(environ, name)
-    ]
+    found = []
+    if _is_on(environ, "FSDP_OFFLOAD_PARAMS"):
+        found.append(("FSDP_OFFLOAD_PARAMS", "use parallel.strategy=zero3 with parallel.offload=params"))
     for name in ("FSDP_SHARDING_STRATEGY", "FSDP_RESHARD_AFTER_FORWARD"):
         if environ.get(name, "true").lower() not in ("true", "full_shard", "1"):
             found.append((name, "only full sharding is available (parallel.strategy=fsdp2)"))

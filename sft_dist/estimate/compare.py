@@ -11,7 +11,8 @@ from sft_dist.config.auto import Choices, Facts, choose, refuse_uneven
 from sft_dist.config.schema import Recipe
 from sft_dist.estimate.architecture import Architecture, read
 from sft_dist.estimate.hardware import GIB, Device
-from sft_dist.estimate.memory import STRATEGIES, Layout, Memory, checkpoint_bytes, memory
+from sft_dist.estimate.layout import STRATEGIES, Layout
+from sft_dist.estimate.memory import Memory, checkpoint_bytes, memory
 from sft_dist.estimate.pace import step_seconds
 from sft_dist.estimate.tuning import Tuned, tuned
 from sft_dist.estimate.workload import Prepared, Workload, find_prepared, unknown_tokens, workload

@@ -1,65 +1,38 @@
 """Bytes of one rank, part by part, in each phase of a step. The fullest phase is the peak.
 
+    gather   the forward pass begins (fsdp2), or has gathered all it will (zero3)
     loss     forward is done: all activations, the loss head, what stays gathered
     backward gradients are complete or being reduced, one layer's activations are left
+    reduce   the last gradients to be reduced (fsdp2); update: the optimizer's step (zero3)
     save     a checkpoint is written and waited for; saving: it is written in the background of the next steps
     export   the model is written tensor by tensor, and the folder re-opened layer by layer
              (the last three are host memory; a CPU's own memory)
 
 What each engine keeps is read off `sft_dist.parallel` and PyTorch; `benchmarks/estimate_check.py` compares with
-measured peaks. ZeRO (Rajbhandari et al., 2020) is as DeepSpeed's defaults leave it. Activations count what autograd
-saves in a layer of transformers (the tests count it too); Korthikanti et al. (2022) do so for Megatron's layers.
+measured peaks. ZeRO (Rajbhandari et al., 2020) is as `parallel.zero` sets DeepSpeed up.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sft_dist.estimate.activations import activation_bytes, head_bytes, layer_activation_bytes
 from sft_dist.estimate.architecture import Architecture
+from sft_dist.estimate.layout import FP32, Layout
 from sft_dist.estimate.tuning import Tuned
 
-FP32 = 4
 DDP_BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's bucket_cap_mb
 ZERO_BUCKET_BYTES = 50_000_000 * FP32  # parallel.zero.BUCKET_ELEMENTS
 ZERO_BUCKET_SHARE = 8  # parallel.zero.BUCKET_SHARE
-ZERO3_LIVE_ELEMENTS = 10**9  # stage3_max_live_parameters
-CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 1280 * 2**20}  # logits of one chunk: sft_kernels.one_pass.CHUNK_BYTES
+ZERO3_LIVE_ELEMENTS = 10**9  # parallel.zero.LIVE_ELEMENTS
+ZERO3_PREFETCH_ELEMENTS = 50_000_000  # parallel.zero.PREFETCH_ELEMENTS
+ZERO3_MOVED_ELEMENTS = 10**9  # parallel.zero.MOVED_ELEMENTS
 SAVE_FILE_BYTES = 2 * 2**30  # checkpoint.shards.FILE_BYTES
 NF4_BYTES = (
     0.5 + 1 / 64 + 4 / (64 * 256)
 )  # of a weight: its code, an 8-bit scale for 64, and one in fp32 for 256 scales
-STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 Parts = dict[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How a step is spread. Bytes are per element; tokens are of one micro-batch on one rank."""
-
-    strategy: str
-    world_size: int
-    device: str  # cuda | cpu
-    compute: int
-    master: int
-    micro_tokens: int
-    micro_loss_tokens: int
-    rounds: int  # micro-batches of a step on one rank
-    checkpointing: bool
-    offload: str = "none"
-    optimizer: str = "adamw"
-    dp_replicate: int = 1  # replicas of the sharded model (fsdp2)
-    saves_in_background: bool = False  # checkpoint.async
-
-    @property
-    def shards(self) -> int:
-        """Ranks that share one replica's state."""
-        return self.world_size // self.dp_replicate
-
-    @property
-    def autocasts(self) -> bool:
-        """Every engine but FSDP2 keeps trained weights in the master dtype and casts them as they are used."""
-        return self.strategy != "fsdp2" and self.compute != FP32
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +63,7 @@ class Memory:
 def memory(architecture: Architecture, tuned: Tuned, layout: Layout) -> Memory:
     """What one rank holds. On a CPU the phases of the host are phases of the device."""
     states = _states(tuned, layout)
-    engine = {"ddp": _ddp, "fsdp2": _fsdp2}.get(layout.strategy, _zero)
+    engine = {"ddp": _ddp, "fsdp2": _fsdp2, "zero3": _zero3}.get(layout.strategy, _zero)
     steps = engine(architecture, tuned, layout, states)
     saved, in_background, exported = _writing(tuned, layout)
     offloaded = _offloaded(tuned, layout)
@@ -113,52 +86,17 @@ def _between_steps(tuned: Tuned, layout: Layout, states: Parts) -> Parts:
     if layout.strategy == "ddp" and layout.world_size > 1:
         return held | {"communication": states["gradients"]}
     if layout.strategy == "zero3":
-        bucket = min(ZERO_BUCKET_BYTES, tuned.trained * FP32 // ZERO_BUCKET_SHARE)
-        return held | {"gradients": states["gradients"], "communication": bucket}
+        return held | {"gradients": states["gradients"], "communication": _zero_bucket(tuned, ZERO_BUCKET_SHARE)}
     return held
 
 
 def weight_bytes(tuned: Tuned, layout: Layout) -> int:
-    """All weights: a frozen base in the compute dtype or in 4 bits, what is trained in the master dtype."""
-    base = layout.master if tuned.trains_all else layout.compute
+    """All weights: a frozen base in the compute dtype or in 4 bits, what is trained in the master dtype; stage 3 has
+    its fp32 masters with the optimizer."""
+    moved = layout.compute if layout.strategy == "zero3" else layout.master
+    base = moved if tuned.trains_all else layout.compute
     in_layers = (tuned.base - tuned.root.base) * (NF4_BYTES if tuned.quantised else base)
-    return int(in_layers) + tuned.root.base * base + tuned.added * layout.master
-
-
-def activation_bytes(architecture: Architecture, tuned: Tuned, layout: Layout) -> int:
-    """What autograd keeps of all layers at the end of the forward pass."""
-    tokens, stream = layout.micro_tokens, _stream_bytes(tuned, layout)
-    edge = tokens * architecture.hidden_size * (FP32 + stream)  # around the last norm
-    if layout.checkpointing:
-        return edge + architecture.num_layers * tokens * architecture.hidden_size * stream
-    return edge + architecture.num_layers * layer_activation_bytes(architecture, tuned, layout)
-
-
-def layer_activation_bytes(architecture: Architecture, tuned: Tuned, layout: Layout) -> int:
-    """What autograd keeps of one layer: inputs of norms in fp32, inputs of matrices, queries to values, the MLP."""
-    a, c, stream = architecture, layout.compute, _stream_bytes(tuned, layout)
-    queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-    norm = FP32 * a.hidden_size + (stream * a.hidden_size if tuned.trains_all else 0)
-    norms = a.num_norms * norm
-    if a.qk_norm:
-        norms += (queries + keys) * (FP32 + (c if tuned.trains_all else 0))
-    casts_each = layout.autocasts and (stream != c or not tuned.trains_all)  # one copy per matrix instead of one in all
-    inputs = (a.num_inward if casts_each else 2) * c * a.hidden_size
-    attention = c * (2 * queries + 2 * keys)
-    if layout.device == "cpu":
-        attention += c * queries  # documents are gathered by length and put back
-    mlp = 4 * c * a.intermediate_size
-    return layout.micro_tokens * (norms + inputs + attention + mlp)
-
-
-def head_bytes(architecture: Architecture, tuned: Tuned, layout: Layout) -> Parts:
-    """One chunk of logits, supervised rows with their gradients, a cast matrix; and the matrix's gradient."""
-    a, c = architecture, layout.compute
-    rows = layout.micro_loss_tokens * a.hidden_size * c
-    logits = min(layout.micro_loss_tokens * a.vocab_size * c, CHUNK_BYTES[layout.device])
-    cast = a.vocab_size * a.hidden_size * c if layout.autocasts and tuned.trains_head else 0
-    gradient = a.vocab_size * a.hidden_size * FP32 if tuned.trains_head else 0
-    return {"loss head": 2 * rows + logits + cast, "gradient of the head": gradient}
+    return int(in_layers) + tuned.root.base * base + tuned.added * moved
 
 
 def optimizer_bytes(tuned: Tuned, layout: Layout) -> int:
@@ -199,6 +137,8 @@ def _states(tuned: Tuned, layout: Layout) -> Parts:
             states = {"weights": weights // world, "gradients": gradients // world}
     if layout.offload == "params":
         states["weights"] = 0
+    if layout.offload != "none" and layout.strategy == "zero3":
+        states["gradients"] = 0
     optimizer = (masters + 2 * tuned.trained * FP32) // world
     return states | {"optimizer": optimizer if layout.offload == "none" else 0}
 
@@ -258,23 +198,44 @@ def _fsdp2(architecture: Architecture, tuned: Tuned, layout: Layout, states: Par
 
 
 def _zero(architecture: Architecture, tuned: Tuned, layout: Layout, states: Parts) -> dict[str, Parts]:
-    """DeepSpeed. A bucket is filled from gradients that live until it is reduced; stage 3 keeps its bucket beside the
-    partition, and gathers until a billion elements are alive."""
-    head = head_bytes(architecture, tuned, layout)
-    share = ZERO_BUCKET_SHARE if layout.strategy == "zero3" else 1
-    bucket = min(ZERO_BUCKET_BYTES, tuned.trained * FP32 // share)
+    """DeepSpeed's stages 1 and 2. A bucket is filled from gradients that live until it is reduced."""
+    bucket = _zero_bucket(tuned)
     held = states | {"communication": bucket}
     if layout.strategy == "zero2":
         held["gradients"] = max(states["gradients"], bucket)
-    if layout.strategy == "zero3":
-        held["communication"] = 2 * bucket
-        held["gathered layers"] = min(tuned.base + tuned.added, ZERO3_LIVE_ELEMENTS) * layout.master
     loss = held | {
         "copies for compute": _autocast_copies(tuned, layout),
         "activations": activation_bytes(architecture, tuned, layout),
-        **head,
+        **head_bytes(architecture, tuned, layout),
     }
     return {"loss": loss}
+
+
+def _zero3(architecture: Architecture, tuned: Tuned, layout: Layout, states: Parts) -> dict[str, Parts]:
+    """DeepSpeed's stage 3. Weights are gathered until a billion elements are alive, and what is prefetched together is
+    there twice: as the ranks' pieces and as the parameters that are put together from them. By then the forward pass is
+    as far as what was gathered before. A rank alone uses its partition as it is, where it lies on the device. The
+    optimizer's step takes a copy of the partition of the gradients, beside the partition and its bucket."""
+    elements, bucket = tuned.base + tuned.added, _zero_bucket(tuned, ZERO_BUCKET_SHARE)
+    is_brought = layout.world_size > 1 or (layout.offload == "params" and layout.device != "cpu")
+    each = weight_bytes(tuned, layout) / elements if is_brought else 0.0
+    alive = min(elements, ZERO3_LIVE_ELEMENTS)
+    beyond_embedding = max(0, alive - architecture.vocab_size * architecture.hidden_size)
+    prefetched = min(beyond_embedding, ZERO3_PREFETCH_ELEMENTS) if layout.world_size > 1 else 0
+    activations, head = activation_bytes(architecture, tuned, layout), head_bytes(architecture, tuned, layout)
+    gathered = states | {"gathered layers": int(alive * each)}
+    gather = gathered | {
+        "communication": bucket + int(prefetched * each),
+        "activations": activations * (alive - prefetched) // alive,
+    }
+    loss = gathered | {"communication": 2 * bucket, "activations": activations, **head}
+    moved = min(tuned.trained // layout.world_size, ZERO3_MOVED_ELEMENTS) * FP32 if layout.offload == "none" else 0
+    return {"gather": gather, "loss": loss, "update": states | {"communication": bucket, "gradients to apply": moved}}
+
+
+def _zero_bucket(tuned: Tuned, share: int = 1) -> int:
+    """Bytes of one, which has room for 1/`share` of what is trained."""
+    return min(ZERO_BUCKET_BYTES, tuned.trained * FP32 // share)
 
 
 def _autocast_copies(tuned: Tuned, layout: Layout) -> int:
@@ -282,11 +243,6 @@ def _autocast_copies(tuned: Tuned, layout: Layout) -> int:
     if not layout.autocasts or layout.master != FP32:
         return 0
     return (tuned.trained - tuned.root.trained) * layout.compute
-
-
-def _stream_bytes(tuned: Tuned, layout: Layout) -> int:
-    """Of the residual stream: fp32 where autocast meets fp32 embeddings."""
-    return layout.master if layout.autocasts and tuned.trains_all else layout.compute
 
 
 def _writing(tuned: Tuned, layout: Layout) -> tuple[Parts, Parts, Parts]:
@@ -315,7 +271,8 @@ def _offloaded(tuned: Tuned, layout: Layout) -> Parts:
     """What `parallel.offload` puts into host memory instead."""
     if layout.offload == "none":
         return {}
-    moved = 4 * tuned.trained * FP32 // layout.world_size  # masters, two moments, gradients
+    copies = 5 if layout.strategy == "zero3" else 4  # masters, two moments, gradients; stage 3 has these twice
+    moved = copies * tuned.trained * FP32 // layout.world_size
     weights = weight_bytes(tuned, layout) // layout.world_size if layout.offload == "params" else 0
     return {"offloaded": moved + weights}
 

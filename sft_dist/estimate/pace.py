@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sft_dist.estimate.architecture import Architecture
 from sft_dist.estimate.hardware import Device
-from sft_dist.estimate.memory import FP32, Layout
+from sft_dist.estimate.layout import FP32, Layout
 from sft_dist.estimate.tuning import Tuned
 from sft_dist.estimate.workload import Workload
 

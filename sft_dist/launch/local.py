@@ -18,25 +18,24 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
-from sft_dist import errors
 from sft_dist.config.auto import refuse_uneven
 from sft_dist.config.loader import dump_recipe, load_recipe
 from sft_dist.config.schema import Recipe
-from sft_dist.errors import EXIT_DONE, EXIT_HANG, EXIT_NO_PROGRESS, EXIT_STOPPED, StorageError
+from sft_dist.errors import EXIT_DONE, EXIT_HANG, EXIT_NO_PROGRESS, StorageError
 from sft_dist.launch.hearing import Hearing, Testimony, no_word_from
 from sft_dist.launch.job import RESOLVED_NAME, Job, choose_num_processes, worker_command
 from sft_dist.launch.nodes import hosting, join, read_nodes
+from sft_dist.launch.obituary import how_it_ended
 from sft_dist.launch.restarts import Ending, Restarts, newest_step
+from sft_dist.launch.stops import Stops
 from sft_dist.launch.workers import Workers
 from sft_dist.resilience.flight_recorder import DUMP_PREFIX
 from sft_dist.resilience.run_folder import (
@@ -46,37 +45,15 @@ from sft_dist.resilience.run_folder import (
     claim,
     has_begun_anew,
     next_attempt,
-    read_exit_code,
     write_exit_code,
 )
 from sft_dist.resilience.stacks import main_thread
 from sft_dist.resilience.watchdog import Watchdog, Witness, accuse
 
-EXIT_CODES = (
-    errors.EXIT_USAGE,
-    errors.EXIT_DATA,
-    errors.EXIT_NONFINITE,
-    errors.EXIT_HANG,
-    errors.EXIT_LOCKED,
-    errors.EXIT_STORAGE,
-    errors.EXIT_STOPPED,
-)
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL for the peers of a dead worker: they cannot finish a step without it
 LOOK_SECONDS = 0.5  # between looks at the signs of life
 RECORDS_SECONDS = 4.0  # NCCL looks once a second whether it is asked for its record; on CPUs nobody is asked
 STACKS_SECONDS = 3.0  # for the ranks of a stuck run to give their stacks: milliseconds, where the machine is not busy
-TWICE_SECONDS = 0.5  # between two SIGINTs that one Ctrl-C has sent
-TAIL_LINES = 20
-INTERRUPTED = b"sft-dist: stopping with a checkpoint at the end of this step; Ctrl-C again ends it at once\n"
-# A worker that listens never dies of these: it was still preparing, had nothing to save, and can be started again.
-# SIGINT is none of them: the second one is meant to end it.
-ASKED_EARLY = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP})
-FORWARDED = {
-    signal.SIGTERM: signal.SIGTERM,
-    signal.SIGINT: signal.SIGINT,
-    signal.SIGUSR1: signal.SIGUSR1,
-    signal.SIGHUP: signal.SIGTERM,  # the terminal is gone: to a worker that means stop
-}
 
 
 def run(recipe_files: Sequence[str | Path], overrides: Sequence[str], nproc: int | None, dry_run: bool = False) -> int:
@@ -241,101 +218,3 @@ def _hang_line(told: Testimony) -> str:
     """Who holds the run up, and which nodes have not told what their ranks do."""
     line = accuse(told.witnesses, told.silence_seconds)
     return f"{line}; {no_word_from(told.missing)}" if told.missing else line
-
-
-def how_it_ended(job: Job, workers: Workers, failed: int | None, *, was_interrupted: bool = False) -> Ending:
-    """The code to exit with, and which worker is to blame: the one that `failed` first, unless another was killed.
-
-    When a rank is killed its peers fail as well, of the broken connection, and may be noticed first. None is to blame
-    where `was_interrupted` says that the user had all of them killed.
-    """
-    returncodes = workers.returncodes
-    if failed is None:
-        return Ending(exit_code(job, returncodes), "in order")
-    if was_interrupted:
-        _say("ended by the second Ctrl-C")
-        return Ending(exit_code(job, returncodes), "second Ctrl-C")
-    if (returncodes[failed] or 0) > 0 and exit_code(job, returncodes, failed) == 1:
-        killed = workers.killed_by_others()
-        failed = failed if killed is None else killed
-    returncode = returncodes[failed] or 0
-    code = exit_code(job, returncodes, failed)
-    if code == 1 and -returncode in ASKED_EARLY:
-        _say(f"rank {failed} was asked to stop ({_cause(returncode)}) before it could listen: the same command goes on")
-        code = EXIT_STOPPED
-    elif failed > 0 or returncode != code:
-        print(obituary(job, failed, returncode), file=sys.stderr, flush=True)
-    return Ending(code, f"rank {job.rank(failed)} died {_cause(returncode)}", -returncode if returncode < 0 else None)
-
-
-def exit_code(job: Job, returncodes: Sequence[int | None], failed: int | None = None) -> int:
-    """The worker's word in `exit_code`, unless it says done and yet a worker failed; else the code of the worker that
-    `failed` first, or of any other, if it is one of ours (a full disk leaves no file, and a peer may be noticed first);
-    else 1. The word is rank 0's: on other nodes none is needed."""
-    left = read_exit_code(job.attempt_dir)
-    if left is None and job.nodes.index > 0:
-        left = EXIT_DONE
-    if left is not None and (left != EXIT_DONE or not any(returncodes)):
-        return left
-    candidates = [] if failed is None else [returncodes[failed], *returncodes]
-    return next((code for code in candidates if code in EXIT_CODES), 1)
-
-
-def obituary(job: Job, index: int, returncode: int) -> str:
-    """Which worker died first, of what, and, where the terminal has not shown it, the end of its log."""
-    rank = job.rank(index)
-    log = job.log_path(rank)
-    head = f"rank {rank} of {job.world_size} died {_cause(returncode)} and the others were ended; see {log}"
-    lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:] if index > 0 else []
-    return "\n".join([f"sft-dist: error: {head}", *(f"  | {line}" for line in lines)])
-
-
-def _cause(returncode: int) -> str:
-    return f"of {signal.Signals(-returncode).name}" if returncode < 0 else f"with code {returncode}"
-
-
-class Stops:
-    """Context manager: the signals that ask for a stop go to the workers there are; this process stays with them.
-
-    `asked` says that one has come. It outlives the attempt: a run that was asked to stop is not started again.
-    The second SIGINT is SIGKILL to the workers: one that is stuck in native code looks at no signal that it handles.
-    Within TWICE_SECONDS of the first it is the same one, from a forwarder and from the terminal, and goes to nobody.
-    """
-
-    def __init__(self) -> None:
-        self.asked: signal.Signals | None = None
-        self.has_killed = False
-        self._interrupted: float | None = None  # when the first SIGINT came
-        self._workers: Workers | None = None
-        self._previous: dict[signal.Signals, signal._HANDLER] = {}
-
-    def pass_to(self, workers: Workers) -> None:
-        """`workers` get what comes from now on, and what came while there were none."""
-        self._workers = workers
-        if self.asked is not None:
-            workers.send(FORWARDED[self.asked])
-
-    def __enter__(self) -> Stops:
-        for number in FORWARDED:
-            self._previous[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.asked = signal.Signals(number)
-        if number != signal.SIGINT:
-            self._pass_on()
-        elif self._interrupted is None:
-            self._interrupted = time.monotonic()
-            os.write(2, INTERRUPTED)  # `print` may be at work below this handler
-            self._pass_on()
-        elif time.monotonic() - self._interrupted > TWICE_SECONDS and self._workers is not None:
-            self.has_killed = self._workers.are_running
-            self._workers.kill()
-
-    def _pass_on(self) -> None:
-        if self._workers is not None and self.asked is not None:
-            self._workers.send(FORWARDED[self.asked])

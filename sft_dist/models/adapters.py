@@ -24,6 +24,7 @@ from sft_dist.models.quantise import dequantise, quantise, scales
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an element -> its bits as a number
 _BLOCK = 1 << 16  # elements per sum
 
+ADAPTER = "default"  # what PEFT calls the only one
 LOW_RANK = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
 
 

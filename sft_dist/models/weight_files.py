@@ -7,7 +7,8 @@
     files.value(name, parameter)    or one whole value after another: an engine cuts it, a 4-bit base quantises it
 
 A rank's memory is its own share plus the pages of one file, or one tensor. The bits are those of the ordinary load: the
-same values cast the same way, and what no file holds (LoRA's matrices) comes from (seed, name) as always.
+same values cast the same way, and what no file holds (LoRA's matrices) comes from (seed, name) as always. DoRA's
+magnitudes are the lengths of the rows of the matrix that they stand beside, which is read whole for them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from sft_dist.models.load import load_config
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What PEFT puts around and into names.
-WRAPPED = ("base_model.model.", "base_layer.", "modules_to_save.default.", "original_module.")
+MAGNITUDE = "lora_magnitude_vector.default."
+WRAPPED = ("base_model.model.", "base_layer.", "modules_to_save.default.", "original_module.", MAGNITUDE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +49,19 @@ class WeightFiles:
 
     def gap(self, model: nn.Module) -> str | None:
         """A parameter or saved buffer that no file holds under its own name (files of an older layout, which
-        transformers renames as it loads); None when there is none."""
+        transformers renames as it loads), or as its rows (magnitudes of GPT-2, whose matrices lie on their side); None
+        when there is none."""
         wanted = dict(model.named_parameters()) | _saved_buffers(model)
-        return next((name for name in wanted if self._file_name(name) is None and not _is_adapter(name)), None)
+        aside = {name for name, module in model.named_modules() if getattr(module, "fan_in_fan_out", False)}
+        return next(
+            (
+                name
+                for name in wanted
+                if (self._file_name(name) is None and not _is_adapter(name))
+                or (MAGNITUDE in name and name.partition("." + MAGNITUDE)[0] in aside)
+            ),
+            None,
+        )
 
     def fill(self, model: nn.Module, device: torch.device) -> None:
         """Memory on `device` and values for what this rank holds of `model`, a sharded one without memory."""
@@ -90,6 +102,8 @@ class WeightFiles:
         key = self._file_name(name)
         if key is None:
             return initial_adapter(name, shape, self.seed)[rows].to(self.dtype)
+        if MAGNITUDE in name:  # B is zero, so nothing is added to the matrix yet
+            return torch.linalg.norm(file.get_tensor(key).to(self.dtype), dim=1)[rows]
         held = file.get_slice(key)[rows] if shape else file.get_tensor(key)
         return held.to(self.dtype) if held.is_floating_point() else held
 

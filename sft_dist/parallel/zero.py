@@ -8,8 +8,7 @@ object, and `Accelerator(cpu=True)` ignores the plugin without a word.
   each loss sum is multiplied by it first: exact for powers of two, one rounding otherwise.
 - **Our AdamW.** DeepSpeed exchanges its parameters for this rank's flat fp32 partitions; the update is the same one.
   With offload it runs on the CPU, where the fused AdamW of PyTorch needs no compiled extension.
-- **Our checkpoints.** DeepSpeed's own are pickles for one world size. `state` gathers one tensor at a time and keeps
-  this rank's rows of it, the very layout of FSDP2: any engine, at any world size, continues what any other saved.
+- **Our checkpoints**, which any engine at any world size continues: `zero_state`.
 """
 
 from __future__ import annotations
@@ -25,32 +24,21 @@ from typing import Any
 import deepspeed
 import deepspeed.ops
 import torch
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_grad,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.device_mesh import init_device_mesh
 
+from sft_dist.parallel import zero_state
 from sft_dist.parallel.engine import (
     Engine,
     MakeOptimizer,
     StoredWeights,
-    full_tensor,
     global_numel,
     trained_parameters,
 )
 from sft_dist.parallel.runtime import Runtime
+from sft_dist.parallel.zero_state import write_partition
 from sft_dist.types import PackedBatch
 
 # Without this DeepSpeed compiles an extension for collectives on CPUs; a process that dies meanwhile leaves a lock on
@@ -60,9 +48,12 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # It also calls collectives by names that PyTorch 2.13 renames, once per gather.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's: what DeepSpeed's flat partitions have room for
 BUCKET_ELEMENTS = 50_000_000  # of one collective at most: 200 MB in fp32
 BUCKET_SHARE = 8  # and this part of what is trained in stage 3, which holds a bucket from start to end
+# Of stage 3; DeepSpeed's own defaults, written down because `estimate.memory` counts with them.
+PREFETCH_ELEMENTS = 50_000_000  # gathered ahead in one collective
+LIVE_ELEMENTS = 10**9  # gathered at most
+MOVED_ELEMENTS = 10**9  # of a rank's partition, updated at a time
 
 
 def build_zero(
@@ -80,15 +71,7 @@ def build_zero(
     takes the values of a model without memory from `weights`, one tensor at a time.
     """
     settings = configuration(stage, packed, place.device, compute_dtype, offload)
-    finer: Mapping[str, Callable[[], Tensor]] = {}
-    if weights is not None:
-        finer = _partition_from(weights, packed, settings, compute_dtype)
-    elif stage == 3:
-        finer = {
-            name: p.detach().clone
-            for name, p in trained_parameters(packed).items()
-            if not _fits(p.detach(), compute_dtype)
-        }
+    finer = _make_partitions(stage, packed, settings, compute_dtype, weights)
     trained = trained_parameters(packed)
     made, wrapper, _, _ = deepspeed.initialize(
         model=packed, optimizer=make_optimizer(trained), config=settings, dist_init_required=False
@@ -96,9 +79,16 @@ def build_zero(
     assert_partitioned(made, stage, place.world_size, place.device)
     wrapper.optimizer.allocate(partitions(wrapper))
     for name, weight in finer.items():
-        _write_partition(trained[name], weight(), None)  # DeepSpeed has made the masters from the narrower copy
+        write_partition(trained[name], weight(), None)  # DeepSpeed has made the masters from the narrower copy
     if stage < 3:
         wrapper._lazy_init_hp_params_optimizer_state()  # links each parameter to its part of the moments
+    return _engine(stage, packed, place, made, wrapper, trained)
+
+
+def _engine(
+    stage: int, packed: nn.Module, place: Runtime, made: Any, wrapper: Any, trained: dict[str, nn.Parameter]
+) -> Engine:
+    """What DeepSpeed `made` of the model, with the `wrapper` of the optimizer, as the loop drives it."""
 
     def forward(batch: PackedBatch) -> Tensor:
         loss_sum = made(batch)
@@ -114,27 +104,10 @@ def build_zero(
         wrapper.clip_grad = max_norm  # `wrapper.step` scales by the norm that it computes again
         return _global_norm(wrapper)
 
-    mesh = init_device_mesh("cpu", (place.world_size,))
-    write = _write_partition if stage == 3 else _write_fragment
-
-    def state() -> dict[str, Tensor]:
-        weights = {f"model.{name}": own_rows(_read(p, None), mesh) for name, p in trained.items()}
-        moments = {
-            f"optim.{name}.{key}": own_rows(_read(p, key), mesh) for name, p in trained.items() for key in MOMENTS
-        }
-        return weights | moments
-
     def adopt(tensors: Mapping[str, Tensor]) -> None:
-        for name, parameter in trained.items():
-            write(parameter, full_tensor(tensors[f"model.{name}"]), None)
-            for key in MOMENTS:
-                write(parameter, full_tensor(tensors[f"optim.{name}.{key}"]), key)
+        zero_state.adopt(trained, stage, tensors)
         if stage < 3:
             wrapper.update_lp_params()
-
-    def gradients() -> dict[str, Tensor]:
-        found = {name: safe_get_full_grad(parameter) for name, parameter in trained.items()}
-        return {name: gradient for name, gradient in found.items() if gradient is not None}
 
     return Engine(
         name=f"zero{stage}",
@@ -146,11 +119,11 @@ def build_zero(
         shards_parameters=stage == 3,
         reshard=_released_by_hooks,
         trained=trained,
-        state=state,
+        state=partial(zero_state.state, trained, init_device_mesh("cpu", (place.world_size,))),
         adopt=adopt,
-        gradients=gradients,
+        gradients=partial(zero_state.gradients, trained),
         discard_gradients=partial(_discard_gradients, wrapper, stage),
-        whole=_gather,
+        whole=zero_state.gather,
     )
 
 
@@ -167,6 +140,9 @@ def configuration(
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         "stage3_param_persistence_threshold": largest_vector,  # norms and biases stay gathered, matrices never
+        "stage3_prefetch_bucket_size": PREFETCH_ELEMENTS,
+        "stage3_max_live_parameters": LIVE_ELEMENTS,
+        "sub_group_size": MOVED_ELEMENTS,
     }
     if offload != "none":
         zero["offload_optimizer"] = place
@@ -212,10 +188,17 @@ def assert_partitioned(made: Any, stage: int, world_size: int, device: torch.dev
         raise AssertionError(f"zero3 left {len(whole)} parameters whole")
 
 
-def own_rows(whole: Tensor, mesh: DeviceMesh) -> Tensor:
-    """This rank's rows of `whole`, on the CPU, as FSDP2 would shard it."""
-    rows = [*whole.chunk(mesh.size()), *[whole[:0]] * mesh.size()][mesh.get_local_rank()].cpu().clone()
-    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
+def _make_partitions(
+    stage: int, packed: nn.Module, settings: dict[str, Any], dtype: torch.dtype, weights: StoredWeights | None
+) -> Mapping[str, Callable[[], Tensor]]:
+    """Fill a model without memory from `weights`. Returns how to read, by name, the trained values that are finer than
+    the `dtype` in which stage 3 holds them."""
+    if weights is not None:
+        return _partition_from(weights, packed, settings, dtype)
+    if stage < 3:
+        return {}
+    trained = trained_parameters(packed)
+    return {name: p.detach().clone for name, p in trained.items() if not _fits(p.detach(), dtype)}
 
 
 def _partition_from(
@@ -261,45 +244,6 @@ def _discard_gradients(wrapper: Any, stage: int) -> None:
     else:
         for kept in (wrapper.averaged_gradients, wrapper.all_grad_tensors):  # parameters look into these very objects
             kept.update(dict.fromkeys(kept))
-
-
-def _read(parameter: nn.Parameter, moment: str | None) -> Tensor:
-    """The fp32 weight, or its `moment`, gathered."""
-    return safe_get_full_fp32_param(parameter) if moment is None else safe_get_full_optimizer_state(parameter, moment)
-
-
-def _write_fragment(parameter: nn.Parameter, whole: Tensor, moment: str | None) -> None:
-    """Stages 1 and 2: this rank's part of the flat partition; `update_lp_params` brings it to the model."""
-    if moment is None:
-        safe_set_full_fp32_param(parameter, whole)
-    else:
-        safe_set_full_optimizer_state(parameter, whole, moment)
-
-
-def _write_partition(parameter: nn.Parameter, whole: Tensor, moment: str | None) -> None:
-    """Stage 3: master weight and the model's own partition. DeepSpeed's setter of whole tensors runs over the end where
-    ranks do not divide the elements, so the piece is cut here."""
-    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-    start = dist.get_rank() * size
-    piece = torch.zeros(size, dtype=whole.dtype)
-    held = whole.flatten()[start : start + size]
-    piece[: held.numel()] = held
-    if moment is not None:
-        safe_set_local_optimizer_state(parameter, piece, moment)
-        return
-    safe_set_local_fp32_param(parameter, piece)
-    with GatheredParameters([parameter], modifier_rank=0):
-        parameter.data.copy_(whole)
-
-
-def _gather(tensor: Tensor) -> Tensor:
-    """A parameter's whole value, in fp32 where it is trained; other tensors as they are."""
-    if tensor.requires_grad:
-        return safe_get_full_fp32_param(tensor)
-    if not hasattr(tensor, "ds_id"):
-        return tensor
-    with GatheredParameters([tensor]):
-        return tensor.detach().clone()
 
 
 def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -2,7 +2,7 @@
 
 Nothing is saved inside a handler. One rank seeing the flag is enough: the loop OR-reduces it over all ranks. A second
 SIGINT ends the process at once, because the first one gives the signal its default action back. (Where the interpreter
-was stuck in native code at the first one already, our launcher's SIGKILL ends it: launch/local.py.)
+was stuck in native code at the first one already, our launcher's SIGKILL ends it: launch/stops.py.)
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from lives import run_life
 from tiny_run import write_recipe
 from torch import Tensor
 
-from sft_dist import train
+from sft_dist import train, worker
 from sft_dist.checkpoint.background import BackgroundSaver
 from sft_dist.checkpoint.host_copy import HostCopy
 from sft_dist.checkpoint.manager import CheckpointManager
@@ -49,7 +49,7 @@ def die(point: str, rank: int, in_background: bool, words: list[str]) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
 
     train.CheckpointManager = partial(CheckpointManager, fail_point=fail_point)  # type: ignore[misc, assignment]
-    return train.main(words)
+    return worker.main(words)
 
 
 def copy_late(words: list[str]) -> int:
@@ -67,17 +67,17 @@ def copy_late(words: list[str]) -> int:
         return take(copy, tensors)
 
     BackgroundSaver.wait_for_copy, HostCopy.take = ask, take_late  # type: ignore[method-assign]
-    return train.main(words)
+    return worker.main(words)
 
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     waited = CHANGES | {"checkpoint": {"every_steps": 2, "async": False}}
-    for name, changes, main in (("straight", CHANGES, copy_late), ("waited", waited, train.main)):
+    for name, changes, main in (("straight", CHANGES, copy_late), ("waited", waited, worker.main)):
         run_life(name, 2, partial(main, [str(write_recipe(place, name, **changes))]), place)
     for point, rank, in_background in DEATHS:
         name = f"{point}-{rank}".replace(" ", "-")
         words = [str(write_recipe(place, name, **CHANGES))]
         run_life(f"{name}-killed", 2, partial(die, point, rank, in_background, words), place, code=None)
         print(name, *sorted(path.name[:5] for path in (place / name / "checkpoints").iterdir()), flush=True)
-        run_life(f"{name}-again", 2, partial(train.main, words), place)
+        run_life(f"{name}-again", 2, partial(worker.main, words), place)

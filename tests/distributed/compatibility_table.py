@@ -69,6 +69,8 @@ TABLES = (
     Table("Activation checkpointing and engines",
           ("memory.activation_checkpointing", words(MemorySection, "activation_checkpointing")),
           ("parallel.strategy", STRATEGIES)),
+    Table("Activation offloading and engines", ("memory.activation_offload", (True,)),
+          ("parallel.strategy", STRATEGIES)),
 )  # fmt: skip
 
 

@@ -17,8 +17,9 @@ from compatibility_table import Case, cases, name, run_recipe
 
 from sft_dist import milestones
 from sft_dist.errors import SftError
+from sft_dist.inputs import read_inputs
 from sft_dist.parallel.runtime import Runtime, runtime
-from sft_dist.parts import build_parts, read_inputs
+from sft_dist.parts import build_parts
 from sft_dist.resilience.ending import run_and_end
 from sft_dist.train import train_step
 

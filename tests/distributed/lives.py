@@ -86,8 +86,8 @@ def _fork(rank: int, world_size: int, body: Callable[[], int | None], meeting: P
 
 
 if __name__ == "__main__":
-    from sft_dist import train
+    from sft_dist import worker
 
     place = Path(sys.argv[1])
     for number, (world_size, words) in enumerate(json.loads((place / "lives.json").read_text())):
-        run_life(f"life-{number}", world_size, partial(train.main, words), place)
+        run_life(f"life-{number}", world_size, partial(worker.main, words), place)

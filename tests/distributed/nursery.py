@@ -46,7 +46,7 @@ def import_libraries() -> None:
 
     import sft_dist.layout_certificate
     import sft_dist.parallel.zero
-    import sft_dist.train  # noqa: F401
+    import sft_dist.worker  # noqa: F401
 
 
 def die_with_parent() -> None:

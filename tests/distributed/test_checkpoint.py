@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from sft_dist.launch.job import Job
-from sft_dist.launch.local import Stops, supervise
+from sft_dist.launch.local import supervise
+from sft_dist.launch.stops import Stops
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow

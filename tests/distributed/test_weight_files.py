@@ -11,7 +11,7 @@ import torch
 from architectures import tiny_config
 from harness import start_ranks
 from transformers import LlamaConfig
-from weight_files_worker import KINDS, STRATEGIES
+from weight_files_worker import CELLS, STRATEGIES
 
 from sft_dist.config.schema import ModelSection, Recipe
 from sft_dist.models.adapters import frozen_digest
@@ -23,7 +23,7 @@ from sft_dist.network import build_empty_network, build_network
 
 WORKER = Path(__file__).with_name("weight_files_worker.py")
 WORLD = 2
-CASES = [f"{s}-{name}-{m}-{c}" for s in STRATEGIES for name in ("untied", "tied") for m, c in KINDS]
+CASES = [f"{strategy}-{name}-{method}-{compute}" for strategy, name, (method, compute) in CELLS]
 LARGE = LlamaConfig(
     vocab_size=2048, hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8,
     num_key_value_heads=8, pad_token_id=None,
@@ -138,6 +138,36 @@ def test_frozen_weights_have_the_same_digest(models: Path, name: str) -> None:
         whole = build_network(asked, compute, torch.device("cpu"), vocab_size=8)
         assert network is not None
         assert frozen_digest(network.model, network.value) == frozen_digest(whole.model)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("method", "trained"), [("dora", ("lora_magnitude_vector", 2 * 7)), ("bitfit", ("bias", 2 * 3))]
+)
+def test_what_is_trained_starts_as_in_the_ordinary_load(
+    tmp_path: Path, method: str, trained: tuple[str, int], compute: torch.dtype
+) -> None:
+    write_model(tmp_path, tiny_config("qwen2"), 0.05)
+    asked = recipe(tmp_path, tuning={"method": method})
+    network = build_empty_network(asked, compute, torch.device("cpu"), vocab_size=8)
+    whole = build_network(asked, compute, torch.device("cpu"), vocab_size=8)
+    assert network is not None and network.files is not None
+    assert all(parameter.is_meta for parameter in network.model.parameters())
+    network.files.fill(network.model, torch.device("cpu"))
+    read, loaded = (dict(model.named_parameters()) for model in (network.model, whole.model))
+    word, number = trained
+    assert read.keys() == loaded.keys() and sum(word in name and p.requires_grad for name, p in read.items()) == number
+    for name, parameter in read.items():
+        assert torch.equal(parameter, loaded[name]) and parameter.dtype == loaded[name].dtype, name
+        assert parameter.requires_grad == loaded[name].requires_grad
+
+
+def test_magnitudes_of_matrices_on_their_side_are_left_to_the_ordinary_load(tmp_path: Path) -> None:
+    write_model(tmp_path, tiny_config("gpt2"), 1)
+    for method, reads in (("lora", True), ("dora", False)):
+        asked = recipe(tmp_path, tuning={"method": method, "rank": 2})
+        network = build_empty_network(asked, torch.float32, torch.device("cpu"), vocab_size=8)
+        assert (network is not None) == reads
 
 
 def test_files_of_other_names_are_left_to_the_ordinary_load(models: Path) -> None:

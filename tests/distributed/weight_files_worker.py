@@ -34,6 +34,8 @@ from sft_dist.resilience.ending import run_and_end
 MIB = 2**20
 STRATEGIES = ("fsdp2", "zero3")
 KINDS = (("full", "float32"), ("lora", "float32"), ("lora", "bfloat16"), ("full", "bfloat16"))  # method, compute
+CELLS = [*product(STRATEGIES, ("untied", "tied"), KINDS)]
+CELLS += [("fsdp2", "untied", ("dora", compute)) for compute in ("float32", "bfloat16")]  # zero3 refuses it
 
 
 def recipe(path: Path, method: str, strategy: str) -> Recipe:
@@ -100,7 +102,7 @@ def main(folder: Path) -> None:
     found: dict[str, Any] = {}
     with runtime() as place:
         torch.set_num_threads(1)
-        for strategy, name, (method, compute) in product(STRATEGIES, ("untied", "tied"), KINDS):
+        for strategy, name, (method, compute) in CELLS:
             asked = recipe(folder / name, method, strategy)
             pair = [facts(build(asked, place, compute, empty), place) for empty in (False, True)]
             found[f"{strategy}-{name}-{method}-{compute}"] = pair

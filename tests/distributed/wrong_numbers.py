@@ -19,7 +19,7 @@ from lives import run_life
 from tiny_run import write_recipe
 from torch import Tensor
 
-from sft_dist import train
+from sft_dist import train, worker
 from sft_dist.data.loader import LoadedStep
 from sft_dist.parallel.engine import Engine
 from sft_dist.parallel.engine import local_part as local
@@ -119,7 +119,7 @@ FOLDER_OF = {  # two lives of one run
 
 def live(patch: Patch, words: list[str]) -> int:
     patch()
-    return train.main(words)
+    return worker.main(words)
 
 
 if __name__ == "__main__":

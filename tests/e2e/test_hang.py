@@ -15,7 +15,8 @@ import pytest
 from tiny_run import SECONDS, environment, lines, start, train, trajectory, weights, write_recipe
 
 from sft_dist.launch.job import Job
-from sft_dist.launch.local import Stops, supervise
+from sft_dist.launch.local import supervise
+from sft_dist.launch.stops import Stops
 from sft_dist.observe.report import read_attempts
 from sft_dist.resilience.lock import RunLock
 from sft_dist.resilience.orphan import ancestors

@@ -31,7 +31,7 @@ os.environ["OMP_WAIT_POLICY"] = (
     "PASSIVE"  # threads that spin for each other take a hundred times as long when it is busy
 )
 
-from sft_dist import train
+from sft_dist import worker
 from sft_dist.cli.main import main as command_line
 from sft_dist.launch import local, workers
 from sft_dist.launch.workers import Workers
@@ -136,7 +136,7 @@ def rank_main(rank: int, job: Any, environment: dict[str, str], before: Before, 
     answer_with_stacks()
     before(rank, job.attempt)
     with hiding_secrets():
-        return exit_code_of(lambda: train.main(list(job.command[job.command.index("--resolved") :])))
+        return exit_code_of(lambda: worker.main(list(job.command[job.command.index("--resolved") :])))
 
 
 def fork(body: Callable[[], int], out: int | Path, err: int | None = None, kept: tuple[int, ...] = ()) -> Child:

@@ -25,8 +25,8 @@ from tiny_run import trajectory, weights, write_recipe
 from sft_dist import train
 from sft_dist.checkpoint.catalog import folders
 from sft_dist.checkpoint.manifest import folder_step
-from sft_dist.launch.local import TWICE_SECONDS
 from sft_dist.launch.requeue import left_in_time
+from sft_dist.launch.stops import TWICE_SECONDS
 from sft_dist.resilience.heartbeat import Heart
 from sft_dist.resilience.lock import RunLock
 

@@ -9,8 +9,9 @@ import pytest
 
 from sft_dist.config.auto import Facts, _activation_bytes, cadence, choose
 from sft_dist.config.schema import Recipe, TuningSection
+from sft_dist.estimate.activations import layer_activation_bytes
 from sft_dist.estimate.architecture import derive
-from sft_dist.estimate.memory import Layout, layer_activation_bytes
+from sft_dist.estimate.layout import Layout
 from sft_dist.estimate.tuning import tuned
 
 SMALL = Facts(

@@ -76,7 +76,7 @@ def test_train_inside_a_launcher_is_a_worker(
 ) -> None:
     seen: list[list[str]] = []
     worker = SimpleNamespace(main=lambda argv: seen.append(list(argv)) or 0)
-    monkeypatch.setattr(sft_dist, "train", worker, raising=False)  # the real one imports torch
+    monkeypatch.setattr(sft_dist, "worker", worker, raising=False)  # the real one imports torch
     monkeypatch.setattr(cli_train, "run_and_end", lambda main: sys.exit(main()))  # the real one would end pytest
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(SystemExit) as left:

@@ -71,6 +71,7 @@ def test_the_usual_file_is_adopted_and_every_leaf_is_accounted_for(tmp_path: Pat
         ({"bf16": {"enabled": True}}, "precision.compute", "bfloat16"),
         ({"bf16": {"enabled": False}}, "precision.compute", "float32"),
         ({"gradient_clipping": 0.3}, "optim.max_grad_norm", 0.3),
+        ({"activation_checkpointing": {"cpu_checkpointing": True}}, "memory.activation_offload", True),
         ({"optimizer": {"type": "Adam", "params": {"lr": 3e-5}}}, "optim.lr", 3e-5),
         ({"optimizer": {"params": {"betas": [0.8, 0.99]}}}, "optim.betas", (0.8, 0.99)),
         ({"optimizer": {"params": {"eps": 1e-6}}}, "optim.eps", 1e-6),

@@ -13,6 +13,8 @@ from torch import nn
 
 from sft_dist.config.auto import Facts, choose
 from sft_dist.config.schema import ParallelSection, Recipe
+from sft_dist.estimate import memory
+from sft_dist.parallel import zero
 from sft_dist.parallel.zero import assert_partitioned, configuration
 
 CPU = torch.device("cpu")
@@ -47,6 +49,15 @@ def made(stage: int, ranks: int, moved: int) -> Any:
         module=nn.Linear(10, 10, bias=False),
         optimizer=SimpleNamespace(single_partition_of_fp32_groups=[torch.zeros(moved)]),
     )
+
+
+def test_the_estimate_counts_with_what_deepspeed_is_told() -> None:
+    settings = configuration(3, nn.Linear(10, 10), CPU, torch.float32, "none")["zero_optimization"]
+    assert settings["stage3_prefetch_bucket_size"] == zero.PREFETCH_ELEMENTS == memory.ZERO3_PREFETCH_ELEMENTS
+    assert settings["stage3_max_live_parameters"] == zero.LIVE_ELEMENTS == memory.ZERO3_LIVE_ELEMENTS
+    assert settings["sub_group_size"] == zero.MOVED_ELEMENTS == memory.ZERO3_MOVED_ELEMENTS
+    assert zero.BUCKET_ELEMENTS * 4 == memory.ZERO_BUCKET_BYTES
+    assert zero.BUCKET_SHARE == memory.ZERO_BUCKET_SHARE
 
 
 def test_obtained_partition_is_accepted() -> None:

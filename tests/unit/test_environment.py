@@ -153,12 +153,12 @@ def test_fsdp_against_a_ddp_recipe_is_refused() -> None:
         {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"},
         {"ACCELERATE_USE_MEGATRON_LM": "true"},
         {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
-        {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
+        {"ACCELERATE_DYNAMO_BACKEND": "AOT_EAGER"},
         {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"},
+        {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"},
         FSDP | {"FSDP_OFFLOAD_PARAMS": "true"},
         FSDP | {"FSDP_SHARDING_STRATEGY": "SHARD_GRAD_OP"},
         FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"},
-        FSDP | {"FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true"},
     ],
     ids=lambda extra: " ".join(f"{k}={v}" for k, v in extra.items() if k not in FSDP or FSDP[k] != v),
 )
@@ -244,3 +244,28 @@ def test_sequence_parallel_is_adopted_or_contradicted() -> None:
     assert not any("no effect" in line for line in told)
     with pytest.raises(ConfigError, match=r"means parallel\.sequence=2, but the recipe says parallel\.sequence=1"):
         check_launcher(recipe(parallel={"sequence": 1}), dict(asked))
+
+
+@pytest.mark.parametrize(
+    ("extra", "key", "value"),
+    [
+        ({"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}, "dp_replicate", 2),
+        ({"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "1"}, "strategy", "ddp"),
+    ],
+    ids=["replicas of shards", "plain replicas"],
+)
+def test_the_mesh_is_adopted(extra: dict[str, str], key: str, value: Any) -> None:
+    asked = ACCELERATE | STARTED_TWO | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"} | extra
+    adopted, told = check_launcher(recipe(precision={"compute": "float32"}), asked)
+    assert getattr(adopted.parallel, key) == value
+    assert told == [f"parallel.{key}={value} taken from PARALLELISM_CONFIG_DP_REPLICATE_SIZE=2"]
+
+
+def test_compiled_layers_and_offloaded_activations_are_adopted() -> None:
+    asked = ACCELERATE | STARTED_TWO | FSDP | {
+        "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true",
+    }  # fmt: skip
+    adopted, told = check_launcher(recipe(precision={"compute": "float32"}), asked)
+    assert adopted.precision.compile and adopted.memory.activation_offload
+    assert "precision.compile=True taken from ACCELERATE_DYNAMO_BACKEND=INDUCTOR" in told
+    assert "memory.activation_offload=True taken from FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD=true" in told

@@ -26,10 +26,12 @@ from sft_dist.config.shipped import CHECKOUT
 from sft_dist.data.collate import collate
 from sft_dist.data.store import write_store
 from sft_dist.errors import ConfigError
+from sft_dist.estimate.activations import activation_bytes
 from sft_dist.estimate.architecture import FAMILIES, Architecture, config_path, derive
 from sft_dist.estimate.compare import Estimate, estimate
 from sft_dist.estimate.hardware import GIB, GPUS, Device, find_device
-from sft_dist.estimate.memory import STRATEGIES, Layout, activation_bytes, memory, optimizer_bytes, weight_bytes
+from sft_dist.estimate.layout import STRATEGIES, Layout
+from sft_dist.estimate.memory import memory, optimizer_bytes, weight_bytes
 from sft_dist.estimate.pace import step_flops
 from sft_dist.estimate.tuning import tuned
 from sft_dist.models import attention
@@ -192,6 +194,35 @@ def test_predicted_states_are_what_processes_hold(strategy: str) -> None:
     check = load_benchmark()
     case = check.Case(strategy, "full", 2, 1, "small", phases=("step",))
     assert check.predict(case)["step"] == pytest.approx(check.measure(case)["step"], rel=check.LIMIT)
+
+
+def measured_engines() -> list[tuple[str, int, int, int, float]]:
+    """(engine, replicas, ranks, micro-batches, MiB at the peak of a step): the rows of `engine_memory.py`'s result."""
+    text = (CHECKOUT / "benchmarks" / "results" / "engine_memory.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    found = []
+    for name, ranks, rounds, _, _, peak, _ in rows[2:]:
+        strategy, _, mesh = name.partition(" ")
+        found.append((strategy, int(mesh.split()[0]) if mesh else 1, int(ranks), int(rounds), float(peak)))
+    return found
+
+
+@pytest.mark.parametrize(("strategy", "replicas", "ranks", "rounds", "peak"), measured_engines())
+def test_peaks_are_those_measured_on_one_two_and_four_ranks(
+    strategy: str, replicas: int, ranks: int, rounds: int, peak: float
+) -> None:
+    check = load_benchmark()
+    case = check.Case(strategy, "full", ranks, rounds, dp_replicate=replicas)
+    assert check.predict(case)["step"] / check.MIB == pytest.approx(peak, rel=check.LIMIT)
+
+
+def test_stage_3_gathers_and_keeps_weights_in_the_compute_dtype() -> None:
+    architecture = derive(EIGHT_B, "x")
+    counts = tuned(architecture, TuningSection())
+    layout = Layout("zero3", 8, "cuda", 2, 4, 8192, 8192, 1, True)
+    parts = memory(architecture, counts, layout).device["loss"]
+    assert parts["weights"] == 2 * counts.base // 8 and parts["gathered layers"] == 2 * 10**9
+    assert parts["optimizer"] == 12 * counts.base // 8 and "copies for compute" not in parts
 
 
 def load_benchmark() -> Any:

@@ -29,19 +29,20 @@ from transformers import (
 
 from sft_dist.checkpoint import export as export_module
 from sft_dist.checkpoint import export_certificate as certificate_module
+from sft_dist.checkpoint import merging as merging_module
 from sft_dist.checkpoint import weights as weights_module
 from sft_dist.checkpoint.export import (
     LIMITS,
     adapter_tensors,
     export_from_checkpoint,
     export_model,
-    merged_weights,
     model_tensors,
     package_of,
     rehearse_words,
 )
 from sft_dist.checkpoint.export_certificate import RECORD, Base, Probe, Words, probe_ids
 from sft_dist.checkpoint.manager import CheckpointManager
+from sft_dist.checkpoint.merging import merged_weights
 from sft_dist.checkpoint.weights import FILE_BYTES, Weight, plain_weights, write_weights
 from sft_dist.config.schema import Recipe
 from sft_dist.errors import CertificateError, CheckpointError, ConfigError, StorageError
@@ -399,11 +400,11 @@ def test_a_merge_has_a_limit_that_tells_rounding_from_a_wrong_matrix(
     arguments = (tmp_path / "run", run, Words(tokenizer, TEMPLATE), tmp_path / "merged")
     certificate = export_from_checkpoint(*arguments, merge=True)
     assert certificate.difference is not None and certificate.difference <= LIMITS[torch.float32] / 10
-    merge = export_module._merged
-    monkeypatch.setattr(export_module, "_merged", lambda layer: layer.get_base_layer().weight.detach())
+    merge = merging_module._merged
+    monkeypatch.setattr(merging_module, "_merged", lambda layer: layer.get_base_layer().weight.detach())
     with pytest.raises(CertificateError, match="at most 1e-04 is allowed; the older export stays"):
         export_from_checkpoint(*arguments, merge=True)
-    monkeypatch.setattr(export_module, "_merged", merge)
+    monkeypatch.setattr(merging_module, "_merged", merge)
     assert export_from_checkpoint(*arguments, merge=True) == certificate
 
 

@@ -33,7 +33,8 @@ NODE = """
 import sys
 from pathlib import Path
 from sft_dist.launch.job import Job
-from sft_dist.launch.local import Stops, supervise
+from sft_dist.launch.local import supervise
+from sft_dist.launch.stops import Stops
 from sft_dist.launch.nodes import Nodes
 job = Job((sys.executable, "-c", sys.argv[1]), 2, Path(sys.argv[2]), 1, Nodes(2, int(sys.argv[3]), "n", 1, "m"))
 with Stops() as stops:

@@ -16,7 +16,8 @@ import pytest
 from sft_dist.errors import ConfigError, LockedError
 from sft_dist.launch.hearing import Hearing
 from sft_dist.launch.job import Job, choose_num_processes, count_gpus
-from sft_dist.launch.local import TWICE_SECONDS, Stops, end_hang, supervise
+from sft_dist.launch.local import end_hang, supervise
+from sft_dist.launch.stops import TWICE_SECONDS, Stops
 from sft_dist.resilience.heartbeat import Beat
 from sft_dist.resilience.lock import RunLock
 from sft_dist.resilience.run_folder import attempt_dir
@@ -388,7 +389,8 @@ def test_on_a_terminal_rank_0_sees_a_terminal_of_the_same_size(tmp_path: Path) -
     program = (
         "import pathlib, sys\n"
         "from sft_dist.launch.job import Job\n"
-        "from sft_dist.launch.local import Stops, supervise\n"
+        "from sft_dist.launch.local import supervise\n"
+        "from sft_dist.launch.stops import Stops\n"
         "code = 'import os, sys; print(sys.stdout.isatty(), tuple(os.get_terminal_size(1)))'\n"
         "job = Job((sys.executable, '-c', code), 1, pathlib.Path(sys.argv[1]), 1)\n"
         "job.attempt_dir.mkdir(parents=True)\n"
@@ -405,7 +407,8 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
     program = (
         "import pathlib, sys\n"
         "from sft_dist.launch.job import Job\n"
-        "from sft_dist.launch.local import Stops, supervise\n"
+        "from sft_dist.launch.local import supervise\n"
+        "from sft_dist.launch.stops import Stops\n"
         f"job = Job((sys.executable, '-c', {code!r}), 1, pathlib.Path(sys.argv[1]), 1)\n"
         "job.attempt_dir.mkdir(parents=True)\n"
         "supervise(job, Stops())\n"

@@ -14,8 +14,9 @@ from sft_dist import preflight
 from sft_dist.config.loader import load_recipe
 from sft_dist.gpu_health import gpu_faults
 from sft_dist.launch.nodes import Nodes
+from sft_dist.node_facts import Complaint, Facts, compare, to_leave_out
 from sft_dist.node_network import Measured, pairings
-from sft_dist.preflight import Complaint, Facts, compare, space_faults, to_leave_out
+from sft_dist.preflight import space_faults
 
 NAMES = ["n1", "n2", "n3"]
 

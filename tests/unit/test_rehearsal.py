@@ -20,8 +20,9 @@ from sft_dist.config.auto import Choices
 from sft_dist.config.loader import load_recipe
 from sft_dist.data.plan import build_plan
 from sft_dist.errors import ConfigError
+from sft_dist.inputs import read_inputs
 from sft_dist.parallel.runtime import runtime
-from sft_dist.parts import Parts, build_parts, read_inputs
+from sft_dist.parts import Parts, build_parts
 from sft_dist.rehearsal import back_off, fit, is_out_of_memory, rehearse, worst_micro_batch
 
 CHOSEN = Choices(4, 6, 1e-3, "ddp", "none", "float32")
@@ -152,7 +153,8 @@ from pathlib import Path
 import torch
 from sft_dist.config.loader import load_recipe
 from sft_dist.parallel.runtime import runtime
-from sft_dist.parts import build_parts, read_inputs
+from sft_dist.inputs import read_inputs
+from sft_dist.parts import build_parts
 from sft_dist.rehearsal import fit
 
 recipe, run_dir, room = load_recipe([sys.argv[1]], []), Path(sys.argv[2]), int(sys.argv[3]) * 2**20
