@@ -147,6 +147,7 @@ def build_zero(
         reshard=_released_by_hooks,
         trained=trained,
         state=state,
+        shows_copies=True,
         adopt=adopt,
         gradients=gradients,
         discard_gradients=partial(_discard_gradients, wrapper, stage),
