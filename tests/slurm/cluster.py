@@ -16,8 +16,8 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -71,9 +71,12 @@ PartitionName=main Nodes=ALL Default=YES PriorityTier=1 MaxTime=INFINITE State=U
 PartitionName=urgent Nodes=ALL PriorityTier=10 MaxTime=INFINITE State=UP PreemptMode=OFF
 """
 
+# 16 Mbit/s to each node: gradients take 50 ms, so a step is never faster than a test can look and act.
+PACE = "tbf rate 16mbit burst 32kbit latency 1s"
+
 START = r"""
 set -e
-folder=$1; subnet=$2; shift 2
+folder=$1; subnet=$2; pace=$3; shift 3
 mount --make-rprivate /
 mount -t tmpfs none "$folder/ns"  # the handles of the nodes' namespaces live and die here
 mount --bind "$folder/hosts" /etc/hosts
@@ -93,8 +96,7 @@ for node in "$@"; do
   ip link set eth0 netns $inside
   kill $inside; wait $inside 2>/dev/null || true
   ip link set "v-$node" master br0 up
-  # 16 Mbit/s, where the kernel can: gradients take 50 ms, so a step is never faster than a test can look and act.
-  tc qdisc add dev "v-$node" root tbf rate 16mbit burst 32kbit latency 1s 2>/dev/null || true
+  tc qdisc add dev "v-$node" root $pace 2>/dev/null || true  # where the kernel can
   nsenter --net="$folder/ns/net-$node" \
     sh -c "ip addr add $subnet.$last/24 dev eth0; ip link set lo up; ip link set eth0 up"
 done
@@ -216,7 +218,7 @@ class Cluster:
         apart = ["unshare", "--fork", "--pid", "--mount-proc", "--mount", "--net", "--uts", "--kill-child"]
         with (self.folder / "log" / "start.err").open("w") as err:
             self._process = subprocess.Popen(
-                [*apart, "bash", str(self.folder / "start.sh"), str(self.folder), SUBNET, *self.nodes],
+                [*apart, "bash", str(self.folder / "start.sh"), str(self.folder), SUBNET, PACE, *self.nodes],
                 text=True,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -307,6 +309,17 @@ class Cluster:
     def link(self, node: str, state: str) -> None:
         """Plug (up) or unplug (down) a node's network cable; its processes live on."""
         self.run("ip", "link", "set", f"v-{node}", state)
+
+    @contextmanager
+    def full_speed(self) -> Iterator[None]:
+        """Links as fast as the kernel can, without PACE."""
+        for node in self.nodes:
+            self.run("tc", "qdisc", "del", "dev", f"v-{node}", "root", check=False)
+        try:
+            yield
+        finally:
+            for node in self.nodes:
+                self.run("tc", "qdisc", "add", "dev", f"v-{node}", "root", *PACE.split(), check=False)
 
     def power_off(self, node: str) -> None:
         """All processes of a node killed at once, and its cable out."""

@@ -135,7 +135,8 @@ def test_a_slow_link_and_wrong_sums_are_named(cluster: Cluster, bad: Callable[..
     slow = ("dev", "eth0", "root", "tbf", "rate", "3mbit", "burst", "16kbit", "latency", "2s")
     cluster.run("tc", "qdisc", "add", *slow, node=second)
     try:
-        told = examine(bad("speed", sick))
+        with cluster.full_speed():
+            told = examine(bad("speed", sick))
     finally:
         cluster.run("tc", "qdisc", "del", "dev", "eth0", "root", node=second)
     names(told, (second, "its link does 0."), (third, "all-reduce: 3 of 262144 sums are wrong"))

@@ -48,10 +48,7 @@ def on_a_laptop(run: Submitted) -> None:
     assert done.returncode == 75, done.stdout + done.stderr
 
 
-LAPTOP = pytest.param(on_a_laptop, marks=pytest.mark.faults)
-
-
-@pytest.mark.parametrize("way", [by_srun, by_torchrun, by_accelerate, LAPTOP], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", [by_srun, by_torchrun, by_accelerate, on_a_laptop], ids=lambda way: way.__name__)
 def test_every_way_takes_the_same_steps(
     prepare_run: Prepare, uninterrupted: Submitted, way: Callable[[Submitted], None]
 ) -> None:
