@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,12 @@ def save(parts: Parts, saver: BackgroundSaver, position: Position, run_dir: Path
     """
     best = best_step(read_metrics(run_dir)) if parts.recipe.eval.early_stopping else None
     meta = {**asdict(position), "plan": parts.train.plan.digest_up_to(position.step)}
-    tolerant = saver.begin if parts.recipe.checkpoint.background else saver.try_save
+    engine = parts.engine
+    behind = partial(saver.begin, are_copies=engine.shows_copies)
+    tolerant = behind if parts.recipe.checkpoint.background else saver.try_save
     write = tolerant if may_fail else saver.save
-    write(position.step, parts.engine.state(), meta, also_keep=best)
+    saver.close()  # before a state that may be a copy exists: never two at once
+    write(position.step, engine.state(), meta, also_keep=best)
 
 
 def load(parts: Parts, manager: CheckpointManager, folder: Path) -> Position:

@@ -62,6 +62,7 @@ def train_step(
     device: torch.device,
     stop: bool,
     written: bool = False,
+    overdue: bool = False,
     may_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """One optimizer step. The loss is the sum over the global batch divided once by its global weight. `may_update`
@@ -69,14 +70,16 @@ def train_step(
     losses = sum_gradients(engine, loaded, seed, device)
     grad_norm = engine.clip_grad_norm(max_norm)
 
-    verdict = torch.cat([losses, losses.new_tensor([float(stop), float(written)]), grad_norm.double()[None]])
+    flags = losses.new_tensor([float(stop), float(written), float(overdue)])
+    verdict = torch.cat([losses, flags, grad_norm.double()[None]])
     dist.all_reduce(verdict)  # one for all ranks, also where only one of them met a NaN or was asked to stop
     loss_sum = verdict[: len(loaded.step.micro_batches)].sum()  # in the plan's order, whoever computed them
     result = StepResult(
         loss=loss_sum.item() / loaded.step.loss_weight_sum,
         grad_norm=verdict[-1].item() / dist.get_world_size(),  # equal on all ranks: exact
-        stop=verdict[-3].item() > 0,
-        written=verdict[-2].item() == dist.get_world_size(),
+        stop=verdict[-4].item() > 0,
+        written=verdict[-3].item() == dist.get_world_size(),
+        overdue=verdict[-2].item() > 0,
     )
     if result.is_finite:
         set_lr(engine.optimizer, lr)
@@ -114,7 +117,8 @@ def loop(parts: Parts, job: Job, saver: BackgroundSaver, done: Position) -> bool
     losses = broadcast_json([x["eval_loss"] for x in read_metrics(job.run_dir) if x["kind"] == "eval"])
     first, audit_every = done.step + 1, recipe.resilience.audit_every
     at_start = baseline(parts.engine) if audit_every else None
-    saved, unsaved = done.step, num_steps  # the step of the newest save, and how many may follow it without one
+    by_clock = parts.place.is_main and recipe.checkpoint.every_steps == "auto"  # rank 0's decides for all
+    saved_at = time.monotonic()
     job.console.start(done.step, num_steps)
     for step in range(first, num_steps + 1):
         if patience and rises(losses, patience):
@@ -138,6 +142,7 @@ def loop(parts: Parts, job: Job, saver: BackgroundSaver, done: Position) -> bool
             device=parts.place.device,
             stop=bool(job.stop),
             written=saver.is_written,
+            overdue=by_clock and time.monotonic() - saved_at > LONGEST_UNSAVED_SECONDS,
             may_update=saver.wait_for_copy,
         )
         if result.written:
@@ -153,12 +158,9 @@ def loop(parts: Parts, job: Job, saver: BackgroundSaver, done: Position) -> bool
         if is_last or step % evaluate_every == 0:
             job.beat(step, "evaluate")
             losses += milestones.evaluate(parts, step, job.run_dir, job.log)
-        if recipe.checkpoint.every_steps == "auto" and first < step in (first + 1, saved + 1):
-            # Rank 0's clock decides for all; the first step, in which kernels are compiled, tells nothing.
-            unsaved = broadcast_json(max(1, int(LONGEST_UNSAVED_SECONDS / metrics.step_seconds)))
-        if is_last or stopping or step % save_every == 0 or step - saved >= unsaved:
+        if is_last or stopping or step % save_every == 0 or result.overdue:
             job.beat(step, "save")
-            saved = step
+            saved_at = time.monotonic()
             leaves = is_last or stopping
             milestones.save(parts, saver, done, job.run_dir, may_fail=not leaves)
         if stopping and not is_last:

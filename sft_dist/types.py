@@ -135,6 +135,7 @@ class StepResult:
     grad_norm: float
     stop: bool  # some rank was asked to
     written: bool  # every rank has written its part of the save under way
+    overdue: bool  # some rank's clock asks for a save
 
     @property
     def is_finite(self) -> bool:

@@ -37,7 +37,7 @@ class Write:
     """A save under way."""
 
     step: int
-    tensors: Mapping[str, Tensor]  # the originals, until they are copied
+    tensors: Mapping[str, Tensor]  # until they are copied, or written where they are copies already
     size: int  # of all of them, bytes
     meta: Mapping[str, Any]
     also_keep: int | None
@@ -62,7 +62,7 @@ class BackgroundSaver:
     ) -> None:
         """`CheckpointManager.save`, after what is under way: the last one of a run, so the copy is given back."""
         self.close()
-        self._copy = HostCopy()
+        self._copy.release()
         self._manager.save(step, tensors, meta, also_keep=also_keep)
 
     def try_save(
@@ -73,12 +73,22 @@ class BackgroundSaver:
         self._manager.try_save(step, tensors, meta, also_keep=also_keep)
 
     def begin(
-        self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, also_keep: int | None = None
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        meta: Mapping[str, Any],
+        *,
+        also_keep: int | None = None,
+        are_copies: bool = False,
     ) -> None:
-        """Begin what `try_save` does; `wait_for_copy` says when `tensors` may be changed again."""
+        """Begin what `try_save` does; `wait_for_copy` says when `tensors` may be changed again. `are_copies`: nobody
+        else has them, and they are on the host; they are not copied once more."""
         self.close()
-        self._copy.fit(tensors)
         write = Write(step, tensors, num_bytes(tensors), dict(meta), also_keep)
+        if are_copies:
+            write.is_copied.set()
+        else:
+            self._copy.fit(tensors)
         write.thread = threading.Thread(target=self._run, args=(write,), name="sft-saver", daemon=True)
         self._write = write
         write.thread.start()
@@ -127,7 +137,7 @@ class BackgroundSaver:
     def _run(self, write: Write) -> None:
         try:
             try:
-                copied = self._copy.take(write.tensors)
+                copied = write.tensors if write.is_copied.is_set() else self._copy.take(write.tensors)
             finally:
                 write.tensors = {}
                 write.is_copied.set()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -14,38 +13,50 @@ from sft_dist.parallel.engine import local_part
 
 
 class HostCopy:
-    """The state in host memory (page-locked beside a GPU), laid out over the ranks as the original is."""
+    """The state in host memory (page-locked beside a GPU), laid out over the ranks as the original is.
+
+    On a GPU the copy runs on one stream of its own, behind all work that was queued when `fit` was called. `take` holds
+    the originals and waits for that stream, so their memory needs no record of it, and the page-locked one no event.
+    """
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
         self._meshes: dict[DeviceMesh, DeviceMesh] = {}
+        self._stream: torch.cuda.Stream | None = None  # None: the originals are on the host
         self._done: torch.cuda.Event | None = None  # all work that was given to the GPU before `fit`
 
     def fit(self, tensors: Mapping[str, Tensor]) -> None:
         """Have room for `tensors`, as they are once the GPU has done what it was given until now. Collective."""
         if not _same_layout(self.tensors, tensors):
             self.tensors = {name: self._like(tensor) for name, tensor in tensors.items()}
-        if any(tensor.is_cuda for tensor in tensors.values()):
-            self._done = torch.cuda.Event()
-            self._done.record()
+        device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+        if device is not None:
+            self._stream = self._stream or torch.cuda.Stream(device)
+            self._done = torch.cuda.current_stream(device).record_event()
 
     def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Overwrite the copy with what `fit` was given; complete when this returns. In any thread."""
-        with self._beside(tensors):
-            for name, tensor in tensors.items():
-                local_part(self.tensors[name]).copy_(local_part(tensor), non_blocking=True)
-            if self._done is not None:
-                torch.cuda.current_stream().synchronize()
+        if self._stream is None or self._done is None:
+            self._copy(tensors)
+            return self.tensors
+        # A new thread is on GPU 0, and leaving a stream's context goes back there: in every process of a node that
+        # would begin a context of that GPU, hundreds of MB each.
+        torch.cuda.set_device(self._stream.device)
+        self._stream.wait_event(self._done)
+        with torch.cuda.stream(self._stream):
+            self._copy(tensors)
+        self._stream.synchronize()
         return self.tensors
 
-    def _beside(self, tensors: Mapping[str, Tensor]) -> torch.cuda.StreamContext | nullcontext[None]:
-        """A stream of its own on the GPU of `tensors`, behind what was recorded; nothing for tensors of the host."""
-        if self._done is None:
-            return nullcontext()
-        device = next(tensor.device for tensor in tensors.values() if tensor.is_cuda)
-        stream = torch.cuda.Stream(device)
-        stream.wait_event(self._done)
-        return torch.cuda.stream(stream)
+    def release(self) -> None:
+        """Give the memory back, page-locked memory too, which PyTorch would keep for this process."""
+        self.tensors = {}
+        if self._stream is not None and hasattr(torch.accelerator, "empty_host_cache"):  # not in every PyTorch
+            torch.accelerator.empty_host_cache()
+
+    def _copy(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            local_part(self.tensors[name]).copy_(local_part(tensor), non_blocking=True)
 
     def _like(self, tensor: Tensor) -> Tensor:
         piece = local_part(tensor)

@@ -19,8 +19,9 @@ import os
 import shlex
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +53,7 @@ from sft_dist.resilience.watchdog import Watchdog, Witness, accuse
 
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL for the peers of a dead worker: they cannot finish a step without it
 LOOK_SECONDS = 0.5  # between looks at the signs of life
-RECORDS_SECONDS = 4.0  # NCCL looks once a second whether it is asked for its record; on CPUs nobody is asked
+RECORDS_SECONDS = 3.0  # NCCL looks once a second whether it is asked for its record; on CPUs nobody is asked
 STACKS_SECONDS = 3.0  # for the ranks of a stuck run to give their stacks: milliseconds, where the machine is not busy
 
 
@@ -183,15 +184,21 @@ def supervise(
 def end_hang(job: Job, workers: Workers, hearing: Hearing, silence_seconds: float) -> Ending:
     """Take down what every rank of every node says of itself, end ours, and tell the user who held the run up.
 
-    Nothing waits for the disk before the last worker is dead: the run may hang because of it.
+    Nothing waits for the disk before the last worker is dead: the run may hang because of it. What can be done at the
+    same time is: the other nodes are called before ours are asked, and stacks are written before the others are heard.
     """
+    hearing.call()
+    records: list[Path] = []
+    recording = _aside(lambda: records.extend(workers.records(RECORDS_SECONDS)))
+    recorded_by = time.monotonic() + RECORDS_SECONDS + LOOK_SECONDS
     beats, stacks = workers.beats(), workers.stacks(STACKS_SECONDS)
-    records = workers.records(RECORDS_SECONDS)
+    writing = _aside(lambda: write_stacks(job, stacks))
     now = time.monotonic()  # of this machine: what is told to others counts from it
     witnesses = [
         Witness(job.rank(i), replace(beat, seconds=beat.seconds - now), main_thread(stacks.get(i, "")))
         for i, beat in beats.items()
     ]
+    recording.join(recorded_by - time.monotonic())  # who is heard may be ended: its record is to be there by then
     told = hearing.hear(silence_seconds, witnesses)
     workers.kill()
     line = _hang_line(told)
@@ -200,18 +207,30 @@ def end_hang(job: Job, workers: Workers, hearing: Hearing, silence_seconds: floa
         _say(f"error: {line}; all are being ended, stacks in {job.attempt_dir}/rank_*.stacks.txt{collectives}")
     while workers.are_running:
         workers.wait()
+    writing.join()
+    write_exit_code(job.attempt_dir, EXIT_HANG)
+    if told.speaker == job.nodes.index:
+        append_event(job.attempt_dir, "hang", cause=line, ranks={w.rank: str(w) for w in told.witnesses})
+    append_event(job.attempt_dir, "end", code=EXIT_HANG, cause="hang", returncodes=workers.returncodes)
+    return Ending(EXIT_HANG, "hang")
+
+
+def write_stacks(job: Job, stacks: Mapping[int, str]) -> None:
+    """One file for each worker that was asked, by its index on this machine."""
     try:
         for index, text in stacks.items():
             job.stacks_path(job.rank(index)).write_text(
                 text or "no answer: the process was stopped, or stuck in the kernel\n"
             )
-        write_exit_code(job.attempt_dir, EXIT_HANG)
     except OSError as error:
         _say(f"warning: {job.attempt_dir}: the stacks cannot be written ({error.strerror})")
-    if told.speaker == job.nodes.index:
-        append_event(job.attempt_dir, "hang", cause=line, ranks={w.rank: str(w) for w in told.witnesses})
-    append_event(job.attempt_dir, "end", code=EXIT_HANG, cause="hang", returncodes=workers.returncodes)
-    return Ending(EXIT_HANG, "hang")
+
+
+def _aside(action: Callable[[], object]) -> threading.Thread:
+    """`action` in a thread that nobody has to wait for: the disk it touches may not answer."""
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    return thread
 
 
 def _hang_line(told: Testimony) -> str:

@@ -1,8 +1,12 @@
-"""Small files of a run folder: JSON replaced in one rename, JSON lines appended."""
+"""Small files of a run folder: JSON replaced in one rename, JSON lines appended.
+
+A file is on the device before it takes another's name, so that a power cut leaves the old one or the new one.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +16,7 @@ from sft_dist.errors import CheckpointError
 
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` in one rename, so that a reader never sees half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    _replace(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -27,9 +29,7 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[
     lines = read_lines(path)
     dropped = [line for line in lines if not keep(line)]
     if path.exists():
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(_line(record) for record in lines if keep(record)), encoding="utf-8")
-        temporary.replace(path)
+        _replace(path, "".join(_line(record) for record in lines if keep(record)))
     return dropped
 
 
@@ -41,6 +41,7 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """All complete lines; the last one is left out while its writer was interrupted in it.
 
+    So are lines with NUL bytes, which JSON never has: pages that a power cut has lost behind the last fsync.
     Raises CheckpointError naming a line that is no JSON.
     """
     if not path.exists():
@@ -48,10 +49,28 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     data, records = path.read_bytes(), []
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n"), 1):
         try:
-            records += [json.loads(line)] if line else []
+            records += [json.loads(line)] if line and b"\0" not in line else []
         except ValueError as error:
             raise CheckpointError(f"{path}:{number}: altered (no JSON); restore it from a copy or remove it") from error
     return records
+
+
+def sync_names(folder: Path) -> None:
+    """Have what was made, renamed and removed in `folder` outlast a power cut; raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def _line(record: Mapping[str, Any]) -> str:

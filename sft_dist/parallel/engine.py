@@ -65,6 +65,7 @@ class Engine:
     reshard: Callable[[], None]  # give back what forwards without a backward have gathered
     trained: dict[str, nn.Parameter]  # by name in the Hugging Face (or PEFT) model
     state: Callable[[], dict[str, Tensor]]  # `model.NAME` fp32 or as trained, `optim.NAME.KEY`; global shapes
+    shows_copies: bool  # `state` gives copies on the host, which no update changes; else the tensors that are trained
     adopt: Callable[[Mapping[str, Tensor]], None]  # what `state` gave and a checkpoint has filled becomes the run's
     gradients: Callable[[], dict[str, Tensor]]  # whole or by shards, as summed for the step at hand; collective
     discard_gradients: Callable[[], None]  # of a step that is not taken
@@ -126,6 +127,7 @@ def live_engine(
         reshard=reshard,
         trained=trained,
         state=state,
+        shows_copies=False,
         adopt=_already_in_place,
         gradients=lambda: {name: p.grad for name, p in trained.items() if p.grad is not None},
         discard_gradients=optimizer.zero_grad,

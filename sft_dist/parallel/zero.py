@@ -120,6 +120,7 @@ def _engine(
         reshard=_released_by_hooks,
         trained=trained,
         state=partial(zero_state.state, trained, init_device_mesh("cpu", (place.world_size,))),
+        shows_copies=True,
         adopt=adopt,
         gradients=partial(zero_state.gradients, trained),
         discard_gradients=partial(_discard_gradients, wrapper, stage),

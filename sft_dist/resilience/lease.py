@@ -13,6 +13,7 @@ Age is the difference of two modification times on that file system, so machines
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import socket
@@ -154,10 +155,12 @@ def read_owner(run_dir: str | Path) -> Owner | None:
 
 
 def _age_seconds(path: Path) -> float:
-    """How long ago the file was touched, by the clock of the file system itself."""
+    """How long ago the file was touched, by the clock of the file system itself; for ever, where it has gone since."""
     probe = path.with_name(f".{LEASE_NAME}.{secrets.token_hex(8)}")
     probe.touch()
     try:
         return probe.stat().st_mtime - path.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf
     finally:
         probe.unlink(missing_ok=True)

@@ -29,8 +29,8 @@ def live(lives: Sequence[Life], folder: Path) -> None:
     run_script(Path(__file__), folder)
 
 
-def run_script(script: Path, folder: Path) -> None:
-    """`python SCRIPT FOLDER` without GPUs; fails with all that it printed."""
+def run_script(script: Path, folder: Path, *arguments: str) -> None:
+    """`python SCRIPT FOLDER ARGUMENTS` without GPUs; fails with all that it printed."""
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
@@ -38,9 +38,8 @@ def run_script(script: Path, folder: Path) -> None:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(str(path) for path in (ROOT, ROOT / "kernels", ROOT / "tests")),
     }
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder)], env=environment, text=True, capture_output=True, timeout=SECONDS
-    )
+    command = [sys.executable, str(script), str(folder), *arguments]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

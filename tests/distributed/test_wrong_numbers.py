@@ -1,9 +1,10 @@
-"""Numbers that go wrong on one of two ranks: all ranks come to one verdict, and it can be looked into afterwards."""
+"""Numbers that go wrong on one rank: all ranks come to one verdict, and it can be looked into afterwards."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,47 @@ from sft_dist.checkpoint.catalog import folders
 from sft_dist.checkpoint.manifest import read_manifest
 
 pytestmark = pytest.mark.slow
+SCRIPT = Path(__file__).with_name("wrong_numbers.py")
+ZERO = ["skip-zero1", "skip-zero2", "skip-zero3"]
+
+
+def of_four(name: str) -> object:
+    """Four ranks on few cores: the long suite."""
+    return pytest.param(name, marks=pytest.mark.faults)
+
+
+SKIPPING = ["skip", *ZERO, of_four("skip-hsdp")]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All lives of wrong_numbers.py; each has ended with its exit code on both ranks."""
+    """All lives of two ranks in wrong_numbers.py; each has ended with its exit code on every rank."""
     folder = tmp_path_factory.mktemp("numbers")
-    run_script(Path(__file__).with_name("wrong_numbers.py"), folder)
+    run_script(SCRIPT, folder, "2")
     return folder
+
+
+@pytest.fixture(scope="module")
+def place_of_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those of four ranks."""
+    folder = tmp_path_factory.mktemp("numbers-of-four")
+    run_script(SCRIPT, folder, "4")
+    return folder
+
+
+@pytest.fixture
+def home(request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """The folder in which the life NAME was lived."""
+    return lambda name: request.getfixturevalue("place_of_four" if "hsdp" in name else "place")
 
 
 def told(place: Path, name: str) -> str:
     return json.loads((place / "printed.json").read_text())[name]
 
 
-@pytest.mark.parametrize("name", ["stop", "stop-ddp"])
-def test_one_infinite_gradient_of_one_rank_stops_all_with_a_bundle(place: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["stop", "stop-ddp", of_four("stop-hsdp")])
+def test_one_infinite_gradient_of_one_rank_stops_all_with_a_bundle(home: Callable[[str], Path], name: str) -> None:
+    place = home(name)
     folder = place / name / "logs/attempt_0001/nonfinite-step-00000005"
     text = told(place, name)
     assert "error: step 5: loss 4." in text and ("gradient norm inf" in text or "gradient norm nan" in text)
@@ -53,15 +79,17 @@ def test_the_save_under_way_when_a_run_stops_is_committed(place: Path) -> None:
     assert read_manifest(newest).step == 4
 
 
-@pytest.mark.parametrize("name", ["once", "once-zero3"])
-def test_what_is_finite_when_done_again_is_the_machines_fault(place: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["once", "once-zero3", of_four("once-hsdp")])
+def test_what_is_finite_when_done_again_is_the_machines_fault(home: Callable[[str], Path], name: str) -> None:
+    place = home(name)
     text = told(place, name)
     assert "done again both are finite" in text and "a processor or its memory fails" in text
     assert not list((place / name).rglob("report.json"))
 
 
-@pytest.mark.parametrize("name", ["skip", "skip-zero2", "skip-zero3"])
-def test_skipped_steps_apply_nothing_and_are_checkpointed_state(place: Path, name: str) -> None:
+@pytest.mark.parametrize("name", SKIPPING)
+def test_skipped_steps_apply_nothing_and_are_checkpointed_state(home: Callable[[str], Path], name: str) -> None:
+    place = home(name)
     run = place / name
     assert [line["step"] for line in lines(run, "skipped")] == [5, 8]
     assert [line["step"] for line in lines(run, "step")] == [1, 2, 3, 4, 6, 7, 9, 10, 11, 12]
@@ -69,14 +97,15 @@ def test_skipped_steps_apply_nothing_and_are_checkpointed_state(place: Path, nam
     assert told(place, name).count("the step is skipped") == 2
 
 
-@pytest.mark.parametrize("name", ["skip", "skip-zero2", "skip-zero3"])
-def test_a_resumed_run_goes_on_as_the_one_that_was_not_interrupted(place: Path, name: str) -> None:
+@pytest.mark.parametrize("name", SKIPPING)
+def test_a_resumed_run_goes_on_as_the_one_that_was_not_interrupted(home: Callable[[str], Path], name: str) -> None:
     """Stopped between the two skipped steps: Adam's own count must leave the first one out."""
+    place = home(name)
     assert trajectory(place / f"{name}-continued") == trajectory(place / name)
     assert weights(place / f"{name}-continued") == weights(place / name)
 
 
-@pytest.mark.parametrize("name", ["skip-zero2", "skip-zero3"])
+@pytest.mark.parametrize("name", ZERO)
 def test_the_bundle_has_every_gradient_under_zero_too(place: Path, name: str) -> None:
     norms, expected = (gradient_norms(place / run) for run in (name, "skip"))
     assert norms.keys() == expected.keys()

@@ -1,4 +1,4 @@
-"""Real two-rank runs whose numbers go wrong on one rank: `python wrong_numbers.py FOLDER`.
+"""Real runs on 2 or 4 ranks whose numbers go wrong on one of them: `python wrong_numbers.py FOLDER RANKS`.
 
 Each life patches the gradients, the weights or the forward pass of rank 1 at chosen steps and must end with the code
 that belongs to it. What rank 0 printed goes to FOLDER/printed.json, by life; the run folders are there to look into.
@@ -98,6 +98,9 @@ LIVES: dict[str, tuple[dict[str, Any], list[str], Patch, int]] = {
     "skip": (fsdp(**SKIP), [], partial(poison, (5, 8)), 0),
     "skip-first": (fsdp(**SKIP), ["optim.stop_after_step=6"], partial(poison, (5, 8)), 0),
     "skip-then": (fsdp(**SKIP), [], partial(poison, (5, 8)), 0),
+    "skip-zero1": (under("zero1", **SKIP), [], partial(poison, (5, 8)), 0),
+    "skip-zero1-first": (under("zero1", **SKIP), ["optim.stop_after_step=6"], partial(poison, (5, 8)), 0),
+    "skip-zero1-then": (under("zero1", **SKIP), [], partial(poison, (5, 8)), 0),
     "skip-zero2": (under("zero2", **SKIP), [], partial(poison, (5, 8)), 0),
     "skip-zero2-first": (under("zero2", **SKIP), ["optim.stop_after_step=6"], partial(poison, (5, 8)), 0),
     "skip-zero2-then": (under("zero2", **SKIP), [], partial(poison, (5, 8)), 0),
@@ -112,9 +115,21 @@ LIVES: dict[str, tuple[dict[str, Any], list[str], Patch, int]] = {
     "frozen": (fsdp(**LORA, **AUDIT), [], partial(flip, 4, trained=False), 77),
     "computed": (fsdp(**AUDIT), [], partial(miscompute, 6), 77),
 }
-FOLDER_OF = {  # two lives of one run
-    f"{name}-{life}": f"{name}-continued" for name in ("skip", "skip-zero2", "skip-zero3") for life in ("first", "then")
+# Two replicas of two shards. Rank 1 is poisoned, and rank 3, which holds the same shard of the other replica, is not.
+HSDP = {"parallel": {"dp_replicate": 2}, "batch": {"tokens_per_step": 2048}}
+LIVES_OF_FOUR: dict[str, tuple[dict[str, Any], list[str], Patch, int]] = {
+    "skip-hsdp": ({**HSDP, **SKIP}, [], partial(poison, (5, 8)), 0),
+    "skip-hsdp-first": ({**HSDP, **SKIP}, ["optim.stop_after_step=6"], partial(poison, (5, 8)), 0),
+    "skip-hsdp-then": ({**HSDP, **SKIP}, [], partial(poison, (5, 8)), 0),
+    "stop-hsdp": (HSDP, [], partial(poison, (5,)), 70),
+    "once-hsdp": (HSDP, [], partial(poison, (5,), times=1), 77),
 }
+
+
+def folder_of(name: str) -> str:
+    """The run of a life: `-first` and `-then` are two of one."""
+    stem = name.removesuffix("-first").removesuffix("-then")
+    return name if stem == name else f"{stem}-continued"
 
 
 def live(patch: Patch, words: list[str]) -> int:
@@ -125,9 +140,9 @@ def live(patch: Patch, words: list[str]) -> int:
 if __name__ == "__main__":
     import deepspeed  # noqa: F401  # once, before the forks
 
-    place, printed = Path(sys.argv[1]), {}
-    for name, (changes, settings, patch, code) in LIVES.items():
+    place, num_ranks, printed = Path(sys.argv[1]), int(sys.argv[2]), {}
+    for name, (changes, settings, patch, code) in {2: LIVES, 4: LIVES_OF_FOUR}[num_ranks].items():
         shared: dict[str, Any] = {"eval": {"generate": 0, "every_steps": 6}, "checkpoint": {"every_steps": 3}}
-        recipe = write_recipe(place, FOLDER_OF.get(name, name), **shared, **changes)
-        printed[name] = run_life(f"out-{name}", 2, partial(live, patch, [str(recipe), *settings]), place, code)
+        recipe = write_recipe(place, folder_of(name), **shared, **changes)
+        printed[name] = run_life(f"out-{name}", num_ranks, partial(live, patch, [str(recipe), *settings]), place, code)
     (place / "printed.json").write_text(json.dumps(printed))

@@ -1,12 +1,14 @@
 """Every state that a power cut may leave of a save, loaded: `python powercut.py FOLDER [--seed 1]`.
 
-strace records what one save asks of the file system, with all bytes: into a folder with two checkpoints a third is
-written and the oldest deleted. Replayed whole, the record gives the folder that the save has left, byte for byte: so
-nothing is missing in it. Then it is cut after each call. What an fsync had not made durable by then may be there or
-not, in any combination: writes to a file (also half of one), and names made, changed and removed in a folder, each
-without the others. All combinations of up to 8 such operations are tried, of more: each alone, each alone missing, and
-a seeded choice. In every state a reader must find a whole checkpoint: step 2 or 3, and step 3 from the moment on that
-the save has returned.
+strace records what an attempt asks of the file system until its first save is done, with all bytes. In a folder with
+two checkpoints metrics.jsonl is rolled back and gets the next line, a third checkpoint is written, the oldest is
+deleted, and more lines follow; or it is the first attempt of a run. Replayed whole, the record gives the folder that
+the attempt has left, byte for byte: so nothing is missing in it. Then it is cut after each call. What an fsync had not
+made durable by then may be there or not, in any combination: writes to a file (also half of one), and names made,
+changed and removed in a folder, each without the others. All combinations of up to 8 such operations are tried, of
+more: each alone, each alone missing, and a seeded choice. In every state a reader must find a whole checkpoint, the
+newest from before or the new one, which it must be once the save has returned; and in metrics.jsonl each line that it
+stands for.
 
 Then the same with a record in which one kind of fsync does nothing. Each time a state must be found in which the
 promise is broken: the search can see what it is looking for. Prints one line per record.
@@ -25,16 +27,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from syscalls import SAVED, newest_step, prepare, save_third, struck
+from syscalls import SAVED, newest_step, prepare, struck, tensors
 
 from sft_dist.checkpoint.background import BackgroundSaver
 from sft_dist.checkpoint.manager import CheckpointManager
+from sft_dist.config.schema import Recipe
+from sft_dist.observe.metrics import MetricsLog, read_metrics, roll_back
+from sft_dist.observe.trackers import Trackers
+from sft_dist.types import StepMetrics
 
 TRACED = (
     "mkdir,openat,write,pwrite64,writev,ftruncate,fsync,fdatasync,rename,unlink,unlinkat,rmdir,sendfile,copy_file_range"
 )
 CALL = re.compile(r"(\w+)\((.*)\)\s+= (-?\d+)(?:<([^>]*)>)?")
-ALL_OF, DRAWN = 8, 40
+ALL_OF, DRAWN = 8, 20
+RECIPE = Recipe.model_validate({"model": {"path": "m"}, "data": {"sources": [{"path": "d"}]}})
 
 
 Tree = dict[str, tuple[dict[str, str], bytes | None]]  # inode -> (entries of a folder, bytes of a file)
@@ -105,6 +112,7 @@ def _bytes(escaped: str) -> bytes:
 def read_record(text: str, root: Path, before: Tree) -> Record:
     """The record of a trace; raises for a change of the folder that it does not know how to replay."""
     record, names, offsets = Record(), Names(root, before), {}
+    sizes = {inode: len(data or b"") for inode, (_, data) in before.items()}
 
     def within(path: str) -> bool:
         return path.startswith(f"{root}/") or path == str(root)
@@ -129,19 +137,20 @@ def read_record(text: str, root: Path, before: Tree) -> Record:
             folder, leaf = entry(target)
             record.operations.append(Operation(record.calls, "link", folder, leaf, names.add(target), is_folder=True))
         elif name == "openat":
-            if "O_CREAT" in arguments and "O_EXCL" not in arguments and target in names:
+            is_there = target in names and "O_EXCL" not in arguments
+            if "O_CREAT" in arguments and is_there and "O_APPEND" not in arguments:
                 raise AssertionError(f"written twice: {target}")
-            if "O_CREAT" in arguments:
+            if "O_CREAT" in arguments and not is_there:
                 folder, leaf = entry(target)
                 record.operations.append(Operation(record.calls, "link", folder, leaf, names.add(target)))
-            offsets[(opened, result)] = 0
+            offsets[(opened, result)] = sizes.get(names.of(target), 0) if "O_APPEND" in arguments else 0
         elif name == "write":
             key = (path, int(arguments.partition("<")[0]))
             data = strings[0][:result]
             record.operations.append(
                 Operation(record.calls, "write", names.of(path), data=data, offset=offsets.get(key, 0))
             )
-            offsets[key] = offsets.get(key, 0) + result
+            offsets[key] = sizes[names.of(path)] = offsets.get(key, 0) + result
         elif name in ("fsync", "fdatasync"):
             record.synced.append((record.calls, names.of(path)))
         elif name == "rename":
@@ -233,11 +242,11 @@ def subsets(loose: list[int], source: random.Random) -> Iterator[set[int]]:
         yield {one for one in loose if source.random() < 0.5}
 
 
-def cut_everywhere(record: Record, before: Tree, folder: Path, seed: int) -> tuple[int, str | None]:
+def cut_everywhere(record: Record, before: Tree, way: Way, folder: Path, seed: int) -> tuple[int, str | None]:
     """(states looked at, the first in which the promise is broken)."""
     source, seen = random.Random(seed), set()
     for after in range(record.calls + 1):
-        allowed = {3} if after == record.calls else {2, 3}
+        allowed = {way.newest + 1} if after == record.calls else {way.newest, way.newest + 1}
         for operations, torn in states(record, after, source):
             tree = apply(before, operations, torn)
             look = (visible(tree), after == record.calls)
@@ -247,7 +256,7 @@ def cut_everywhere(record: Record, before: Tree, folder: Path, seed: int) -> tup
             shutil.rmtree(folder, ignore_errors=True)
             write_tree(tree, folder)
             try:
-                found = newest_step(folder, set_aside=True)
+                found = what_is_left(folder / way.where)
             except Exception as error:
                 return len(seen), f"call {after}: {error!r}"
             if found not in allowed:
@@ -260,27 +269,96 @@ def without(record: Record, is_left_out: Callable[[str], bool]) -> Record:
     return Record(record.operations, [one for one in record.synced if not is_left_out(one[1])], record.calls)
 
 
-def save_behind(manager: CheckpointManager) -> int:
-    """The third checkpoint by the way of a run: a thread writes it, another deletes the oldest."""
-    from syscalls import tensors
+@dataclass(frozen=True, slots=True)
+class Way:
+    """An attempt that goes on after the checkpoint of step `newest` (0: there is none) of the run in `where`."""
 
+    newest: int
+    save: Callable[[CheckpointManager, int, MetricsLog], None]
+    where: str = "."
+
+    def attempt(self, root: CheckpointManager) -> int:
+        """What a run does from its start to its first save and two steps more."""
+        run_dir, step = root.run_dir / self.where, self.newest + 1
+
+        def settle() -> None:
+            log.settle()
+            log.sync()
+
+        manager = CheckpointManager(run_dir, keep=2, ready=settle)
+        roll_back(run_dir, self.newest, run_dir)
+        log = MetricsLog(run_dir, Trackers(run_dir, RECIPE, print))
+        log.step(line(step))
+        self.save(manager, step, log)
+        log.step(line(step + 2))
+        return SAVED
+
+
+def wait_for_save(manager: CheckpointManager, step: int, log: MetricsLog) -> None:
+    manager.save(step, tensors(step), {"step": step})
+    log.step(line(step + 1))
+
+
+def save_behind(manager: CheckpointManager, step: int, log: MetricsLog) -> None:
+    """By the way of a run: a thread writes it, another deletes the oldest, and training goes on."""
     saver = BackgroundSaver(manager)
-    saver.begin(3, tensors(3), {"step": 3})
+    saver.begin(step, tensors(step), {"step": step})
+    log.step(line(step + 1))
     saver.close()
-    return SAVED
 
 
-def record_of(folder: Path, save: Callable[[CheckpointManager], int]) -> tuple[Record, Tree]:
-    """Trace `save`, and prove that the replay of its record is what it has left."""
-    run_dir, trace = prepare(folder), folder.with_suffix(".trace")
+WAYS = {
+    "waited for": Way(2, wait_for_save),
+    "in the background": Way(2, save_behind),
+    "that is a run's first": Way(0, save_behind, "new"),
+}
+
+
+def line(step: int) -> StepMetrics:
+    return StepMetrics(step, 1, 1 / step, 1 / 3, 1e-5, 10, 4, "ab", 0.5, 20.0, None, 0.1)
+
+
+def what_is_left(run_dir: Path) -> int:
+    """The step that an attempt goes on after, whose lines are there, in order, without any other."""
+    step = newest_step(run_dir, set_aside=True)
+    roll_back(run_dir, step, run_dir)
+    assert [found["step"] for found in read_metrics(run_dir)] == list(range(1, step + 1)), f"lines of step {step}"
+    return step
+
+
+def prepare_with_metrics(folder: Path) -> Path:
+    """Two checkpoints, their lines and a half one, and the empty folder of another run."""
+    run_dir = prepare(folder)
+    log = MetricsLog(run_dir, Trackers(run_dir, RECIPE, print))
+    for step in (1, 2):
+        log.step(line(step))
+    log.close()
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "st')
+    (run_dir / "new").mkdir()
+    return run_dir
+
+
+def record_of(folder: Path, way: Way) -> tuple[Record, Tree]:
+    """Trace an attempt, and prove that the replay of its record is what it has left."""
+    run_dir, trace = prepare_with_metrics(folder), folder.with_suffix(".trace")
     before = read_tree(run_dir)
     options = ("-y", "-xx", "-s", "4000000", "-o", str(trace))
-    code, said = struck(run_dir, TRACED, save, options)
+    code, said = struck(run_dir, TRACED, way.attempt, options)
     assert code == SAVED, said
     record = read_record(trace.read_text(), run_dir, before)
     replayed, left = apply(before, record.operations), read_tree(run_dir)
-    assert visible(replayed) == visible(left), "the record does not give what the save has left"
+    assert visible(replayed) == visible(left), "the record does not give what the attempt has left"
     return record, before
+
+
+def moved_to(record: Record, name: str) -> str:
+    """The name before."""
+    return next(one.name for one in record.operations if one.kind == "move" and one.to == name)
+
+
+def made_as(record: Record, name: str) -> str:
+    return next(one.to for one in record.operations if one.kind == "link" and one.name == name)
 
 
 def main() -> int:
@@ -290,22 +368,25 @@ def main() -> int:
     given = parser.parse_args()
     torch.set_num_threads(1)
     given.folder.mkdir(parents=True, exist_ok=True)
-    ways = {"waited for": save_third, "in the background": save_behind}
-    for name, save in ways.items():
-        record, before = record_of(given.folder / name.replace(" ", "-"), save)
-        number, broken = cut_everywhere(record, before, given.folder / "state", given.seed)
-        assert broken is None, broken
+    records = {name: record_of(given.folder / name.replace(" ", "-"), way) for name, way in WAYS.items()}
+    for name, (record, before) in records.items():
+        number, broken = cut_everywhere(record, before, WAYS[name], given.folder / "state", given.seed)
+        assert broken is None, f"{name}: {broken}"
         print(f"a save {name}: {record.calls} calls, {number} states, a whole checkpoint in each", flush=True)
-    folder_of_all = "=checkpoints"
-    moved = next(one.name for one in record.operations if one.kind == "move")
-    made = next(one.to for one in record.operations if one.kind == "link" and one.name == moved)
+    behind = "in the background"
+    record, before = records[behind]
+    folder_of_all, run_folder = "=checkpoints", "/"
+    made, metrics = (made_as(record, name) for name in (moved_to(record, "step-00000003"), "metrics.jsonl.tmp"))
     forgotten = {
-        "the files'": lambda inode: inode not in (folder_of_all, made),
+        "the files'": lambda inode: inode not in (folder_of_all, run_folder, made, metrics),
         "the new folder's": lambda inode: inode == made,
         "the parent's": lambda inode: inode == folder_of_all,
+        "the lines'": lambda inode: inode == metrics,
+        "the run folder's": lambda inode: inode == run_folder,
     }
     for name, is_left_out in forgotten.items():
-        number, broken = cut_everywhere(without(record, is_left_out), before, given.folder / "state", given.seed)
+        short = without(record, is_left_out)
+        number, broken = cut_everywhere(short, before, WAYS[behind], given.folder / "state", given.seed)
         assert broken is not None, f"{name} fsync is not needed?"
         print(f"without {name} fsync the promise is broken, found after {number} states: {broken}", flush=True)
     return 0

@@ -136,7 +136,7 @@ def unsaved(folder: Path) -> str:
     path, log = recipe(folder, "unsaved"), folder / "unsaved.txt"
     settings = ["checkpoint.every_steps=auto", "checkpoint.keep=99"]
     assert forked.Forked(path, 2, log, at_once, settings).run(SECONDS) == 0, log.read_text()
-    assert [folder_step(path) for path in folders(folder / "unsaved")] == [2, *range(3, 13)]
+    assert [folder_step(path) for path in folders(folder / "unsaved")] == list(range(1, 13))
     assert trajectory(folder / "unsaved") == trajectory(folder / "straight")
     return "a save whenever too long has passed: the same bits"
 

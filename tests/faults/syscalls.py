@@ -93,7 +93,8 @@ def newest_step(run_dir: Path, set_aside: bool = False) -> int:
         assert [fault(path) for path in folders(run_dir)] == [None] * len(folders(run_dir)), folders(run_dir)
     manager = CheckpointManager(run_dir, keep=2, notice=print if set_aside else refuse)
     newest = manager.newest_good()
-    assert newest is not None
+    if newest is None:
+        return 0
     step = folder_step(newest) or 0
     found = {name: torch.zeros_like(tensor) for name, tensor in tensors(step).items()}
     assert manager.load(newest, found) == {"step": step}

@@ -6,8 +6,9 @@ import errno
 import re
 import shutil
 import threading
-from collections.abc import Mapping
-from contextlib import nullcontext
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,72 @@ def test_what_is_not_copied_yet_is_not_changed(tmp_path: Path, monkeypatch: pyte
     loaded = tensors(0.0)
     CheckpointManager(tmp_path).load(folders(tmp_path)[0], loaded)
     assert torch.equal(loaded["model.w"], tensors(1.0)["model.w"])
+
+
+def test_copies_are_not_copied_again_nor_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("fit", "take"):
+        monkeypatch.setattr(HostCopy, name, lambda *_: pytest.fail("copied once more"))
+    gate = Gate("before write")
+    saver, state = BackgroundSaver(CheckpointManager(tmp_path, fail_point=gate)), tensors(1.0)
+    held = weakref.ref(state["model.w"])
+    saver.begin(1, state, {"step": 1}, are_copies=True)
+    del state
+    saver.wait_for_copy()
+    assert gate.reached.wait(30) and not saver.is_written
+    gate.opened.set()
+    saver.commit()
+    loaded = tensors(0.0)
+    assert CheckpointManager(tmp_path).load(folders(tmp_path)[0], loaded) == {"step": 1}
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(1.0).items())
+    assert held() is None
+
+
+def test_the_copying_thread_moves_to_the_gpu_of_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU, so with a stream that only says what it was asked for, in which order."""
+    asked: list[str] = []
+
+    class Stream:
+        device = "GPU 3"
+
+        def wait_event(self, event: str) -> None:
+            asked.append(f"behind {event}")
+
+        def synchronize(self) -> None:
+            asked.append(f"wait, {copy.tensors['model.w'][0, 0]:g} is copied")
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        asked.append("copy")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.append(f"to {device}"))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    copy, state = HostCopy(), tensors(7.0)
+    copy.fit(state)
+    copy._stream, copy._done = Stream(), "the update"  # type: ignore[assignment]
+    copy.take(state)
+    assert asked == ["to GPU 3", "behind the update", "copy", "wait, 7 is copied"]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_copy_is_of_what_was_queued_before_the_save(tmp_path: Path) -> None:
+    """The thread copies while the GPU is still at work; what is queued after `wait_for_copy` comes too late for it."""
+    state = {"model.w": torch.zeros(4096, 1024, device="cuda"), "optim.w.step_size": torch.zeros(3, device="cuda")}
+    busy = torch.ones(4096, 4096, device="cuda")
+    saver = BackgroundSaver(CheckpointManager(tmp_path))
+    for step in (1, 2, 3):
+        for tensor in state.values():
+            busy @= busy / 4096
+            tensor.fill_(step)
+        saver.begin(step, state, {})
+        saver.wait_for_copy()
+        for tensor in state.values():
+            tensor.fill_(-1)
+    saver.save(4, state, {})
+    loaded = {name: torch.zeros(tensor.shape) for name, tensor in state.items()}
+    CheckpointManager(tmp_path).load(folders(tmp_path)[0], loaded)
+    assert names(tmp_path) == ["step-00000003", "step-00000004"]
+    assert all(bool((tensor == 3).all()) for tensor in loaded.values())
 
 
 def test_what_one_rank_alone_has_met_ends_it_at_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

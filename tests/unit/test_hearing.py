@@ -74,8 +74,30 @@ def test_a_node_that_says_nothing_is_not_waited_for_for_long(
         (job.attempt_dir / "hang").touch()  # where its folder would be
     mine = Witness(1, Beat(4, "train", -9.0, 1), ())
     with Hearing(job) as heard:
+        heard.call()
         told = heard.hear(7.0, [mine])
     assert (told.silence_seconds, told.witnesses, told.speaker, told.missing) == (7.0, (mine,), 1, (0,))
+
+
+def test_the_others_are_called_before_the_ranks_of_this_node_have_answered(tmp_path: Path) -> None:
+    """Asked one after the other, a stopped rank on each of two nodes would cost more than T + 5 s."""
+    first, second = (Hearing(Job(("true",), 1, tmp_path, 1, Nodes(2, node, "n", 1, "m"))) for node in range(2))
+    (tmp_path / "logs" / "attempt_0001").mkdir(parents=True)
+    with first, second:
+        assert not second.is_called
+        first.call()
+        assert second._called.wait(30)
+    assert [path.name for path in (tmp_path / "logs" / "attempt_0001" / "hang").iterdir()] == ["node_00000.called"]
+
+
+def test_patience_counts_from_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hearing, "PATIENCE_SECONDS", 3600.0)
+    job = Job(("true",), 1, tmp_path, 1, Nodes(2, 0, "n", 1, "m"))
+    job.attempt_dir.mkdir(parents=True)
+    with Hearing(job) as heard:
+        heard.call()
+        heard._began -= 3601.0  # that long the ranks of this node have been asked
+        assert heard.hear(7.0, []).missing == (1,)
 
 
 def test_the_line_says_which_nodes_have_not_told() -> None:
@@ -97,7 +119,9 @@ def test_a_file_that_is_not_there_is_not_asked_for_and_one_that_was_read_not_aga
     (job.attempt_dir / "hang" / "node_00002.json").write_text(json.dumps(asdict(hearing.Testimony(9.0, (), 2))))
     read, read_text = [], Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda path: (read.append(path.name), read_text(path))[1])
-    told = Hearing(job).hear(7.0, [])
+    heard = Hearing(job)
+    heard.call()
+    told = heard.hear(7.0, [])
     assert read == ["node_00002.json"]
     assert (told.silence_seconds, told.speaker, told.missing) == (9.0, 0, (1, 3))
 

@@ -49,6 +49,13 @@ def test_a_lease_a_second_younger_is_not(tmp_path: Path) -> None:
         Lease.take(tmp_path, machine="other")
 
 
+def test_one_that_is_released_while_it_is_looked_at_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, touch = Lease.take(tmp_path, machine="one"), Path.touch
+    monkeypatch.setattr(Path, "touch", lambda path: (held.release(), touch(path)))
+    taken = Lease.take(tmp_path, machine="other")
+    check_ours(tmp_path, taken.token)
+
+
 def test_machines_whose_clocks_disagree_agree_on_its_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Lease.take(tmp_path, machine="one")
     monkeypatch.setattr(time, "time", lambda: 4e9)

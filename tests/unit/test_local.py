@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -347,6 +349,32 @@ def test_a_hang_is_told_before_its_workers_are_waited_for(tmp_path: Path, capsys
     assert end_hang(job, workers, Hearing(job), 7.0).code == 71  # type: ignore[arg-type]
     assert workers.done == ["kill"]
     assert len(said) == 1 and "hang: no sign of life for 7 s; rank 0: step 4, train" in said[0]
+
+
+def test_stacks_are_written_before_anybody_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither for other nodes, nor for NCCL's record on a disk that does not answer."""
+    monkeypatch.setattr("sft_dist.launch.local.RECORDS_SECONDS", 0.1)
+    job, steps = Job(("true",), 1, tmp_path, 1), []
+    job.attempt_dir.mkdir(parents=True)
+    workers = Pretended()
+    monkeypatch.setattr(workers, "records", lambda seconds: threading.Event().wait())
+
+    class Heard(Hearing):
+        def call(self) -> None:
+            steps.append("called")
+            super().call()
+
+        def hear(self, *given: Any) -> Any:
+            wait_for(lambda: job.stacks_path(0).exists() and "no answer" in job.stacks_path(0).read_text())
+            steps.append("heard")
+            return super().hear(*given)
+
+    monkeypatch.setattr(workers, "stacks", lambda seconds: (steps.append("asked"), {0: ""})[1])
+    assert end_hang(job, workers, Heard(job), 7.0).code == 71  # type: ignore[arg-type]
+    assert steps == ["called", "asked", "heard"] and workers.done == ["kill"]
+    assert "NCCL" not in capsys.readouterr().err
 
 
 def test_sigkill_of_the_launcher_leaves_no_orphan_and_a_free_folder(launch: Callable[..., Launched]) -> None:

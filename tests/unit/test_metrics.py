@@ -42,6 +42,14 @@ def test_an_interrupted_last_line_is_left_out(tmp_path: Path) -> None:
     assert len(read_metrics(tmp_path)) == 2
 
 
+def test_pages_that_a_power_cut_has_lost_are_left_out(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    start = whole.index(b'"step": 1')
+    (tmp_path / "metrics.jsonl").write_bytes(whole[:start] + bytes(20) + whole[start + 20 :])
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 2, 2, 3]
+
+
 def test_roll_back_keeps_the_lines_up_to_the_step_and_moves_the_rest(tmp_path: Path) -> None:
     write(tmp_path, 5)
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps({"step": n}) + "\n" for n in (0, 2, 4)))
