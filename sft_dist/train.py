@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the slow imports: the worker first binds it
 
     runpy.run_module("sft_dist.worker", run_name="__main__")
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -45,6 +46,7 @@ from sft_dist.parts import Parts, build_parts
 from sft_dist.rehearsal import fit
 from sft_dist.resilience.corruption import audit, baseline
 from sft_dist.resilience.run_folder import append_event, attempt_dir
+from sft_dist.resilience.unsaved import Unsaved
 from sft_dist.run_header import header_rows
 from sft_dist.step_metrics import measure
 from sft_dist.types import StepResult
@@ -74,12 +76,13 @@ def train_step(
     verdict = torch.cat([losses, flags, grad_norm.double()[None]])
     dist.all_reduce(verdict)  # one for all ranks, also where only one of them met a NaN or was asked to stop
     loss_sum = verdict[: len(loaded.step.micro_batches)].sum()  # in the plan's order, whoever computed them
+    loss, stops, writes, asks, norms = torch.cat([loss_sum[None], verdict[-4:]]).tolist()  # one wait for the device
     result = StepResult(
-        loss=loss_sum.item() / loaded.step.loss_weight_sum,
-        grad_norm=verdict[-1].item() / dist.get_world_size(),  # equal on all ranks: exact
-        stop=verdict[-4].item() > 0,
-        written=verdict[-3].item() == dist.get_world_size(),
-        overdue=verdict[-2].item() > 0,
+        loss=loss / loaded.step.loss_weight_sum,
+        grad_norm=norms / dist.get_world_size(),  # equal on all ranks: exact
+        stop=stops > 0,
+        written=writes == dist.get_world_size(),
+        overdue=asks > 0,
     )
     if result.is_finite:
         set_lr(engine.optimizer, lr)
@@ -118,7 +121,7 @@ def loop(parts: Parts, job: Job, saver: BackgroundSaver, done: Position) -> bool
     first, audit_every = done.step + 1, recipe.resilience.audit_every
     at_start = baseline(parts.engine) if audit_every else None
     by_clock = parts.place.is_main and recipe.checkpoint.every_steps == "auto"  # rank 0's decides for all
-    saved_at = time.monotonic()
+    unsaved = Unsaved(LONGEST_UNSAVED_SECONDS if by_clock else math.inf)
     job.console.start(done.step, num_steps)
     for step in range(first, num_steps + 1):
         if patience and rises(losses, patience):
@@ -142,7 +145,7 @@ def loop(parts: Parts, job: Job, saver: BackgroundSaver, done: Position) -> bool
             device=parts.place.device,
             stop=bool(job.stop),
             written=saver.is_written,
-            overdue=by_clock and time.monotonic() - saved_at > LONGEST_UNSAVED_SECONDS,
+            overdue=unsaved.is_due(),
             may_update=saver.wait_for_copy,
         )
         if result.written:
@@ -160,7 +163,7 @@ def loop(parts: Parts, job: Job, saver: BackgroundSaver, done: Position) -> bool
             losses += milestones.evaluate(parts, step, job.run_dir, job.log)
         if is_last or stopping or step % save_every == 0 or result.overdue:
             job.beat(step, "save")
-            saved_at = time.monotonic()
+            unsaved.begin_anew()
             leaves = is_last or stopping
             milestones.save(parts, saver, done, job.run_dir, may_fail=not leaves)
         if stopping and not is_last:

@@ -6,15 +6,10 @@ torchrun --nproc-per-node 2 -m sft_dist.train R.yaml    or accelerate, deepspeed
 
 from __future__ import annotations
 
-import signal
+from sft_dist.resilience.beginning import begin_as_worker
 
-from sft_dist.resilience.orphan import die_with_ancestors
-from sft_dist.resilience.stacks import answer_with_stacks
-
-if __name__ == "__main__":
-    die_with_ancestors()  # before the slow imports: a launcher killed meanwhile must not leave this process behind
-    answer_with_stacks()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop listens: Ctrl-C ends it without a traceback
+if __name__ == "__main__":  # `sft-dist train`, where a launcher has started it, does the same
+    begin_as_worker()
 
 import os
 import sys

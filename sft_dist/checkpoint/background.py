@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +121,8 @@ class BackgroundSaver:
             return
         write.thread.join()
         self._write = None
+        if write.error is not None:  # its frames hold the copies, and this save: memory until Python looks for cycles
+            traceback.clear_frames(write.error.__traceback__)
         with self._manager.tolerating(write.step), self._manager.discarding(write.partial):
             if write.error is not None:
                 raise write.error

@@ -11,6 +11,7 @@ import copy
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,12 +92,14 @@ def export_model(
 ) -> Certificate | None:
     """Write the model of `weights` (the entries of its state dict) to the folder `out`, and prove it against `probe`.
 
-    All ranks call with the same weights; rank 0 writes, and returns the certificate. An existing `out` is replaced once
-    the new one is proven. Raises CertificateError (the older export stays) or StorageError, on all ranks.
+    All ranks call with the same weights; rank 0 writes, and returns the certificate. A whole model is cut into files of
+    at most `file_bytes`, an adapter is one file. An existing `out` is replaced once the new one is proven. Raises
+    CertificateError (the older export stays) or StorageError, on all ranks.
     """
     ranks = ranks or Ranks()
     if package.peft_config is not None:
         stem, chosen = "adapter_model", adapter_tensors(weights)
+        file_bytes = sys.maxsize  # PEFT reads one file and no index
     else:
         stem, chosen = "model", model_tensors(weights, package.config)
     out = Path(out)

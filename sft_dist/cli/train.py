@@ -14,6 +14,7 @@ from sft_dist.config.overrides import split_arguments
 from sft_dist.config.schema import Recipe
 from sft_dist.config.srun import is_srun_task
 from sft_dist.errors import ConfigError
+from sft_dist.resilience.beginning import begin_as_worker
 from sft_dist.resilience.ending import run_and_end
 
 
@@ -30,6 +31,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     files, overrides = split_arguments(args.items)
     if inside_launcher(os.environ) and not args.dry_run:
+        begin_as_worker()
         from sft_dist import worker
 
         run_and_end(lambda: worker.main([*files, *overrides]))

@@ -10,6 +10,7 @@ It also finds the launcher that was told to start N processes and started one: `
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
@@ -101,17 +102,24 @@ def _wishes(environ: Mapping[str, str], launchers: Sequence[Sequence[str]]) -> l
 
 
 def _mesh_wishes(environ: Mapping[str, str]) -> list[Wish]:
-    """Accelerate's mesh: ranks that share a row, and replicas of shards; replicas without shards are plain ones."""
+    """Accelerate's mesh: ranks that share a row, and replicas of shards; replicas without shards are plain ones, but
+    where FSDP is asked for. Raises ConfigError for a mesh of another number of ranks."""
     if not _is_on(environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         return []
     sizes = {name: environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1") for name in ("SP", "DP_REPLICATE", "DP_SHARD")}
+    ranks, started = math.prod(map(int, sizes.values())), int(environ.get("WORLD_SIZE", 1))
+    if ranks not in (1, started):
+        mesh = ", ".join(f"PARALLELISM_CONFIG_{name}_SIZE={size}" for name, size in sizes.items())
+        raise ConfigError(f"{mesh}: a mesh of {ranks} processes, and {started} were started: change one of them")
     found = []
     if int(sizes["SP"]) > 1:
         found.append(Wish("PARALLELISM_CONFIG_SP_SIZE", sizes["SP"], "parallel.sequence", int(sizes["SP"])))
     if (replicas := int(sizes["DP_REPLICATE"])) > 1:
-        is_hybrid = int(sizes["DP_SHARD"]) > 1
+        is_hybrid = int(sizes["DP_SHARD"]) > 1 or _is_on(environ, "ACCELERATE_USE_FSDP")
         key, value = ("parallel.dp_replicate", replicas) if is_hybrid else ("parallel.strategy", "ddp")
         found.append(Wish("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", sizes["DP_REPLICATE"], key, value))
+    if int(sizes["DP_SHARD"]) > 1:
+        found.append(Wish("PARALLELISM_CONFIG_DP_SHARD_SIZE", sizes["DP_SHARD"], "parallel.strategy", "fsdp2"))
     return found
 
 

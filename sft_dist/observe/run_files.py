@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +42,29 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """All complete lines; the last one is left out while its writer was interrupted in it.
 
-    So are lines with NUL bytes, which JSON never has: pages that a power cut has lost behind the last fsync.
-    Raises CheckpointError naming a line that is no JSON.
+    So is what NUL bytes, which JSON never has, stand in: pages that a power cut has lost behind the last fsync. A line
+    that was appended behind them counts. Raises CheckpointError naming a line that is no JSON.
     """
     if not path.exists():
         return []
     data, records = path.read_bytes(), []
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n"), 1):
         try:
-            records += [json.loads(line)] if line and b"\0" not in line else []
+            records += [json.loads(line)] if line else []
         except ValueError as error:
+            if b"\0" in line:
+                records += _behind(line)
+                continue
             raise CheckpointError(f"{path}:{number}: altered (no JSON); restore it from a copy or remove it") from error
     return records
+
+
+def _behind(line: bytes) -> list[dict[str, Any]]:
+    """The record behind a lost page, if there is a whole one."""
+    with suppress(ValueError):
+        if isinstance(record := json.loads(line.rpartition(b"\0")[2]), dict):
+            return [record]
+    return []
 
 
 def sync_names(folder: Path) -> None:

@@ -161,8 +161,8 @@ def test_dequantising_gives_the_matrices_that_the_codes_stand_for(compute: torch
 
 
 def test_matrices_that_bitsandbytes_misreads_are_left_alone() -> None:
-    """Rows that are no multiple of 64: on a CPU it takes the scales of other blocks. When this fails it was mended."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    """Rows that are no multiple of 64: on processors with AVX-512 it takes the scales of other blocks."""
+    from bitsandbytes.functional import quantize_4bit
 
     config = wide_config("qwen2")
     config.intermediate_size = 96
@@ -170,10 +170,11 @@ def test_matrices_that_bitsandbytes_misreads_are_left_alone() -> None:
     assert type(model.model.layers[0].mlp.down_proj) is nn.Linear
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     torch.manual_seed(0)
-    weights = torch.randn(64, 96)
+    weights = torch.randn(64, 128)
     codes, state = quantize_4bit(weights, quant_type="nf4", compress_statistics=True)
-    assert (dequantize_4bit(codes, state) - weights).norm() > 0.2 * weights.norm()
-    with pytest.raises(ConfigError, match=r"decodes a \[64, 96\] matrix to other values"):
+    check_codes(weights, codes, state)
+    state.absmax = state.absmax.flip(0)
+    with pytest.raises(ConfigError, match=r"decodes a \[64, 128\] matrix to other values"):
         check_codes(weights, codes, state)
     narrow = tiny_config("qwen2")
     narrow.intermediate_size = 96

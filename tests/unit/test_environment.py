@@ -246,19 +246,35 @@ def test_sequence_parallel_is_adopted_or_contradicted() -> None:
         check_launcher(recipe(parallel={"sequence": 1}), dict(asked))
 
 
+def asking_for(replicas: int, shards: int, ranks: int) -> dict[str, str]:
+    """What accelerate sets for such a mesh."""
+    mesh = {"DP_REPLICATE": replicas, "DP_SHARD": shards}
+    sizes = {f"PARALLELISM_CONFIG_{name}_SIZE": str(size) for name, size in mesh.items()}
+    started = {"WORLD_SIZE": str(ranks), "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+    return ACCELERATE | STARTED_TWO | sizes | started
+
+
 @pytest.mark.parametrize(
-    ("extra", "key", "value"),
+    ("mesh", "taken", "names"),
     [
-        ({"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}, "dp_replicate", 2),
-        ({"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "1"}, "strategy", "ddp"),
+        ((2, 2), {"dp_replicate": 2, "strategy": "fsdp2"}, ["DP_REPLICATE", "DP_SHARD"]),
+        ((2, 1), {"strategy": "ddp"}, ["DP_REPLICATE"]),
+        ((1, 2), {"strategy": "fsdp2"}, ["DP_SHARD"]),
     ],
-    ids=["replicas of shards", "plain replicas"],
+    ids=["replicas of shards", "plain replicas", "shards"],
 )
-def test_the_mesh_is_adopted(extra: dict[str, str], key: str, value: Any) -> None:
-    asked = ACCELERATE | STARTED_TWO | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"} | extra
-    adopted, told = check_launcher(recipe(precision={"compute": "float32"}), asked)
-    assert getattr(adopted.parallel, key) == value
-    assert told == [f"parallel.{key}={value} taken from PARALLELISM_CONFIG_DP_REPLICATE_SIZE=2"]
+def test_the_mesh_is_adopted(mesh: tuple[int, int], taken: dict[str, Any], names: list[str]) -> None:
+    adopted, told = check_launcher(recipe(precision={"compute": "float32"}), asking_for(*mesh, ranks=mesh[0] * mesh[1]))
+    assert {key: getattr(adopted.parallel, key) for key in taken} == taken
+    sources = [f"PARALLELISM_CONFIG_{name}_SIZE=2" for name in names]
+    assert told == [
+        f"parallel.{key}={value} taken from {s}" for (key, value), s in zip(taken.items(), sources, strict=True)
+    ]
+
+
+def test_a_mesh_of_another_number_of_ranks_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"DP_SHARD_SIZE=4: a mesh of 8 processes, and 4 were started"):
+        check_launcher(recipe(), asking_for(2, 4, ranks=4))
 
 
 def test_compiled_layers_and_offloaded_activations_are_adopted() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sft_dist.config.schema import Recipe
 from sft_dist.observe.metrics import MetricsLog, best_step, read_metrics, rises, roll_back
+from sft_dist.observe.run_files import read_lines
 from sft_dist.observe.trackers import Trackers
 from sft_dist.types import StepMetrics
 
@@ -48,6 +49,12 @@ def test_pages_that_a_power_cut_has_lost_are_left_out(tmp_path: Path) -> None:
     start = whole.index(b'"step": 1')
     (tmp_path / "metrics.jsonl").write_bytes(whole[:start] + bytes(20) + whole[start + 20 :])
     assert [line["step"] for line in read_metrics(tmp_path)] == [0, 2, 2, 3]
+
+
+def test_a_line_appended_behind_a_lost_page_counts(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + bytes(40) + b'{"a": 2}\n{"b": {"a"' + bytes(9) + b'"c": 3}}\n{"a": 4}\n')
+    assert read_lines(path) == [{"a": 1}, {"a": 2}, {"a": 4}]
 
 
 def test_roll_back_keeps_the_lines_up_to_the_step_and_moves_the_rest(tmp_path: Path) -> None:
