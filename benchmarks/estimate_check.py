@@ -202,26 +202,33 @@ def _export(case: Case, engine: Any, place: Any, architecture: dict[str, Any], f
     from sft_dist.milestones import trained_probe
 
     words = Words(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a"))), "")
-    load = partial(_model, case, architecture)
+    load = partial(_base, case, architecture)
     package = package_of(engine.model, words, None if case.method == "full" else Base(0, load))
     probe = trained_probe(engine, place.device, probe_limit(torch.float32, "cpu"))
     export_model(package, live_weights(engine, torch.float32), folder / "export", probe, file_bytes=1)
 
 
-def _model(case: Case, architecture: dict[str, Any]) -> Any:
-    """The model before it is tuned; a 4-bit one for qlora."""
+def _base(case: Case, architecture: dict[str, Any]) -> Any:
+    """The model before it is tuned, with stock attention; a 4-bit one for qlora."""
     import torch
     from transformers import AutoConfig
 
-    from sft_dist.models import attention
     from sft_dist.models.load import build_random
     from sft_dist.models.quantise import quantise
 
     values = dict(architecture)
     model = build_random(AutoConfig.for_model(values.pop("model_type"), **values), dtype=torch.float32, seed=0)
+    return quantise(model, torch.float32) if case.method == "qlora" else model
+
+
+def _model(case: Case, architecture: dict[str, Any]) -> Any:
+    """The base with attention that knows segments."""
+    from sft_dist.models import attention
+
+    model = _base(case, architecture)
     model.config.use_cache = False
     attention.install(model.train(), "sdpa")
-    return quantise(model, torch.float32) if case.method == "qlora" else model
+    return model
 
 
 def _engine(case: Case, place: Any, architecture: dict[str, Any]) -> Any:

@@ -38,6 +38,7 @@ from sft_dist.optim import build_optimizer
 from sft_dist.parallel.build import build_engine
 from sft_dist.parallel.runtime import runtime
 from sft_dist.parallel.sequence import sequence_group
+from sft_dist.resilience.ending import run_and_end
 from sft_dist.types import TokenizedExample
 from sft_kernels import choose_head
 
@@ -50,8 +51,8 @@ ARCHITECTURE = {
 }  # fmt: skip
 
 
-def worker(tokens: int, budget_mib: int, out: Path) -> None:
-    """One rank: build, then one forward and backward pass of a single document of `tokens` tokens."""
+def worker(tokens: int, budget_mib: int, out: Path) -> int:
+    """One rank: build, then one forward and backward pass of a single document of `tokens` tokens. Returns 0."""
     from transformers import AutoConfig
 
     with runtime() as place:
@@ -71,11 +72,16 @@ def worker(tokens: int, budget_mib: int, out: Path) -> None:
         else:
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before, kept = memory("VmRSS"), Kept(engine.packed)
-        with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
-            loss = engine.forward(sequence.cut(document(tokens)))
-        loss.backward()
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
+                loss = engine.forward(sequence.cut(document(tokens)))
+            loss.backward()
+        except RuntimeError as error:
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)  # without memory there is no end in order: gloo's threads would be waited for
         found = {"kept": kept.num_bytes / MIB, "peak": (memory("VmHWM") - before) / MIB}
         (out / f"{place.rank}.json").write_text(json.dumps(found))
+    return 0
 
 
 class Kept:
@@ -131,8 +137,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(args.tokens, args.budget, args.worker)
-        return
+        run_and_end(lambda: worker(args.tokens, args.budget, args.worker))
     found = {size: measure(args.tokens, size) for size in SIZES}
     assert all(found.values())
     peaks = {size: max(rank["peak"] for rank in ranks or []) for size, ranks in found.items()}
