@@ -33,6 +33,7 @@ def show_report(console: Console, report: PrepareReport) -> None:
         _title(console, f"lengths of {name}, in tokens")
         for line in bars(split.histogram):
             _say(console, line)
+        _list(console, f"longest of {name}", [f"{one['tokens']:,} tokens: {one['id']}" for one in split.longest])
     rejects = (f"{bad['file']}:{bad['line']} (byte {bad['byte']}): {bad['reason']}" for bad in report.rejects)
     _list(console, "bad records", list(rejects))
     _list(console, "dropped", [f"{row['id']}: {row['reason']}" for row in report.dropped])

@@ -65,7 +65,8 @@ def _read_lines(stream: BinaryIO, file: str, rejects: Rejects) -> Iterator[Recor
         line, start, byte = line + 1, byte, byte + len(raw)
         if len(raw) > MAX_LINE_BYTES:
             byte += _skip_line(stream, raw)
-            rejects.reject(BadRecord(f"line longer than {MAX_LINE_BYTES >> 20} MiB", file=file, line=line, byte=start))
+            long = BadRecord(f"line longer than {MAX_LINE_BYTES >> 20} MiB", file=file, line=line, byte=start)
+            yield from rejects.reject(long)
             continue
         if line == 1 and raw.startswith(BOM):
             raw, start = raw[len(BOM) :], len(BOM)
@@ -74,7 +75,7 @@ def _read_lines(stream: BinaryIO, file: str, rejects: Rejects) -> Iterator[Recor
         try:
             yield Record(parser.object(raw), file, line, start)
         except ValueError as flaw:
-            rejects.reject(BadRecord(str(flaw), file=file, line=line, byte=start))
+            yield from rejects.reject(BadRecord(str(flaw), file=file, line=line, byte=start))
 
 
 def _skip_line(stream: BinaryIO, raw: bytes) -> int:
@@ -101,7 +102,7 @@ def _read_values(window: _Window, file: str, rejects: Rejects) -> Iterator[Recor
         if not flaw and not isinstance(value, dict):
             flaw = f"expected a JSON object, found {kind_of(value)}"
         if flaw:
-            rejects.reject(BadRecord(flaw, file=file, line=line, byte=byte))
+            yield from rejects.reject(BadRecord(flaw, file=file, line=line, byte=byte))
         else:
             yield Record(value, file, line, byte, shares_line)
         if not in_array:

@@ -17,6 +17,7 @@ import os
 import shutil
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,15 +30,19 @@ import pyarrow as pa
 from sft_dist.config.schema import DataSection, Recipe, SourceSection
 from sft_dist.data.bos import bos_notices
 from sft_dist.data.cache import cache_name, cache_root, only_one, rules_digest
+from sft_dist.data.coverage import language_of
+from sft_dist.data.exchanges import text_of
 from sft_dist.data.files import file_digest
 from sft_dist.data.folder import atomic_folder, remove_unfinished
-from sft_dist.data.report import PrepareReport, SourceReport, SplitReport
+from sft_dist.data.permutation import derive_key
+from sft_dist.data.report import LANGUAGE_ROWS, PrepareReport, SourceReport, SplitReport
 from sft_dist.data.selection import ROLES, Origin, Said, select
-from sft_dist.data.shards import Chunk, ShardCache, bad_records, chunks, placed
+from sft_dist.data.shards import MOST_REJECTS, Chunk, ShardCache, bad_records, chunks, placed
 from sft_dist.data.sources import Rejects, source_digests, source_sizes
 from sft_dist.data.store import CORPUS, Corpus, TokenStore, open_store, write_corpus, write_split
 from sft_dist.data.stream_store import StreamStore
 from sft_dist.data.streams import open_stream
+from sft_dist.data.survey import sampled_rows
 from sft_dist.data.templates import ChatTemplate, resolve_template
 from sft_dist.data.tokenise import Rules
 from sft_dist.data.workers import Workers
@@ -199,7 +204,7 @@ class _Preparation:
         self._report = PrepareReport(template.name, data.seq_len)
         rules = rules_of(recipe, tokenizer, template)
         self._cache = ShardCache(cache_root(recipe) / SHARDS, rules, rules_digest(recipe, tokenizer, template.text))
-        self._rejects = Rejects(data.on_bad_record)
+        self._rejects = Rejects(data.on_bad_record, MOST_REJECTS)
         self._origins: list[Origin] = []
         self._num_rows = 0
 
@@ -215,11 +220,13 @@ class _Preparation:
         self._report.check_bad_fraction(self._recipe.data.max_bad_fraction)
         corpus = Corpus(self._folder / CORPUS)
         with open(self._folder / DROPPED_FILE, "a", encoding="utf-8") as dropped:
-            routes = self._routes(corpus, dropped)
+            said = Said(corpus, self._template, self._tokenizer)
+            routes = self._routes(corpus, said, dropped)
         for name, rows in routes.items():
             if len(rows):
                 write_split(self._folder / name, corpus, rows, {"split": name} | self._sources())
-                self._report.splits[name] = SplitReport.of(open_store(self._folder / name))
+                store = open_store(self._folder / name)
+                self._report.splits[name] = SplitReport.of(store, self._languages(store, said))
         self._report.seconds = time.monotonic() - started
         self._report.write(self._folder / REPORT_FILE)
 
@@ -246,7 +253,7 @@ class _Preparation:
         for one in bad:
             self._report.reject(one, counts, rejects)
         for event in shard.events:
-            self._report.count(event, chunk.records[event.record].id + event.part, counts, dropped)
+            self._report.count(event, chunk.records[event.record], counts, dropped)
         counts.add(chunk, shard)
         if chunk.records:
             self._meter(chunk.file, chunk.records[-1].byte)
@@ -266,9 +273,14 @@ class _Preparation:
         wanted = min(len(os.sched_getaffinity(0)), self._meter.total // BYTES_PER_WORKER)
         return wanted if wanted > 1 else 0
 
-    def _routes(self, corpus: Corpus, dropped: IO[str]) -> dict[str, np.ndarray]:
+    def _languages(self, store: TokenStore, said: Said) -> dict[str, int]:
+        """Language -> rows, of a seeded sample of a split."""
+        chosen = sampled_rows(store, LANGUAGE_ROWS, derive_key("languages", self._recipe.run.seed))
+        texts = map(text_of, said.of(store.rows[chosen].tolist()))
+        return dict(Counter(map(language_of, texts)).most_common())
+
+    def _routes(self, corpus: Corpus, said: Said, dropped: IO[str]) -> dict[str, np.ndarray]:
         """Split -> rows it holds; what is left out is counted and listed."""
-        said = Said(corpus, self._template, self._tokenizer)
         found = select(corpus, self._origins, self._recipe.data, said, self._recipe.run.seed)
         ends = [origin.last for origin in self._origins]
         for drop in found.left_out:

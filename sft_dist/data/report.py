@@ -19,11 +19,14 @@ from sft_dist.data.store import TokenStore
 from sft_dist.errors import BadRecord, DataError
 
 if TYPE_CHECKING:
+    from sft_dist.data.records import Record
     from sft_dist.data.shards import Chunk
     from sft_dist.data.tokenise import Event, Shard
 
 _HISTOGRAM_BINS = 24
 _MAX_LISTED = 100
+_NUM_LONGEST = 5
+LANGUAGE_ROWS = 500  # of a split: enough to tell a share of one in a hundred, and soon done
 _DERIVED = ("supervised_share", "duplicates")
 _LATER_PIECE = "/([2-9]|[1-9][0-9]+)$"  # how `tokenise.fit` names them
 
@@ -107,9 +110,11 @@ class SplitReport:
     supervised_share: float
     lengths: dict[str, float]  # min, mean, p50, p90, p99, max
     histogram: dict[str, list[int]]  # edges[24 + 1], counts[24]
+    longest: list[dict[str, Any]] = field(default_factory=list)  # id, tokens of the five longest, each row once
+    languages: dict[str, int] = field(default_factory=dict)  # ISO code -> rows, of at most 500 chosen by the seed
 
     @classmethod
-    def of(cls, store: TokenStore) -> SplitReport:
+    def of(cls, store: TokenStore, languages: dict[str, int]) -> SplitReport:
         """Statistics of a store with at least one example."""
         lengths = store.lengths
         edges = np.unique(np.linspace(0, int(lengths.max()) + 1, _HISTOGRAM_BINS + 1).astype(np.int64))
@@ -128,6 +133,8 @@ class SplitReport:
                 "max": int(lengths.max()),
             },
             histogram={"edges": edges.tolist(), "counts": np.histogram(lengths, edges)[0].tolist()},
+            longest=[{"id": store.example(index).id, "tokens": int(lengths[index])} for index in _longest(store)],
+            languages=languages,
         )
 
     def describe(self) -> str:
@@ -143,7 +150,7 @@ class PrepareReport:
     sources: list[SourceReport] = field(default_factory=list)
     splits: dict[str, SplitReport] = field(default_factory=dict)  # train, eval, test as far as they exist
     rejects: list[dict[str, Any]] = field(default_factory=list)  # file, line, byte, reason of the first bad records
-    dropped: list[dict[str, str]] = field(default_factory=list)  # id, kind, reason of the first dropped, cut or split
+    dropped: list[dict[str, Any]] = field(default_factory=list)  # the first dropped, cut or split: `count`, `leave_out`
     notices: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -153,14 +160,16 @@ class PrepareReport:
         entry = {"file": bad.file, "line": bad.line, "byte": bad.byte, "reason": bad.reason}
         _list(entry, self.rejects, listing)
 
-    def count(self, event: Event, example_id: str, counts: SourceReport, listing: IO[str]) -> None:
-        """Count and list what happened to an example that was read: dropped, cut or split."""
+    def count(self, event: Event, record: Record, counts: SourceReport, listing: IO[str]) -> None:
+        """Count and list, with its place, what happened to an example of `record`: dropped, cut or split."""
         if event.kind != "rejected":
             setattr(counts, event.kind, getattr(counts, event.kind) + 1)
-            _list({"id": example_id, "kind": event.kind, "reason": event.reason}, self.dropped, listing)
+            place = {"id": record.id + event.part, "file": record.file, "line": record.line, "byte": record.byte}
+            _list(place | {"kind": event.kind, "reason": event.reason}, self.dropped, listing)
 
     def leave_out(self, example_id: str, kind: str, reason: str, counts: SourceReport, listing: IO[str]) -> None:
-        """Count and list an accepted example that a filter of the recipe leaves out."""
+        """Count and list an accepted example that a filter of the recipe leaves out. Its record is not at hand any
+        more: its id, which begins with file and line, is its place."""
         counts.filtered[kind] = counts.filtered.get(kind, 0) + 1
         _list({"id": example_id, "kind": kind, "reason": reason}, self.dropped, listing)
 
@@ -215,6 +224,16 @@ class PrepareReport:
     def read(cls, path: str | Path) -> PrepareReport:
         """Read what `write` wrote."""
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def _longest(store: TokenStore) -> list[int]:
+    """Examples with the longest rows, the longest first; of a row that a mix repeats the first."""
+    lengths = np.where(np.append(True, store.rows[1:] != store.rows[:-1]), store.lengths, 0)  # copies stand together
+    num = min(_NUM_LONGEST, int(np.count_nonzero(lengths)))
+    shortest = np.partition(lengths, -num)[-num]
+    longer, equal = np.flatnonzero(lengths > shortest), np.flatnonzero(lengths == shortest)
+    found = [*longer.tolist(), *equal[: num - len(longer)].tolist()]
+    return sorted(found, key=lambda index: (-int(lengths[index]), index))
 
 
 def _list(entry: dict[str, Any], listed: list[dict[str, Any]], listing: IO[str]) -> None:

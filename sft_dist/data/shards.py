@@ -31,19 +31,24 @@ import pyarrow as pa
 from sft_dist.config.schema import SourceSection
 from sft_dist.data.files import file_digest
 from sft_dist.data.formats import detect_format, rename_columns
-from sft_dist.data.sources import Record, Rejects, read_records
+from sft_dist.data.sources import Pause, Record, Rejects, read_records
 from sft_dist.data.store import with_places
 from sft_dist.data.tokenise import Event, Rules, Shard, tokenise
 from sft_dist.errors import BadRecord, DataError, StorageError
 
 DIGEST_BYTES = 16
 _MEAN_RECORDS, _MIN_RECORDS, _MAX_RECORDS = 1024, 128, 4096
+MOST_REJECTS = 4096  # held at a time: some 600 bytes each
 _ANCHORS_FILE = "anchors"
 
 
 @dataclass(slots=True)
 class Chunk:
-    """Neighbouring records of one file and format, and the bad ones among them that could not be read at all."""
+    """Neighbouring records of one file and format, and the bad ones among them that could not be read at all.
+
+    A chunk without records carries bad ones alone: so many that they could not wait for the end of the chunk they stand
+    in, which follows with the `num_held` good records that were read before.
+    """
 
     source: SourceSection
     file: str
@@ -52,6 +57,7 @@ class Chunk:
     records: list[Record] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     bad: list[BadRecord] = field(default_factory=list)
+    num_held: int = 0
 
     def add(self, record: Record) -> None:
         self.records.append(record)
@@ -65,7 +71,7 @@ class Chunk:
 
 
 def chunks(source: SourceSection, rejects: Rejects) -> Iterator[Chunk]:
-    """All records of a source in order. What `rejects` lists while reading goes to the chunk it stands in.
+    """All records of a source in order. What `rejects` lists while reading goes to the chunk it stands in, or before.
 
     Under `on_bad_record: stop` the records before a bad one come out first: an earlier one of them may be bad too.
     """
@@ -74,18 +80,23 @@ def chunks(source: SourceSection, rejects: Rejects) -> Iterator[Chunk]:
 
 def cut(source: SourceSection, records: Iterable[Record], formats: dict[str, str], rejects: Rejects) -> Iterator[Chunk]:
     """`records` in chunks. `formats`: file -> format, those of files that were begun before, and filled here: the
-    files of a directory need not be alike."""
+    files of a directory need not be alike. Where chunks of good records end does not depend on the bad ones."""
     chunk = Chunk(source, "", "", "")
     try:
         for record in records:
+            if isinstance(record, Pause):
+                yield _bad_alone(source, record.file, formats, rejects, len(chunk.records))
+                continue
             if record.file != chunk.file:
-                yield from _closed(chunk, rejects)
+                if chunk.records:
+                    yield from _closed(chunk, rejects)
                 chunk = Chunk(source, record.file, formats.get(record.file, ""), _start_of(record.file))
             if not chunk.format:
                 try:
                     chunk.format = formats[record.file] = _format_of(record, source)
                 except BadRecord as error:
-                    rejects.reject(error)
+                    if rejects.reject(error):
+                        yield _bad_alone(source, record.file, formats, rejects, 0)
                     continue
             chunk.add(record)
             if chunk.is_full:
@@ -125,9 +136,15 @@ def _start_of(file: str) -> str:
 
 
 def _closed(chunk: Chunk, rejects: Rejects) -> Iterator[Chunk]:
-    chunk.bad, rejects.records = rejects.records, []
+    chunk.bad = rejects.take()
     if chunk.records or chunk.bad:
         yield chunk
+
+
+def _bad_alone(
+    source: SourceSection, file: str, formats: dict[str, str], rejects: Rejects, num_held: int
+) -> Chunk:
+    return Chunk(source, file, formats.get(file, ""), "", bad=rejects.take(), num_held=num_held)
 
 
 def _format_of(record: Record, source: SourceSection) -> str:

@@ -19,11 +19,11 @@ from sft_dist.config.schema import SourceSection
 from sft_dist.data import hub
 from sft_dist.data.files import file_digest, file_version, find_files, open_bytes, open_text, unpacked_bytes
 from sft_dist.data.json_records import read_json
-from sft_dist.data.records import Record, Rejects
+from sft_dist.data.records import Pause, Record, Rejects
 from sft_dist.data.tables import Cells, read_arrow, read_cells, read_parquet
 from sft_dist.errors import ConfigError
 
-__all__ = ["SUFFIXES", "Record", "Rejects", "read_records", "source_digests", "source_files", "source_sizes"]
+__all__ = ["SUFFIXES", "Pause", "Record", "Rejects", "read_records", "source_digests", "source_files", "source_sizes"]
 
 _JSON, _PACKED = (".json", ".jsonl", ".ndjson"), (".gz", ".zst")
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -37,7 +37,10 @@ SUFFIXES = (
 
 
 def read_records(source: SourceSection | str, rejects: Rejects) -> Iterator[Record]:
-    """All records of a source, or of a path that needs no settings, in order of file name and place."""
+    """All records of a source, or of a path that needs no settings, in order of file name and place.
+
+    With `Pause`s among them where `rejects` asks for that.
+    """
     source = SourceSection(path=source) if isinstance(source, str) else source
     if _is_on_hub(source):
         name = hub.name_of(source.path, source.subset, source.split, source.revision)

@@ -131,7 +131,7 @@ class Corpus:
             self._table = _map_table(path, header["num_rows"])
         except (OSError, pa.ArrowException) as error:
             raise _damaged(folder, error) from error
-        self._folder, self._digests = folder, self.column("digest")
+        self._folder = folder
         self._files: list[str] = header["files"]
         self._tokens, self._run_lengths, self._run_weights, self._answer_edges = (
             _Ragged(self._table[name]) for name in ("input_ids", "run_lengths", "run_weights", "answer_edges")
@@ -155,7 +155,7 @@ class Corpus:
     def verify(self, row: int) -> None:
         """Raise DataError when the tokens or weights of `row` are not those that were written."""
         digest = _digest(self.token_ids(row), self._run_lengths[row], self._run_weights[row])
-        if digest != self._digests[row]:
+        if digest != self._table["digest"][row].as_py():
             raise DataError(
                 f"{self._folder / EXAMPLES_FILE}: row {row} was altered on the disk; "
                 f"delete {self._folder.parent} to prepare the data again"
@@ -309,6 +309,8 @@ def _in_chunks(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """The same rows in record batches of about `ROWS_PER_CHUNK`."""
     held: list[pa.Table] = []
     for table in tables:
+        if not len(table):  # of bad records alone
+            continue
         held.append(table)
         if sum(map(len, held)) >= ROWS_PER_CHUNK:
             yield pa.concat_tables(held).combine_chunks()

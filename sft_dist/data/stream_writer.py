@@ -34,8 +34,8 @@ from sft_dist.config.schema import SourceSection
 from sft_dist.data.cache import only_one
 from sft_dist.data.folder import atomic_folder, remove_unfinished
 from sft_dist.data.report import PrepareReport, SourceReport
-from sft_dist.data.shards import Chunk, bad_records, cut, placed
-from sft_dist.data.sources import Record, Rejects, stream_file, stream_version
+from sft_dist.data.shards import MOST_REJECTS, Chunk, bad_records, cut, placed
+from sft_dist.data.sources import Pause, Record, Rejects, stream_file, stream_version
 from sft_dist.data.store import CORPUS, Corpus, write_corpus
 from sft_dist.data.stream_duplicates import Repetitions
 from sft_dist.data.stream_plan import WINDOW_EXAMPLES
@@ -76,7 +76,9 @@ class Place:
 
     records: int = 0  # of the source, so far
     file: int = 0  # number of the file that is read
-    record: int = 0  # good records of it that were read
+    record: int = 0  # good records of it that were read and came in a chunk
+    line: int = 0  # of the last bad record of it that came in a chunk
+    byte: int = 0
     format: str = ""  # of that file, once known
     done: bool = False
 
@@ -143,7 +145,6 @@ class Reading:
 
     def __init__(self, job: StreamJob, places: list[Place]) -> None:
         self._job, self._places = job, list(places)
-        self._rejects = Rejects(job.on_bad_record)  # type: ignore[arg-type]
 
     def chunks(self) -> Iterator[tuple[int, Chunk, Place]]:
         """(source, chunk, where its reading then stands), by turns, to the end of all sources."""
@@ -169,25 +170,28 @@ class Reading:
                 continue
             if stream_version(file, source) != version:
                 raise DataError(f"{file}: changed while it was streamed; start the run again in another run.dir")
-            skip, formats = (place.record, {file: place.format}) if at == place.file else (0, {})
-            records = _Counted(stream_file(file, source, self._rejects), skip, self._rejects)
-            for chunk in cut(source, records, formats, self._rejects):
+            begun = place if at == place.file else Place()
+            last_bad = (begun.line, begun.byte)
+            rejects = Rejects(self._job.on_bad_record, MOST_REJECTS, last_bad)  # type: ignore[arg-type]
+            records = _Counted(stream_file(file, source, rejects), begun.record)
+            for chunk in cut(source, records, {file: begun.format}, rejects):
                 total += len(chunk.records) + len(chunk.bad)
-                yield chunk, Place(total, at, records.count, chunk.format)
+                last_bad = max([last_bad, *((bad.line, bad.byte) for bad in chunk.bad)])
+                yield chunk, Place(total, at, records.count - chunk.num_held, *last_bad, chunk.format)
 
 
 class _Counted:
-    """Records behind the first `skip` good ones, which were read before; `count` of those read in all."""
+    """Records behind the first `skip` good ones, which were read before; `count` of those read in all.
 
-    def __init__(self, records: Iterator[Record], skip: int, rejects: Rejects) -> None:
-        self._records, self._skip, self._rejects, self.count = records, skip, rejects, skip
+    Bad ones among the first were taken before too: no pause stands there.
+    """
+
+    def __init__(self, records: Iterator[Record], skip: int) -> None:
+        self._records, self._skip, self.count = records, skip, skip
 
     def __iter__(self) -> Iterator[Record]:
-        if self._skip:
-            next(islice(self._records, self._skip - 1, None), None)
-            self._rejects.records = []  # listed before
-        for record in self._records:
-            self.count += 1
+        for record in islice(self._records, self._skip, None):
+            self.count += not isinstance(record, Pause)
             yield record
 
 
@@ -295,7 +299,7 @@ class Segments:
         for one in bad:
             self._report.reject(one, counts, rejects)
         for event in shard.events:
-            self._report.count(event, chunk.records[event.record].id + event.part, counts, dropped)
+            self._report.count(event, chunk.records[event.record], counts, dropped)
         counts.add(chunk, shard)
         del counts.files[_MAX_FILES:]
         self._progress += 1

@@ -117,7 +117,7 @@ def survey(
 ) -> Survey:
     """Look at the rows of all splits. `stores`: split -> its store, `train` among them."""
     frame = find_frame(template, tokenizer)
-    chosen = {name: _rows(store, most_rows, derive_key("survey", seed)) for name, store in stores.items()}
+    chosen = {name: sampled_rows(store, most_rows, derive_key("survey", seed)) for name, store in stores.items()}
     look = _Look(stores, tokenizer, frame)
     total = sum(map(len, chosen.values()))
     for name, rows in chosen.items():
@@ -138,7 +138,7 @@ def survey(
     return replace(found, notices=notices)
 
 
-def _rows(store: TokenStore, most: int, key: int) -> np.ndarray:
+def sampled_rows(store: TokenStore, most: int, key: int) -> np.ndarray:
     """One example of each different row among all examples of a split, or among a sample of `most`, in order."""
     num = len(store)
     places = np.sort(permute(np.arange(most), num, key)) if num > most else np.arange(num)

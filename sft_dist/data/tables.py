@@ -56,7 +56,7 @@ def read_cells(
         if len(row) != len(names):
             flaw = f"the row has {len(row)} cells, the first one {len(names)}"
         if flaw:
-            rejects.reject(BadRecord(flaw, file=file, line=line, byte=byte))
+            yield from rejects.reject(BadRecord(flaw, file=file, line=line, byte=byte))
         else:
             yield Record(dict(zip(names, row, strict=True)), file, line, byte)
 
@@ -164,7 +164,7 @@ def read_batches(batches: Iterable[Any], file: str, rejects: Rejects) -> Iterato
             for value, flaw in _values(batch.slice(start, _ROWS_AT_ONCE)):
                 number += 1
                 if flaw:
-                    rejects.reject(BadRecord(flaw, file=file, line=number))
+                    yield from rejects.reject(BadRecord(flaw, file=file, line=number))
                 else:
                     yield Record(value, file, number, 0)
 

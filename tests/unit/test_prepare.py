@@ -127,7 +127,11 @@ def test_long_examples_are_dropped_and_listed_or_truncated(tmp_path, tokenizer):
     counts = dropping.report.sources[0]
     assert (counts.records, counts.accepted, counts.too_long, counts.truncated) == (6, 4, 2, 0)
     assert "more than data.seq_len=256" in dropping.report.dropped[0]["reason"]
-    assert dropping.report.dropped[0]["id"] == f"{source}:5"
+    lines = source.read_bytes().splitlines(keepends=True)
+    places = [(f"{source}:{line}", str(source), line, sum(map(len, lines[: line - 1]))) for line in (5, 6)]
+    assert [tuple(row[key] for key in ("id", "file", "line", "byte")) for row in dropping.report.dropped] == places
+    listed = (dropping.folder / prepare_module.DROPPED_FILE).read_text().splitlines()
+    assert [json.loads(line) for line in listed] == dropping.report.dropped
     truncating = {"long_examples": "truncate", "eval_fraction": 0.0}
     cutting = prepare(make_recipe(tmp_path, source, **truncating), tokenizer, notice=said)
     counts = cutting.report.sources[0]
@@ -291,10 +295,40 @@ def test_the_report_survives_json_and_adds_up(tmp_path, tokenizer):
         assert split["tokens"] == store.lengths.sum()
         assert split["lengths"]["max"] == store.lengths.max()
         assert len(split["histogram"]["edges"]) == len(split["histogram"]["counts"]) + 1
+        longest = sorted(((-int(length), n) for n, length in enumerate(store.lengths)))[:5]
+        assert split["longest"] == [{"id": store.example(n).id, "tokens": -length} for length, n in longest]
+        assert sum(split["languages"].values()) == len(store)
     source = written["sources"][0]
     assert source["tokens"] == sum(split["tokens"] for split in written["splits"].values())
     assert 0 < source["supervised_share"] < 1
     assert source["formats"] == ["alpaca"] and source["guessed"]
+
+
+def test_the_longest_rows_are_named_once_however_often_a_mix_repeats_them(tmp_path, tokenizer):
+    rows = [{"instruction": "say", "output": "a " * n} for n in (4, 30, 9, 50, 7, 50, 20)]
+    source = {"path": str(write_lines(tmp_path / "a.jsonl", rows)), "weight": 3.0}
+    split = prepare(make_recipe(tmp_path, source, eval_fraction=0), tokenizer, notice=said).report.splits["train"]
+    assert split.examples == 21
+    assert [one["id"].rpartition(":")[2] for one in split.longest] == ["4", "6", "2", "7", "3"]
+    assert [one["tokens"] for one in split.longest] == sorted((one["tokens"] for one in split.longest), reverse=True)
+
+
+def test_languages_are_told_of_a_sample_of_the_rows(tmp_path, tokenizer, monkeypatch):
+    texts = {
+        "en": ("What is the capital of the country in the north?", "The capital of that country is a small town."),
+        "de": ("Was ist die Hauptstadt des Landes im Norden?", "Die Hauptstadt dieses Landes ist eine kleine Stadt."),
+    }
+    rows = [{"instruction": f"{ask} {n}", "output": told} for ask, told in texts.values() for n in range(30)]
+    source = write_lines(tmp_path / "a.jsonl", rows)
+    whole = prepare(make_recipe(tmp_path, source, eval_fraction=0), tokenizer, notice=said).report.splits["train"]
+    assert whole.languages == {"en": 30, "de": 30}
+    monkeypatch.setattr(prepare_module, "LANGUAGE_ROWS", 20)
+    some = [
+        prepare(make_recipe(tmp_path, source, eval_fraction=0, cache_dir=str(tmp_path / name)), tokenizer, notice=said)
+        for name in ("a", "b")
+    ]
+    shares = [data.report.splits["train"].languages for data in some]
+    assert sum(shares[0].values()) == 20 and shares[0].keys() == texts.keys() and shares[0] == shares[1]
 
 
 def test_files_of_one_folder_may_differ_in_format(tmp_path, tokenizer):

@@ -108,6 +108,7 @@ def _prepare_report(hostile: str) -> dict[str, Any]:
         "examples": 1234, "tokens": 40_000, "loss_tokens": 10_000, "supervised_share": 0.25,
         "lengths": {"min": 5, "mean": 32.4, "p50": 31.0, "p90": 50.0, "p99": 60.0, "max": 63},
         "histogram": {"edges": [0, 20, 40, 64], "counts": [200, 800, 234]},
+        "longest": [{"id": f"train.jsonl:77{hostile}", "tokens": 63}], "languages": {f"en{hostile}": 480, "de": 20},
     }  # fmt: skip
     return {
         "template": "alpaca",
@@ -115,7 +116,7 @@ def _prepare_report(hostile: str) -> dict[str, Any]:
         "sources": [source],
         "splits": {"train": split, "eval": split},
         "rejects": [{"file": "train.jsonl", "line": 7, "byte": 99, "reason": f"no answer{hostile}"}],
-        "dropped": [{"id": f"train.jsonl:9{hostile}", "reason": "80 tokens, more than data.seq_len=64"}],
+        "dropped": [{"id": f"train.jsonl:9{hostile}", "file": "train.jsonl", "line": 9, "byte": 120, "reason": "80 tokens, more than data.seq_len=64"}],
         "notices": [f"warning: 2 of 50 eval examples are in train too{hostile}"],
     }
 
@@ -166,7 +167,8 @@ def test_a_finished_run_shows_every_part(run_dir: Path) -> None:
     for part in (
         "finished after 60 steps", "75.0 %", "from 0.0 %", "validation loss", "120,000",  # figures
         "sort", "count", "copy", "fig kiwi plum", "gate gate", "step 0", "step 60", "✓ exact",  # answers
-        "1,300", "1,234", "65", "25.0 %", "no answer", "more than data.seq_len", "are in train too",  # data
+        "1,300", "1,234", "65", "25.0 %", "no answer", "more than data.seq_len", "are in train too",
+        "train.jsonl:77 (63)", "Languages of 500 rows: en 480, de 20",  # data
         "boundaries 0.0e+00 <= 1e-05", "cd" * 32, "2.13.0", "name: demo",  # run
         "1 to 35", "36 to 60", "stopped on request with a checkpoint (exit code 75)", "finished (exit code 0)",
     ):  # fmt: skip

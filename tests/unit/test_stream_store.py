@@ -18,7 +18,7 @@ from preparing import byte_tokenizer, records, write_lines
 from sft_dist.audit import prove
 from sft_dist.config.loader import load_recipe
 from sft_dist.config.schema import Recipe, SourceSection
-from sft_dist.data import files, hub, stream_duplicates
+from sft_dist.data import files, hub, shards, stream_duplicates, stream_writer
 from sft_dist.data.cache import rules_digest
 from sft_dist.data.collate import batch_digest
 from sft_dist.data.inspect import view_packs
@@ -29,7 +29,7 @@ from sft_dist.data.sources import stream_versions
 from sft_dist.data.store import CORPUS, Corpus
 from sft_dist.data.stream_plan import StreamPlan
 from sft_dist.data.stream_store import StreamStore, read_end, read_state, segment_folder
-from sft_dist.data.stream_writer import Segments, StreamJob, StreamWriter, tokenised
+from sft_dist.data.stream_writer import Place, Reading, Segments, StreamJob, StreamWriter, tokenised
 from sft_dist.data.streams import stream_job
 from sft_dist.data.templates import resolve_template
 from sft_dist.data.workers import Workers
@@ -353,3 +353,35 @@ def test_a_run_on_a_stream_is_proven_and_shown(tmp_path: Path) -> None:
     assert fault.startswith("step 6: batch_digest was ")
     (pack, *_) = view_packs(plan.step(9), store.lengths, 256)
     assert pack.lengths == tuple(len(store.token_ids(row)) for row in pack.rows)
+
+
+@pytest.mark.parametrize("most_held", [1, 3, 4096])
+def test_reading_goes_on_behind_any_chunk_as_if_it_had_not_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_held: int
+) -> None:
+    """Bad lines before the first good one, in runs, inside an open chunk, and at the end: none twice, none lost."""
+    monkeypatch.setattr(stream_writer, "MOST_REJECTS", most_held)
+    monkeypatch.setattr(shards, "_MEAN_RECORDS", 50)
+    monkeypatch.setattr(shards, "_MIN_RECORDS", 20)
+    good = [json.dumps(row) for row in records(700)]
+    bad, unknown = ["{ no JSON"] * 10, ['{"what": 1}'] * 4
+    lines = [*bad, *unknown, *bad, *good[:150], *bad, *good[150:300], "{", *good[300:], *bad]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.jsonl").write_text("\n".join([*bad, *good[:3], *unknown]))
+    recipe = stream_recipe(tmp_path, f"{tmp_path}/*.jsonl", on_bad_record="skip", max_bad_fraction=1.0)
+    job = job_of(recipe)
+
+    def read(place: Place) -> list[tuple[Any, ...]]:
+        return [
+            ([record.id for record in chunk.records], [(one.file, one.line, one.byte) for one in chunk.bad], behind)
+            for _, chunk, behind in Reading(job, [place]).chunks()
+        ]
+
+    whole = read(Place())
+    ids = [place for records_, _, _ in whole for place in records_]
+    places = [place for _, bad_, _ in whole for place in bad_]
+    assert len(ids) == len(set(ids)) == 707 and len(places) == len(set(places)) == 55
+    assert whole[-1][2].records == 762
+    assert len([1 for ids_, _, _ in whole if ids_]) > 6
+    for number, (_, _, behind) in enumerate(whole, 1):
+        assert read(behind) == whole[number:]
