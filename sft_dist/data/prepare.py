@@ -163,7 +163,7 @@ def _make(
 @contextmanager
 def _libraries_left_alone() -> Iterator[None]:
     """The garbage collector goes through what is made from here on, not again and again through all that torch and
-    transformers hold: that is a sixth of the time of a preparation. What somebody else has frozen stays frozen."""
+    transformers hold. What somebody else has frozen stays frozen."""
     is_ours = gc.get_freeze_count() == 0
     gc.freeze()
     try:

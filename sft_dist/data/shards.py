@@ -141,9 +141,7 @@ def _closed(chunk: Chunk, rejects: Rejects) -> Iterator[Chunk]:
         yield chunk
 
 
-def _bad_alone(
-    source: SourceSection, file: str, formats: dict[str, str], rejects: Rejects, num_held: int
-) -> Chunk:
+def _bad_alone(source: SourceSection, file: str, formats: dict[str, str], rejects: Rejects, num_held: int) -> Chunk:
     return Chunk(source, file, formats.get(file, ""), "", bad=rejects.take(), num_held=num_held)
 
 

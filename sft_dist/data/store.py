@@ -65,7 +65,7 @@ def write_corpus(folder: Path, tables: Iterable[pa.Table], files: Iterable[str])
         path, num_rows = temporary / EXAMPLES_FILE, 0
         with ArrowWriter(path=str(path), features=FEATURES) as writer:
             for table in _in_chunks(tables):
-                writer.write_table(table)
+                writer.write_table(table, len(table))  # else in batches of a thousand rows
                 num_rows += len(table)
             writer.finalize()
         _write_header(temporary, {"num_rows": num_rows, "num_bytes": path.stat().st_size, "files": list(files)})

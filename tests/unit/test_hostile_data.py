@@ -13,6 +13,7 @@ import resource
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from preparing import byte_tokenizer, make_recipe, said
@@ -139,9 +140,7 @@ def test_a_preparation_lists_every_reject_at_its_line_and_byte(
     monkeypatch.setattr(prepare_module, "MOST_REJECTS", most_held)
     bad, fine = write_lines(tmp_path / "hostile.jsonl", 3000, seed=11)
     source = {"path": str(tmp_path / "hostile.jsonl"), "format": "alpaca"}
-    recipe = make_recipe(
-        tmp_path, source, seq_len=1 << 17, eval_fraction=0, on_bad_record="skip", max_bad_fraction=1.0
-    )
+    recipe = make_recipe(tmp_path, source, seq_len=1 << 17, eval_fraction=0, on_bad_record="skip", max_bad_fraction=1.0)
     data = prepare(recipe, byte_tokenizer(), notice=said)
     listed = [json.loads(line) for line in (data.folder / REJECTS_FILE).read_text().splitlines()]
     assert {one["file"] for one in listed} == {source["path"]}
@@ -162,16 +161,23 @@ def test_a_run_of_bad_lines_needs_no_more_memory_the_longer_it_is(
     """Held at a time are as many as that constant says; all of them are listed, or refused by their number."""
     monkeypatch.setattr(prepare_module, "MOST_REJECTS", 200)
     tokenizer, peaks = byte_tokenizer(), []
+    read_and_write = prepare_module.write_corpus
+
+    def measured(*given: Any) -> None:
+        tracemalloc.start()
+        read_and_write(*given)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+
     for num in (200, 1000, 8000):  # the first loads what is loaded once
         folder = tmp_path / str(num)
         folder.mkdir()
         source = folder / "bad.jsonl"
         source.write_bytes(b"".join(RUNS[kind] % n for n in range(num)) + encode({"instruction": "a", "output": "b"}))
         skipping = {"eval_fraction": 0, "on_bad_record": "skip"}
-        tracemalloc.start()
-        data = prepare(make_recipe(folder, source, max_bad_fraction=1.0, **skipping), tokenizer, notice=said)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
+        with monkeypatch.context() as patched:
+            patched.setattr(prepare_module, "write_corpus", measured)
+            data = prepare(make_recipe(folder, source, max_bad_fraction=1.0, **skipping), tokenizer, notice=said)
         with open(data.folder / REJECTS_FILE) as listing:
             assert [json.loads(line)["line"] for line in listing] == list(range(1, num + 1))
         assert (len(data.report.rejects), data.report.sources[0].rejected, len(data.train)) == (100, num, 1)

@@ -116,7 +116,15 @@ def _prepare_report(hostile: str) -> dict[str, Any]:
         "sources": [source],
         "splits": {"train": split, "eval": split},
         "rejects": [{"file": "train.jsonl", "line": 7, "byte": 99, "reason": f"no answer{hostile}"}],
-        "dropped": [{"id": f"train.jsonl:9{hostile}", "file": "train.jsonl", "line": 9, "byte": 120, "reason": "80 tokens, more than data.seq_len=64"}],
+        "dropped": [
+            {
+                "id": f"train.jsonl:9{hostile}",
+                "file": "train.jsonl",
+                "line": 9,
+                "byte": 120,
+                "reason": "80 tokens, more than data.seq_len=64",
+            }
+        ],
         "notices": [f"warning: 2 of 50 eval examples are in train too{hostile}"],
     }
 

@@ -76,6 +76,12 @@ def test_the_usual_templates_have_one(name: str, shared: Path) -> None:
     assert agree(bound(name, shared), Conversation((Message("user", "a b"), Message("assistant", " c\n"))))
 
 
+def test_most_templates_have_one(shared: Path) -> None:
+    talk = Conversation((Message("user", "a b"), Message("assistant", "c")))
+    names = [*BUILTIN, *TEMPLATES]
+    assert (sum(agree(bound(name, shared), talk) for name in names), len(names)) == (32, 37)
+
+
 HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
 TAIL = "<|im_end|>{% endfor %}"
 LOOKS = {

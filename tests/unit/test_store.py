@@ -2,6 +2,7 @@
 
 import errno
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from sft_dist.data import store as store_module
 from sft_dist.data.folder import atomic_folder, remove_unfinished
-from sft_dist.data.store import count_targets, open_store, write_store
+from sft_dist.data.store import Corpus, count_targets, open_store, to_table, with_places, write_corpus, write_store
 from sft_dist.errors import DataError, StorageError
 from sft_dist.types import TokenizedExample
 
@@ -143,3 +144,17 @@ def test_header_is_plain_json(tmp_path):
     header = json.loads((tmp_path / "store" / "meta.json").read_text())
     assert header["meta"] == {"template": "chatml"}
     assert header["num_examples"] == 3
+
+
+def test_an_open_corpus_holds_nothing_of_a_row_but_its_file(tmp_path):
+    one = TokenizedExample(np.arange(3, dtype=np.int32), np.ones(3, np.float32), source="f", id="f:1")
+    table = with_places(to_table([one] * 1000), [0] * 1000, [":1"] * 1000)
+    write_corpus(tmp_path / "few", [table], ["f"])
+    write_corpus(tmp_path / "many", [table] * 200, ["f"])
+    Corpus(tmp_path / "few")  # loads what is loaded once
+    tracemalloc.start()
+    corpus = Corpus(tmp_path / "many")
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(corpus) == 200_000 and corpus.example(199_999).id == "f:1"
+    assert held < len(corpus) / 2
