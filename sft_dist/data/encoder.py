@@ -77,8 +77,8 @@ class Encoder:
             if not _are_same(slow[number], sure[number]):
                 raise DataError(
                     f"model.tokenizer: tiktoken tokenises {texts[number][:60]!r} ... otherwise than the tokenizer "
-                    "itself; pip uninstall tiktoken (preparation then uses the tokenizer itself, which is slower), delete the "
-                    "cache and run again"
+                    "itself; pip uninstall tiktoken (preparation then uses the tokenizer itself, which is "
+                    "slower), delete the cache and run again"
                 )
         return [sure[number] if number in sure else slow[number] for number in range(len(texts))]
 
