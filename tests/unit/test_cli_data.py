@@ -89,6 +89,7 @@ def test_stats_lists_rejects_with_their_place(recipe, capsys, tmp_path):
     assert "a.jsonl:41 (byte" in shown
     assert "1 bad" in shown
     assert "lengths of train, in tokens" in shown and "█" in shown
+    assert re.search(r"longest of train\n +\d+ tokens: \S*a\.jsonl:\d+", shown)
 
 
 def test_inspect_by_text_and_by_length(recipe, capsys):
@@ -136,6 +137,7 @@ def test_stats_write_a_page(recipe, capsys, tmp_path):
     assert run(capsys, "stats", recipe, "--html", "stats.html").strip() == "stats.html"
     page = (tmp_path / "stats.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 8
+    assert re.search(r"train, longest: \S*a\.jsonl:\d+ \(\d+\), ", page)
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "<script>" not in page and "&lt;script&gt;" in page
     assert page.count("<details>") == page.count("</details>") and page.rstrip().endswith("</html>")
