@@ -314,6 +314,8 @@ def test_the_same_records_say_the_same_in_every_kind_of_file(shared: Path, tmp_p
     for kind, write in kinds.items():
         path = tmp_path / f"x.{kind}"
         write(path, values)
-        again = list(read_records(source.model_copy(update={"path": str(path), "quotes": True, "escapes": False}), Rejects()))
+        again = list(
+            read_records(source.model_copy(update={"path": str(path), "quotes": True, "escapes": False}), Rejects())
+        )
         assert len(again) == len(values), kind
         assert said(again, source) == expected, kind

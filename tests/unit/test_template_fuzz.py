@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from template_cases import BUILTIN, NO_SYSTEM, TAGGED, TEMPLATES, UNTAGGED, byte_tokenizer
+from template_cases import BUILTIN, NO_SYSTEM, TEMPLATES, UNTAGGED, byte_tokenizer
 
 from sft_dist.data.templates import resolve_template, spans
 from sft_dist.errors import BadRecord
