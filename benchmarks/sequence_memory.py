@@ -36,7 +36,7 @@ from sft_dist.models.load import build_random
 from sft_dist.models.packed import PackedCausalLM, causal_lm, decoder_layers
 from sft_dist.optim import build_optimizer
 from sft_dist.parallel.build import build_engine
-from sft_dist.parallel.runtime import runtime
+from sft_dist.parallel.runtime import Runtime, runtime
 from sft_dist.parallel.sequence import sequence_group
 from sft_dist.resilience.ending import run_and_end
 from sft_dist.types import TokenizedExample
@@ -52,36 +52,40 @@ ARCHITECTURE = {
 
 
 def worker(tokens: int, budget_mib: int, out: Path) -> int:
-    """One rank: build, then one forward and backward pass of a single document of `tokens` tokens. Returns 0."""
-    from transformers import AutoConfig
-
+    """One rank. Returns 0."""
     with runtime() as place:
-        torch.set_num_threads(1)
-        sequence = sequence_group(place.world_size, place)
-        model = build_random(AutoConfig.for_model("llama", **ARCHITECTURE), dtype=torch.float32, seed=0)
-        model.config.use_cache = False
-        attention.install(model, "sdpa", sequence.across)
-        packed = PackedCausalLM(model, choose_head("reference", "cpu")[1])
-        optimizer = partial(build_optimizer, optim=OptimSection(), lr=1e-3)
-        layers = decoder_layers(causal_lm(model))
-        engine = build_engine("ddp", packed.train(), layers, place, torch.float32, optimizer)
-        engine.forward(sequence.cut(document(8 * sequence.size))).backward()  # what a first step allocates once
-        if budget_mib:
-            limit = memory("VmData") + budget_mib * MIB
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before, kept = memory("VmRSS"), Kept(engine.packed)
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
-                loss = engine.forward(sequence.cut(document(tokens)))
-            loss.backward()
-        except RuntimeError as error:
-            print(error, file=sys.stderr, flush=True)
-            os._exit(1)  # without memory there is no end in order: gloo's threads would be waited for
-        found = {"kept": kept.num_bytes / MIB, "peak": (memory("VmHWM") - before) / MIB}
+        found = one_step(place, tokens, budget_mib)  # and its engine is gone before the process group, or gloo hangs
         (out / f"{place.rank}.json").write_text(json.dumps(found))
     return 0
+
+
+def one_step(place: Runtime, tokens: int, budget_mib: int) -> dict[str, float]:
+    """Build, then one forward and backward pass of a single document of `tokens` tokens: MiB of `kept` and `peak`."""
+    from transformers import AutoConfig
+
+    torch.set_num_threads(1)
+    sequence = sequence_group(place.world_size, place)
+    model = build_random(AutoConfig.for_model("llama", **ARCHITECTURE), dtype=torch.float32, seed=0)
+    model.config.use_cache = False
+    attention.install(model, "sdpa", sequence.across)
+    packed = PackedCausalLM(model, choose_head("reference", "cpu")[1])
+    optimizer = partial(build_optimizer, optim=OptimSection(), lr=1e-3)
+    engine = build_engine("ddp", packed.train(), decoder_layers(causal_lm(model)), place, torch.float32, optimizer)
+    engine.forward(sequence.cut(document(8 * sequence.size))).backward()  # what a first step allocates once
+    if budget_mib:
+        limit = memory("VmData") + budget_mib * MIB
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before, kept = memory("VmRSS"), Kept(engine.packed)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
+            loss = engine.forward(sequence.cut(document(tokens)))
+        loss.backward()
+    except RuntimeError as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)  # without memory there is no end in order
+    return {"kept": kept.num_bytes / MIB, "peak": (memory("VmHWM") - before) / MIB}
 
 
 class Kept:

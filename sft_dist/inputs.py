@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from sft_dist.data.prepare import PreparedData, prepare
 from sft_dist.data.store import TokenStore
 from sft_dist.errors import ConfigError
 from sft_dist.models.load import load_tokenizer
+from sft_dist.observe.progress_lines import ProgressLines
 from sft_dist.parallel.runtime import read_place
 from sft_dist.resilience.heartbeat import heart
 
@@ -31,12 +33,19 @@ def read_inputs(recipe: Recipe, notice: Callable[[str], None]) -> Inputs:
     """Tokenizer and prepared data. Concurrent ranks share the preparation through the cache's lock."""
     tokenizer = load_tokenizer(recipe.model)
     is_first_here = read_place()[2] == 0
-    data = prepare(recipe, tokenizer, notice=notice, progress=_beat_while_preparing, reads_streams=is_first_here)
+    lines = ProgressLines(_say)
+
+    def progress(done: int, total: int) -> None:
+        heart().stay("prepare")
+        lines(done, total)
+
+    data = prepare(recipe, tokenizer, notice=notice, progress=progress, reads_streams=is_first_here)
     return Inputs(recipe, tokenizer, data)
 
 
-def _beat_while_preparing(done: int, total: int) -> None:
-    heart().stay("prepare")
+def _say(line: str) -> None:
+    """On the standard error of the one process that prepares, whichever rank got there first."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def words_of(inputs: Inputs) -> Words:

@@ -161,3 +161,4 @@ class StepMetrics:
     mfu: float | None
     peak_memory_gib: float
     tokens_by_source: dict[str, int] | None = None  # where the data have several sources
+    loss_tokens_by_source: dict[str, int] | None = None  # the same of `num_loss_tokens`

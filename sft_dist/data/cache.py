@@ -61,6 +61,7 @@ def cache_name(
         "settings": {name: getattr(data, name) for name in _SETTINGS},
         "filters": data.filters.model_dump(),
         "seed": recipe.run.seed,
+        "minhash": None if data.near_duplicates == "ignore" else _version("rensa"),
         "code": code_digest(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:_NAME_DIGITS]

@@ -11,13 +11,15 @@ import errno
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sft_dist.errors import StorageError
 
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
+_FORGOTTEN_SECONDS = 24 * 3600  # a shard is written in milliseconds
 
 
 @contextmanager
@@ -44,6 +46,15 @@ def remove_unfinished(final: Path) -> None:
     """Remove what killed writers of `final` left behind. Only for who holds the lock that guards `final`."""
     for leftover in final.parent.glob(f".tmp-{final.name}-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def remove_forgotten(root: Path) -> None:
+    """Remove the temporary files that killed writers left in the folders of `root`, where no lock tells whose they are:
+    those that nobody has written to for a day."""
+    for leftover in root.glob("*/.tmp-*"):
+        with suppress(OSError):  # another process removed it, or finishes it after all
+            if leftover.stat().st_mtime < time.time() - _FORGOTTEN_SECONDS:
+                leftover.unlink()
 
 
 def sync(path: str | Path) -> None:

@@ -33,12 +33,12 @@ from sft_dist.data.cache import cache_name, cache_root, only_one, rules_digest
 from sft_dist.data.coverage import language_of
 from sft_dist.data.exchanges import text_of
 from sft_dist.data.files import file_digest
-from sft_dist.data.folder import atomic_folder, remove_unfinished
+from sft_dist.data.folder import atomic_folder, remove_forgotten, remove_unfinished
 from sft_dist.data.permutation import derive_key
 from sft_dist.data.report import LANGUAGE_ROWS, PrepareReport, SourceReport, SplitReport
 from sft_dist.data.selection import ROLES, Origin, Said, select
 from sft_dist.data.shards import MOST_REJECTS, Chunk, ShardCache, bad_records, chunks, placed
-from sft_dist.data.sources import Rejects, source_digests, source_sizes
+from sft_dist.data.sources import Rejects, pin_notices, source_digests, source_sizes
 from sft_dist.data.store import CORPUS, Corpus, TokenStore, open_store, write_corpus, write_split
 from sft_dist.data.stream_store import StreamStore
 from sft_dist.data.streams import open_stream
@@ -118,7 +118,8 @@ def prepare(
         rules = rules_of(recipe, tokenizer, template)
         stream = open_stream(recipe, rules, rules_digest(recipe, tokenizer, template.text), progress, reads_streams)
         prepared = replace(prepared, stream=stream)
-    for line in [*prepared.report_now().lines(), *bos_notices(template.text, tokenizer)]:
+    told = [*pin_notices(sources), *bos_notices(template.text, tokenizer), *template.stop_notices(tokenizer)]
+    for line in [*prepared.report_now().lines(), *told]:
         notice(line)
     return prepared
 
@@ -155,6 +156,7 @@ def _make(
         notice(f"cache entry {folder} is damaged: preparing the data again")
         shutil.rmtree(folder)
     remove_unfinished(folder)
+    remove_forgotten(cache_root(recipe) / SHARDS)
     with atomic_folder(folder) as temporary, _libraries_left_alone():
         _Preparation(recipe, tokenizer, template, meter, temporary).write()
     return _read(folder, template)

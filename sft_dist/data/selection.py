@@ -85,7 +85,7 @@ def select(corpus: Corpus, origins: Sequence[Origin], data: DataSection, said: S
     groups = _together(contents, said) if data.near_duplicates == "together" else contents
     split_of = _split_of_rows(groups, stays, origins, data, seed)
     rows = {name: np.flatnonzero(stays & (split_of == split)) for name, split in SPLITS.items()}
-    notices = [*_missing_split(rows, origins, data), *_overlap(groups, rows)]
+    notices = [*_missing_split(rows, origins, data), *_near_unknown(rows, origins, data), *_overlap(groups, rows)]
     weights, rows["train"] = _mixed(rows["train"], origins, data, seed)
     return Selection(rows, weights, _repeated(contents, origins), left_out, notices)
 
@@ -179,6 +179,17 @@ def _missing_split(rows: dict[str, np.ndarray], origins: Sequence[Origin], data:
     drawn = any(origin.num_rows for origin in origins if ROLES[origin.role] is None)
     if data.eval_fraction and drawn and not len(rows["eval"]):
         yield "fewer than 2 different examples: no validation split"
+
+
+def _near_unknown(rows: dict[str, np.ndarray], origins: Sequence[Origin], data: DataSection) -> Iterator[str]:
+    held_out = np.concatenate([rows["eval"], rows["test"]])
+    mixed = (origin for origin in origins if ROLES[origin.role] is None)
+    is_drawn = any(np.any((held_out >= origin.first) & (held_out < origin.last)) for origin in mixed)
+    if is_drawn and data.near_duplicates == "ignore":
+        yield (
+            "near-duplicates of held-out examples may be in train, they are not looked for: "
+            "data.near_duplicates=together keeps them on one side"
+        )
 
 
 def _overlap(contents: np.ndarray, rows: dict[str, np.ndarray]) -> Iterator[str]:

@@ -11,7 +11,7 @@ Records stream: memory does not grow with the file. What is wrong is named with 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,17 @@ from sft_dist.data.records import Pause, Record, Rejects
 from sft_dist.data.tables import Cells, read_arrow, read_cells, read_parquet
 from sft_dist.errors import ConfigError
 
-__all__ = ["SUFFIXES", "Pause", "Record", "Rejects", "read_records", "source_digests", "source_files", "source_sizes"]
+__all__ = [
+    "SUFFIXES",
+    "Pause",
+    "Record",
+    "Rejects",
+    "pin_notices",
+    "read_records",
+    "source_digests",
+    "source_files",
+    "source_sizes",
+]
 
 _JSON, _PACKED = (".json", ".jsonl", ".ndjson"), (".gz", ".zst")
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -62,6 +72,16 @@ def stream_versions(source: SourceSection) -> dict[str, str]:
         )
     name = hub.name_of(source.path, source.subset, source.split, source.revision)
     return {name: stream_version(name, source)}
+
+
+def pin_notices(sources: Iterable[SourceSection]) -> list[str]:
+    """A line for each data set of the hub whose bytes another day may be others."""
+    return [
+        f"data.sources path={source.path}: revision={source.revision or 'not set'} is no commit, so the rows may be "
+        "others another day: set revision= to the 40 digits of one"
+        for source in sources
+        if _is_on_hub(source) and not _COMMIT.fullmatch(source.revision or "")
+    ]
 
 
 def stream_version(name: str, source: SourceSection) -> str:

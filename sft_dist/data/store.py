@@ -221,6 +221,10 @@ class TokenStore:
         """Example `index` as it was written."""
         return self.corpus.example(self._row(index))
 
+    def loss_tokens_of(self, indices: np.ndarray) -> np.ndarray:
+        """Targets of each example of `indices`: int32[K]."""
+        return self.num_loss_tokens[indices]
+
     def source_of(self, indices: np.ndarray) -> np.ndarray:
         """Place in `sources` of each example of `indices`: int64[K]."""
         return np.searchsorted(self._source_ends, self.rows[indices], side="right")

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sft_dist.data.layout import ExampleNumbers
-from sft_dist.data.store import CORPUS, GATHERED, Corpus, TokenStore
+from sft_dist.data.store import CORPUS, GATHERED, Corpus, TokenStore, count_targets
 from sft_dist.data.stream_plan import WINDOW_EXAMPLES
 from sft_dist.errors import DataError
 from sft_dist.types import TokenizedExample
@@ -160,6 +160,10 @@ class StreamStore:
         """Tokens of each example of `indices`: int32[K]."""
         places = [self._place(index) for index in indices.tolist()]
         return np.array([len(corpus.token_ids(row)) for corpus, row in places], np.int32)
+
+    def loss_tokens_of(self, indices: np.ndarray) -> np.ndarray:
+        """Targets of each example of `indices`: int32[K]."""
+        return np.array([count_targets(self.loss_weights(index))[0] for index in indices.tolist()], np.int32)
 
     def report(self) -> dict[str, Any]:
         """The counts of everything that was read up to the newest segment seen here, as `PrepareReport.as_dict`."""

@@ -125,6 +125,15 @@ class ChatTemplate:
         """Texts at which generation ends that are several tokens for this tokenizer."""
         return [text for text, token in self.bind(tokenizer).stop_ids.items() if len(token) > 1]
 
+    def stop_notices(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+        """A line for each text of `stop_strings`: an exported generation config has no place for it."""
+        return [
+            f"warning: data.chat_template ends answers with {text!r}, which is several tokens of this tokenizer; an "
+            "exported generation config holds ids of single tokens only: take a tokenizer that has it as one, or pass "
+            f"stop_strings=[{text!r}] to generate"
+            for text in self.stop_strings(tokenizer)
+        ]
+
 
 def resolve_template(name_or_path: str, tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
     """`auto` (the tokenizer's own), a built-in name, or the path of a Jinja file; with the BOS that this tokenizer puts

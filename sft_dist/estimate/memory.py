@@ -271,8 +271,9 @@ def _offloaded(tuned: Tuned, layout: Layout) -> Parts:
     """What `parallel.offload` puts into host memory instead."""
     if layout.offload == "none":
         return {}
-    copies = 5 if layout.strategy == "zero3" else 4  # masters, two moments, gradients; stage 3 has these twice
-    moved = copies * tuned.trained * FP32 // layout.world_size
+    moved = (
+        5 * tuned.trained * FP32 // layout.world_size
+    )  # masters, two moments; gradients as summed and as stepped with
     weights = weight_bytes(tuned, layout) // layout.world_size if layout.offload == "params" else 0
     return {"offloaded": moved + weights}
 

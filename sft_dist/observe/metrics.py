@@ -33,8 +33,9 @@ class MetricsLog:
 
     def step(self, metrics: StepMetrics) -> None:
         values = asdict(metrics)
-        if values["tokens_by_source"] is None:
-            del values["tokens_by_source"]
+        for name in ("tokens_by_source", "loss_tokens_by_source"):
+            if values[name] is None:
+                del values[name]
         is_update = math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)
         if not is_update:  # JSON has no NaN
             values |= {"loss": str(metrics.loss), "grad_norm": str(metrics.grad_norm)}

@@ -151,14 +151,18 @@ def figures(summary: dict[str, Any], lines: Sequence[Line]) -> list[tuple[str, s
 def mix(lines: Sequence[Line]) -> list[dict[str, Any]]:
     """What each source gave to the training and what was measured on its held-out part; empty with one source."""
     tokens: Counter[str] = Counter()
+    learned: Counter[str] = Counter()
     for line in lines:
         tokens.update(line.get("tokens_by_source") or {})
+        learned.update(line.get("loss_tokens_by_source") or {})
     losses = [line["by_source"] for line in lines if "by_source" in line] or [{}]
     return [
         {
             "source": source,
             "tokens": count,
             "share": count / tokens.total(),
+            "learned": learned.get(source),
+            "learned_share": learned[source] / learned.total() if learned else None,
             "first": losses[0].get(source, math.nan),
             "last": losses[-1].get(source, math.nan),
         }

@@ -199,7 +199,10 @@ def reference(project: Path) -> Path:
     return run.run_dir
 
 
-@pytest.mark.parametrize("entry", [local, torchrun, accelerate, deepspeed], ids=lambda entry: entry.__name__)
+LONG = [pytest.param(entry, marks=pytest.mark.faults) for entry in (accelerate, deepspeed)]  # two minutes each
+
+
+@pytest.mark.parametrize("entry", [local, torchrun, *LONG], ids=lambda entry: entry.__name__)
 def test_killed_and_started_again_each_entry_gives_the_same_bits(
     entry: Callable[[], list[str]], start: Callable[..., Run], reference: Path
 ) -> None:

@@ -153,6 +153,7 @@ def test_tokens_and_losses_are_accounted_to_their_sources(tmp_path: Path) -> Non
     train(recipe, f"data.sources.1.path={other}", "data.sources.1.weight=2.0", "--nproc", "2")
     steps, evals = lines(tmp_path / "run", "step"), lines(tmp_path / "run", "eval")
     assert all(sum(line["tokens_by_source"].values()) == line["num_tokens"] for line in steps)
+    assert all(sum(line["loss_tokens_by_source"].values()) == line["num_loss_tokens"] for line in steps)
     report = json.loads((tmp_path / "run" / "prepare_report.json").read_text())
     assert [source["copies"] for source in report["sources"]] == [1.0, 2.0]
     trained = sum(line["tokens_by_source"].get(sources[1], 0) for line in steps)

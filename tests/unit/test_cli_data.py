@@ -148,10 +148,14 @@ def test_plan_reports_steps_efficiency_and_balance(recipe, capsys):
     assert value["steps"] == 3 * value["steps_per_epoch"]
     assert (value["packs_per_micro_batch"], value["micro_batches_per_step"]) == (2, 2)
     assert 0.5 < value["efficiency"] <= 1
+    slots = value["packs_per_epoch"] * 256
+    assert value["padding_per_epoch"] == slots - value["tokens_per_epoch"] > 0
+    assert value["efficiency"] == pytest.approx(value["tokens_per_epoch"] / slots)
     assert set(value["balance"]) == {"1", "2", "3", "4", "8", "64", "1024"}
     assert len(value["digest"]) == 64
     shown = run(capsys, "plan", recipe)
     assert "per epoch" in shown and value["digest"][:16] in shown
+    assert f"{value['padding_per_epoch']:,} are padding" in " ".join(shown.split())
 
 
 def test_nothing_to_train_exits_65_with_the_counts(recipe, capsys):

@@ -1,21 +1,33 @@
-"""Every real file reads, holds the known number of records, and what cannot be used is refused for the right reason."""
+"""Every real file reads, holds the known number of records, and what cannot be used is refused for the right reason.
+
+What is learned of them is what their assistants say, and they say the same in every other kind of file.
+"""
 
 from __future__ import annotations
 
+import csv
+import json
 import re
 from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from template_cases import byte_tokenizer
 
 from sft_dist.config.schema import SourceSection
 from sft_dist.data.formats import detect_format, rename_columns, to_conversations
 from sft_dist.data.forms import load_forms
 from sft_dist.data.records import Record
 from sft_dist.data.sources import Rejects, read_records
+from sft_dist.data.templates import resolve_template, spans
 from sft_dist.errors import BadRecord, ConfigError
-from sft_dist.types import Conversation
+from sft_dist.types import Conversation, TokenizedExample
 
 FLAN = {"columns": {"question": 0, "answer": 1, "rationale": 2}, "quotes": False, "escapes": True}
 EMPTY, PLACEHOLDER, MEDIA, NULL = "field 'output' is empty", "placeholder", "multimodal", "'instruction' must be text"
@@ -50,6 +62,12 @@ FILES: dict[str, tuple[str, int, int, dict[str, int]]] = {
     "rasbt_instruction_examples.json": ("alpaca", 200, 200, {}),
     "ru_alpaca_seed_tasks.jsonl": ("self_instruct", 137, 137, {}),
 }
+PLAIN_TEXTS = ("lf_c4_demo.jsonl", 300)  # file of corpus/, records
+FLAT = ("alpaca", "chain_of_thought", "prompt_completion", "question_answer")  # formats whose fields are all text
+NUM_TOKENISED, NUM_WRITTEN = 50, 100  # conversations, records: the first of a file
+BYTES = byte_tokenizer()
+CALL = re.compile(r"<tool_call>\n(.*?)\n</tool_call>", re.DOTALL)
+THOUGHT = re.compile(r"(?:<think>\n(.*?)\n</think>\n\n)?(.*)", re.DOTALL)
 
 LETTERED = {"label": ["A", "B", "C", "D"], "text": ["w", "x", "y", "z"]}
 PAIR = {"sentence1": "It rains.", "sentence2": "It is wet.", "label": 1}
@@ -124,6 +142,75 @@ def source_of(shared: Path, name: str) -> SourceSection:
     return SourceSection(path=str(shared / "data/instruct" / name), **(FLAN if name.startswith("flan") else {}))
 
 
+def some_records(source: SourceSection) -> list[Record]:
+    """The first records of a source."""
+    return list(islice(read_records(source, Rejects()), NUM_WRITTEN))
+
+
+def conversations(records: Sequence[Record], source: SourceSection | None = None) -> list[Conversation]:
+    """Of the records that can be used."""
+    found: list[Conversation] = []
+    for record in records:
+        with suppress(BadRecord):
+            found += to_conversations(record, "auto", source.columns if source else {})
+    return found
+
+
+def said(records: Sequence[Record], source: SourceSection) -> list[Any]:
+    """What the records say, whatever file they stand in."""
+    found: list[Any] = []
+    for record in records:
+        try:
+            found += [(one.messages, one.tools) for one in to_conversations(record, "auto", source.columns)]
+        except BadRecord:
+            found.append("refused")  # with another reason where a null became a field that is not there
+    return found
+
+
+def tokenised(talks: Sequence[Conversation], template_name: str = "chatml") -> list[TokenizedExample]:
+    template = resolve_template(template_name, BYTES)
+    return [template.tokenize(talk, BYTES, loss_on="assistant") for talk in talks]
+
+
+def learned(example: TokenizedExample) -> list[str]:
+    """The supervised text, piece by piece."""
+    return [BYTES.decode(example.input_ids[start:end]) for start, end in spans(example.loss_weights)]
+
+
+def write_cells(path: Path, values: Sequence[dict[str, Any]]) -> None:
+    """A table with names in its first row, or without where columns are numbered."""
+    names = list(dict.fromkeys(name for value in values for name in value))
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        rows = csv.DictWriter(file, names, restval="", quoting=csv.QUOTE_ALL)
+        if names[0] != "0":
+            rows.writeheader()
+        rows.writerows(values)
+
+
+def write_lines(path: Path, values: Sequence[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    path.write_bytes(pa.compress(text.encode(), "zstd", asbytes=True))
+
+
+def table_of(values: Sequence[dict[str, Any]]) -> pa.Table:
+    names = dict.fromkeys(name for value in values for name in value)
+    return pa.table({name: [value.get(name) for value in values] for name in names})
+
+
+def write_arrow(path: Path, values: Sequence[dict[str, Any]]) -> None:
+    table = table_of(values)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+WRITERS: dict[str, Callable[[Path, Sequence[dict[str, Any]]], None]] = {
+    "parquet": lambda path, values: pq.write_table(table_of(values), path),
+    "arrow": write_arrow,
+    "jsonl.zst": write_lines,
+    "csv": write_cells,
+}
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_an_instruction_file(shared: Path, name: str) -> None:
     format, num_records, num_conversations, refused = FILES[name]
@@ -182,3 +269,56 @@ def test_the_forms_of_copa_that_ask_for_effects_are_left_out_for_causes(shared: 
     }
     assert left_out[1]
     assert not left_out[0] & left_out[1]
+
+
+def test_plain_texts_are_learned_whole(shared: Path) -> None:
+    name, num_records = PLAIN_TEXTS
+    path = shared / "data/corpus" / name
+    records = list(read_records(str(path), Rejects()))
+    assert len(records) == num_records == known_counts(shared, "corpus")[name]
+    assert {detect_format(record.value) for record in records} == {"text"}
+    talks = conversations(records[:NUM_TOKENISED])
+    examples = tokenised(talks)
+    assert [learned(example) for example in examples] == [[talk.messages[0].content + "</s>"] for talk in talks]
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "lf_mllm_demo.json"])
+def test_what_is_learned_of_a_file_is_what_its_assistants_say(shared: Path, name: str) -> None:
+    source = source_of(shared, name)
+    thinks = name == "lf_reason_tool_use_demo_50.jsonl"
+    template = str(shared / "data/chat_templates/trl/qwen3.jinja") if thinks else "chatml"
+    talks = conversations(some_records(source), source)[:NUM_TOKENISED]
+    assert talks
+    thoughts: list[str] = []
+    for talk, example in zip(talks, tokenised(talks, template), strict=True):
+        answers = [message for message in talk.messages if message.role == "assistant" and message.weight != 0]
+        for text, answer in zip(learned(example), answers, strict=True):
+            thought, written = THOUGHT.fullmatch(text.removesuffix("<|im_end|>")).groups()
+            assert text.endswith("<|im_end|>"), talk.id
+            assert (thought or "").strip() in ("", answer.extra.get("reasoning_content", "").strip()), talk.id
+            thoughts += [thought] if thought and thought.strip() else []
+            called = [call["function"] for call in answer.extra.get("tool_calls", ())]
+            found = [json.loads(call) for call in CALL.findall(written)]
+            assert found == [{"name": call["name"], "arguments": call["arguments"]} for call in called], talk.id
+            beside = CALL.sub("", written).rstrip("\n") if called else written
+            assert beside == answer.content, talk.id
+    assert bool(thoughts) == thinks
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_same_records_say_the_same_in_every_kind_of_file(shared: Path, tmp_path: Path, name: str) -> None:
+    source = source_of(shared, name)
+    records = some_records(source)
+    expected, values = said(records, source), [record.value for record in records]
+    kinds = dict(WRITERS)
+    if any(not isinstance(cell, str) for value in values for cell in value.values()):
+        del kinds["csv"]  # text alone fits in cells
+    assert ("csv" in kinds) == (FILES[name][0] in FLAT and NULL not in FILES[name][3])
+    for kind, write in kinds.items():
+        path = tmp_path / f"x.{kind}"
+        write(path, values)
+        again = list(
+            read_records(source.model_copy(update={"path": str(path), "quotes": True, "escapes": False}), Rejects())
+        )
+        assert len(again) == len(values), kind
+        assert said(again, source) == expected, kind

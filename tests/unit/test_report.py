@@ -302,3 +302,27 @@ def test_the_verb_prints_the_path_and_refuses_what_is_no_run_folder(
     assert capsys.readouterr().out == f"{run_dir / 'report.html'}\n"
     assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
     assert "so it is no run folder" in capsys.readouterr().err
+
+
+def test_the_mix_tells_tokens_and_learned_tokens_of_each_source() -> None:
+    before = {"kind": "step", "tokens_by_source": {"a": 100}}  # written before learned tokens were counted
+    steps = [
+        {"kind": "step", "tokens_by_source": {"a": 300, "b": 200}, "loss_tokens_by_source": {"a": 30, "b": 90}},
+        {"kind": "step", "tokens_by_source": {"a": 200}, "loss_tokens_by_source": {"a": 60}},
+    ]
+    found = [[part[key] for key in ("source", "tokens", "learned", "learned_share")] for part in report.mix(steps)]
+    assert found == [["a", 500, 90, 0.5], ["b", 200, 90, 0.5]]
+    assert [(part["learned"], part["learned_share"]) for part in report.mix([before])] == [(None, None)]
+
+
+def test_a_mixed_run_shows_what_was_learned_of_each_source(run_dir: Path) -> None:
+    metrics = [
+        line | {"tokens_by_source": {"a": 1500, "b": 500}, "loss_tokens_by_source": {"a": 100, "b": 300}}
+        for line in _metrics()
+        if line["kind"] == "step"
+    ]
+    _lines(run_dir / "metrics.jsonl", metrics)
+    page = Page(write_report(run_dir).read_text(encoding="utf-8"))
+    num = len(metrics)
+    for figure in (f"{1500 * num:,}", f"{100 * num:,}", f"{300 * num:,}", "learned"):
+        assert figure in page.text

@@ -186,3 +186,23 @@ def test_drawing_splits_takes_what_the_documentation_says(tmp_path):
     tracemalloc.stop()
     assert sum(map(len, found.rows.values())) == num
     assert 60 < peak / num < 80
+
+
+@pytest.mark.parametrize(
+    ("asked", "is_told"),
+    [
+        ({"eval_fraction": 0.2}, True),
+        ({"eval_fraction": 0.0, "test_fraction": 0.2}, True),
+        ({"eval_fraction": 0.2, "near_duplicates": "together"}, False),
+        ({"eval_fraction": 0.2, "near_duplicates": "drop"}, False),
+        ({"eval_fraction": 0.0}, False),
+        ({"eval_fraction": 0.0, "eval_sources": ["e.jsonl"]}, False),
+    ],
+    ids=["eval", "test", "together", "drop", "nothing held out", "given"],
+)
+def test_that_nobody_looks_for_near_duplicates_of_a_drawn_split_is_told_once(tmp_path, tokenizer, asked, is_told):
+    write_lines(tmp_path / "e.jsonl", records(2, "held out {}"))
+    asked = asked | {"eval_sources": [{"path": str(tmp_path / name)} for name in asked.get("eval_sources", ())]}
+    lines: list[str] = []
+    prepare(make_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", MIXED), **asked), tokenizer, notice=lines.append)
+    assert sum("data.near_duplicates=together" in line for line in lines) == is_told

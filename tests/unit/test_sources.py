@@ -20,7 +20,15 @@ from hypothesis import strategies as st
 
 from sft_dist.config.schema import SourceSection
 from sft_dist.data import files, hub, json_records
-from sft_dist.data.sources import Record, Rejects, read_records, source_digests, source_files, source_sizes
+from sft_dist.data.sources import (
+    Record,
+    Rejects,
+    pin_notices,
+    read_records,
+    source_digests,
+    source_files,
+    source_sizes,
+)
 from sft_dist.errors import BadRecord, ConfigError, DataError
 
 GOOD = b'{"instruction": "a", "output": "b"}'
@@ -437,6 +445,17 @@ def test_data_sets_of_the_hub(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) 
         assert source_files(source) == []
     digests = [source_digests(SourceSection(path="org/name", split=s)) for s in ("train", "test", "test[1:]")]
     assert len({next(iter(d.values())) for d in digests}) == 3
+
+
+def test_a_data_set_of_the_hub_without_a_commit_is_said_to_be_unpinned(tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    file = SourceSection(path=write(tmp_path, "a.jsonl", GOOD))
+    pinned, tag, nothing = (SourceSection(path="org/name", revision=r) for r in (commit, "v1.0", None))
+    assert pin_notices([pinned, file]) == []
+    assert [line.partition(",")[0] for line in pin_notices([tag, nothing, file])] == [
+        "data.sources path=org/name: revision=v1.0 is no commit",
+        "data.sources path=org/name: revision=not set is no commit",
+    ]
 
 
 def test_a_split_that_the_hub_has_not_is_one_line(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,8 @@ def test_sources_take_turns_by_weight(tmp_path: Path, sources: list[dict[str, An
     of = store.source_of(np.arange(len(store)))
     for index in (0, 1500, len(store) - 1):
         assert store.example(index).source.endswith("b.json.gz") == bool(of[index])
+    places = np.array([0, 1500, len(store) - 1])
+    assert store.loss_tokens_of(places).tolist() == store.numbers(0, len(store)).num_loss_tokens[places].tolist()
     both = of[: 3 * SEGMENT]
     assert 0.5 < np.mean(both == 0) < 0.8  # two to one, by chunks of a thousand records
 

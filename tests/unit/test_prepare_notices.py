@@ -1,0 +1,49 @@
+"""What a preparation says beside its counts, and what it clears away."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import template_cases
+from preparing import byte_tokenizer, make_recipe, records, said, write_lines
+from transformers import PreTrainedTokenizerFast
+
+from sft_dist.data import prepare as preparation
+from sft_dist.data.prepare import prepare
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "is_told"), [(byte_tokenizer(), True), (template_cases.byte_tokenizer(), False)], ids=["many", "one"]
+)
+def test_a_stop_text_of_several_tokens_is_told_with_the_remedy(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, is_told: bool
+) -> None:
+    lines: list[str] = []
+    source = write_lines(tmp_path / "a.jsonl", records(3))
+    prepare(make_recipe(tmp_path, source, chat_template="phi3"), tokenizer, notice=lines.append)
+    found = [line for line in lines if "several tokens" in line]
+    assert len(found) == is_told
+    assert not found or found[0].endswith("or pass stop_strings=['<|end|>'] to generate")
+
+
+def test_what_a_source_has_to_say_of_its_pin_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "pin_notices", lambda sources: [f"{len(sources)} looked at"])
+    lines: list[str] = []
+    prepare(make_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", records(3))), byte_tokenizer(), notice=lines.append)
+    assert "1 looked at" in lines
+
+
+def test_shards_that_killed_writers_left_half_written_go_after_a_day(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / ".sft-cache" / preparation.SHARDS / "abc"
+    folder.mkdir(parents=True)
+    old, new, shard = (folder / name for name in (".tmp-old-1", ".tmp-new-1", "old"))
+    for file in (old, new, shard):
+        file.write_bytes(b"x")
+    for file, hours in ((old, 25), (new, 23), (shard, 25)):
+        then = time.time() - 3600 * hours
+        os.utime(file, (then, then))
+    prepare(make_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", records(3))), byte_tokenizer(), notice=said)
+    assert [file.exists() for file in (old, new, shard)] == [False, True, True]
