@@ -164,9 +164,7 @@ class DataSection(Section):
     loss_on: Literal["assistant", "last_turn", "completion", "all"] = "assistant"
     prompt_loss_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     filters: FiltersSection = FiltersSection()
-    near_duplicates: Literal["ignore", "together", "drop"] = (
-        "ignore"  # together: those found are on one side of a split
-    )
+    near_duplicates: Literal["ignore", "together", "drop"] = "ignore"  # together: on one side of a split
     on_bad_record: Literal["stop", "skip"] = "stop"
     max_bad_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
     cache_dir: str | None = None
