@@ -138,7 +138,10 @@ def proctrack() -> str:
 
 def may_hurry(record: dict[str, str]) -> bool:
     """Whether a requeued job, which waits CRED_EXPIRE + 1 seconds, may start at once: not before a new second has
-    begun, or slurmd takes the new start for the old one and refuses it (Job credential revoked; seen in 1 of 4)."""
+    begun, or slurmd takes the new start for the old one and refuses it (Job credential revoked; seen in 1 of 4). Not
+    either while the scheduler has yet to say when it would."""
+    if record["StartTime"] == "Unknown":
+        return False
     begins = time.mktime(time.strptime(record["StartTime"], "%Y-%m-%dT%H:%M:%S"))
     return time.time() > begins - CRED_EXPIRE + 1
 
