@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,15 +22,6 @@ def check_space(folder: Path, num_bytes: int) -> None:
     needed, free = int(num_bytes * SPACE_MARGIN), shutil.disk_usage(folder).free
     if free < needed:
         raise StorageError(f"{folder}: needs {gib(needed)}, has {gib(free)} free: make room or move run.dir")
-
-
-def fsync_path(path: Path) -> None:
-    """Bring a file's or folder's data to the device; raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def rename_fresh(source: Path, target: Path) -> None:

@@ -26,7 +26,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from sft_dist.checkpoint.catalog import find
-from sft_dist.checkpoint.disk import check_space, fsync_path, rename_fresh, storage_errors
+from sft_dist.checkpoint.disk import check_space, rename_fresh, storage_errors
 from sft_dist.checkpoint.export_certificate import (
     Base,
     Certificate,
@@ -43,6 +43,7 @@ from sft_dist.checkpoint.ranks import Ranks
 from sft_dist.checkpoint.rebuild import base_of, compute_dtype, fill, rebuild
 from sft_dist.checkpoint.weights import FILE_BYTES, Weight, Written, plain_weights, write_weights
 from sft_dist.config.schema import Recipe
+from sft_dist.durable import fsync_path
 from sft_dist.errors import CertificateError, ConfigError
 from sft_dist.models.adapters import ADAPTER, is_adapter
 from sft_dist.models.packed import causal_lm

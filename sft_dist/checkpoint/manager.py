@@ -31,7 +31,7 @@ from typing import Any
 from torch import Tensor
 
 from sft_dist.checkpoint.catalog import FOLDER_NAME, folders, open_to_all, set_aside
-from sft_dist.checkpoint.disk import check_space, free_name, fsync_path, rename_fresh, storage_errors
+from sft_dist.checkpoint.disk import check_space, free_name, rename_fresh, storage_errors
 from sft_dist.checkpoint.manifest import (
     FileEntry,
     Manifest,
@@ -53,6 +53,7 @@ from sft_dist.checkpoint.shards import (
     shard_pattern,
     write_shards,
 )
+from sft_dist.durable import fsync_path
 from sft_dist.errors import CheckpointError, StorageError
 
 PARTIAL_PREFIX = ".tmp-"

@@ -14,7 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sft_dist.observe.run_files import append_lines, keep_lines, read_lines, sync_names
+from sft_dist.durable import fsync_path
+from sft_dist.observe.run_files import append_lines, keep_lines, read_lines
 from sft_dist.observe.trackers import Trackers
 from sft_dist.types import StepMetrics
 
@@ -28,7 +29,7 @@ class MetricsLog:
     def __init__(self, run_dir: Path, trackers: Trackers) -> None:
         self._path, self._waiting = run_dir / "metrics.jsonl", b""
         self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        sync_names(run_dir)  # a commit makes no name outside checkpoints/ durable: this file's, nor that folder's own
+        fsync_path(run_dir)  # a commit makes no name outside checkpoints/ durable: this file's, nor that folder's own
         self._trackers = trackers
 
     def step(self, metrics: StepMetrics) -> None:

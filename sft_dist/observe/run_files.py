@@ -67,15 +67,6 @@ def _behind(line: bytes) -> list[dict[str, Any]]:
     return []
 
 
-def sync_names(folder: Path) -> None:
-    """Have what was made, renamed and removed in `folder` outlast a power cut; raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
