@@ -18,6 +18,11 @@ def falcon(answer: str) -> str:
     return answer.replace("\r\n", "\n").replace("\n\n", "\n").strip()
 
 
+def final(answer: str) -> str:
+    """Its generation prompt ends before the channel, which is the model's to name."""
+    return f"<|channel|>final<|message|>{answer}"
+
+
 def qwen3(answer: str) -> str:
     return answer.lstrip("\n")
 
@@ -48,7 +53,7 @@ UNTAGGED = {
     "trl/deepseekv3": (as_is, "<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
     "trl/gemma": (trimmed, "<end_of_turn>", "<end_of_turn>"),
     "trl/gemma3": (trimmed, "<end_of_turn>", "<end_of_turn>"),
-    "trl/gptoss": (as_is, "<|end|>", "<|return|>"),
+    "trl/gptoss": (final, "<|end|>", "<|return|>"),
     "trl/llama3": (trimmed, "<|eot_id|>", "<|eot_id|>"),
     "trl/llama3_1": (trimmed, "<|eot_id|>", "<|eot_id|>"),
     "trl/llama3_2": (trimmed, "<|eot_id|>", "<|eot_id|>"),

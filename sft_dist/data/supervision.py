@@ -3,9 +3,10 @@
 A *turn* is what one message wrote: from its first to its last character in the text, with the literals between (the
 `</think>` between reasoning and answer, the JSON around a function's name), then the stop text behind it. Rules:
 
-- An assistant turn is supervised from the first character of its content. Literals before it (role header, an empty
-  think block) belong to the prompt. When the turn opens with reasoning or a function call, what the model must write to
-  open it (`<think>`, `<tool_call>{"name": "`) is supervised too; the caller finds where the header ends.
+- An assistant turn is supervised from the first character of its content, and so is what the model must write to open
+  it: a channel's header (`openings`) before content, `<think>` before reasoning, `<tool_call>{"name": "` before a
+  function call. The rest before it (role header, an empty think block) belongs to the prompt; the caller tells them
+  apart.
 - The stop text is supervised whole: everything up to and including the first stop or special token behind the turn.
   A newline after it is not.
 - A template with `{% generation %}` tags states all of this itself, and is followed to the character, after a check
@@ -93,10 +94,12 @@ def supervise(
     loss_on: str,
     prompt_loss_weight: float,
     header_end: Callable[[Turn], int],
+    opening_start: Callable[[Turn], int],
 ) -> list[Span]:
     """Spans of the rendered text that are targets; where spans overlap the larger weight counts.
 
-    `header_end(turn)` tells where the role header before a turn ends that opens with reasoning or a function call.
+    `header_end(turn)` tells where the role header before a turn ends that opens with reasoning or a function call,
+    `opening_start(turn)` where it ends before a turn that opens with content.
     Raises BadRecord when the template dropped a message or lost the origin of a supervised one.
     """
     messages = conversation.messages
@@ -114,7 +117,10 @@ def supervise(
         if weight > 0 and i in tagged:
             spans += [Span(*piece, weight, i) for piece in _as_tagged(rendered, turns[i], tagged[i], stops)]
         elif weight > 0:
-            spans.append(Span(*_as_said(rendered, messages[i].content, turns[i], stops, header_end), weight, i))
+            start, end = _as_said(rendered, messages[i].content, turns[i], stops, header_end)
+            opening = opening_start(turns[i]) if turns[i].opens_with == CONTENT else start
+            spans += [Span(opening, start, weight)] * (opening < start)  # learned, but not a part of what is answered
+            spans.append(Span(start, end, weight, i))
     return spans
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from sft_dist.data.bos import begin_with_bos, begins_with, bos_of_texts
 from sft_dist.data.builtin_templates import BUILTIN
 from sft_dist.data.encoder import Encoded, encoder_of
+from sft_dist.data.openings import generation_prompt, opening
 from sft_dist.data.rendering import Rendered, render, render_opaque
 from sft_dist.data.skeleton import CHECKED, FEW, NoSkeleton, Shape, Skeleton, learn, shape_of
 from sft_dist.data.supervision import Span, Stops, Turn, find_turns, header_start, literal_after, supervise
@@ -255,6 +256,15 @@ class BoundTemplate:
         texts = [rendered.text[slice(*stop)] for stop in found if stop]
         return list(dict.fromkeys(texts))
 
+    @cached_property
+    def prompt(self) -> str:
+        """What the template writes to make a model speak. Of a template that refuses a question alone: nothing."""
+        question = Conversation((Message("user", "one"),))
+        try:
+            return generation_prompt(self._render(question).text, self._render(question, prompt=True).text)
+        except BadRecord:
+            return ""
+
     def _render(self, conversation: Conversation, prompt: bool = False) -> Rendered:
         return self.template._render(conversation, self.special_tokens, prompt)
 
@@ -322,6 +332,7 @@ class BoundTemplate:
             loss_on=loss_on,
             prompt_loss_weight=prompt_loss_weight,
             header_end=header_end or (lambda turn: self._header_end(conversation, rendered, turn)),
+            opening_start=lambda turn: self._opening_start(rendered, turn),
         )
         return rendered.text, found
 
@@ -331,16 +342,25 @@ class BoundTemplate:
             return False
         return self.stops.find(rendered.text, last.end, len(rendered.text)) is None
 
+    def _opening_start(self, rendered: Rendered, turn: Turn) -> int:
+        """Where the model begins to write, at or before the content that `turn` opens with."""
+        if not self.prompt or rendered.text.endswith(self.prompt, 0, turn.start):
+            return turn.start
+        header = rendered.text[header_start(rendered, turn.message, turn.start) : turn.start]
+        return turn.start - len(opening(header, self.prompt))
+
     def _header_end(self, conversation: Conversation, rendered: Rendered, turn: Turn) -> int:
         """Where the role header ends in front of a turn that opens with reasoning or a function call.
 
-        The header is what the template writes when it asks a model to speak, or puts before a plain answer (there with
-        an empty think block, as the case may be): the longer one that stands here. The rest is the model's to write.
+        The header is what the template writes when it asks a model to speak, or puts before a plain answer without the
+        opening (there with an empty think block, as the case may be): the longer one that stands here. The rest is the
+        model's to write.
         """
         earlier = conversation.messages[: turn.message]
         start = header_start(rendered, turn.message, turn.start)
         asked = self._header(Conversation(earlier, conversation.tools), prompt=True)
         answered = self._header(Conversation((*earlier, Message("assistant", ".")), conversation.tools))
+        answered = answered.removesuffix(opening(answered, self.prompt))
         here = rendered.text[start : turn.start]
         fitting = [len(header) for header in (asked, answered) if header and here.startswith(header)]
         if not fitting:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from template_cases import byte_tokenizer
 
+from sft_dist.data.openings import generation_prompt, opening
 from sft_dist.data.supervision import Stops, message_weights
 from sft_dist.data.templates import ChatTemplate, resolve_template, spans
 from sft_dist.errors import BadRecord, ConfigError
@@ -62,9 +63,14 @@ def test_calls_of_llama(templates: Any) -> None:
 
 
 def test_calls_and_channels_of_gptoss(templates: Any) -> None:
-    """Its tool turn repeats the function's name in a header of its own, which nobody is to learn."""
+    """A model is asked with `<|start|>assistant`: the channel is its own to name. The tool's turn repeats the
+    function's name in a header of its own, which nobody is to learn."""
+    final = "<|channel|>final<|message|>No.<|return|>"
     call = ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Köln", "n": 3}<|call|>'
-    assert said(templates("gptoss"), QUESTION, calling(), RESULT, ANSWER, tools=TOOLS) == [call, "No.<|return|>"]
+    assert said(templates("gptoss"), QUESTION, calling(), RESULT, ANSWER, tools=TOOLS) == [call, final]
+    wondering = said(templates("gptoss"), QUESTION, calling("Hm."), tools=TOOLS)
+    assert wondering == [f"<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant{call}"]
+    assert said(templates("gptoss"), QUESTION, ANSWER, QUESTION, ANSWER) == [final.replace("return", "end"), final]
     thinking = Message("assistant", "No.", extra={"thinking": "Sun.", "reasoning_content": "Sun."})
     assert said(templates("gptoss"), QUESTION, thinking) == [
         "<|channel|>analysis<|message|>Sun.<|end|><|start|>assistant<|channel|>final<|message|>No.<|return|>"
@@ -96,6 +102,26 @@ def test_reasoning_that_the_template_drops_is_not_learned(templates: Any) -> Non
 
 def test_an_empty_think_block_is_never_supervised_without_tags(templates: Any) -> None:
     assert said(templates("qwen3"), QUESTION, ANSWER) == ["No.<|im_end|>"]
+
+
+def test_an_opening_is_learned_but_is_not_a_part_of_the_answer(templates: Any) -> None:
+    """So questions end, and answers are compared, where the words begin."""
+    example = templates("gptoss").tokenize(Conversation((QUESTION, ANSWER)), BYTES, loss_on="assistant")
+    assert [BYTES.decode(example.input_ids[slice(*edges)]) for edges in example.answers] == ["No.<|return|>"]
+
+
+def test_openings() -> None:
+    assert generation_prompt("<q></s>", "<q><a>") == "a>", "only where it ends matters"
+    assert generation_prompt("<q>", "<q>") == "" and opening("<q><a>: ", "") == ""
+    assert opening("<q><a>: ", "<a>") == ": " and opening("<q><a>", "<a>") == opening("<q><b> ", "<a>") == ""
+    for block in ("<think>\n\n</think>\n\n", "</think>", "[THINK][/THINK]", "<|channel>thought\n<channel|>"):
+        assert opening(f"<q><a>{block}", "<a>") == ""
+
+
+@pytest.mark.parametrize("asks", ["{% if add_generation_prompt %}<|im_start|>assistant{% endif %}", ""])
+def test_a_template_without_a_generation_prompt_has_no_opening(asks: str) -> None:
+    template = of(LOOP + "{{ m.content }}<|im_end|>{% endfor %}" + asks)
+    assert said(template, QUESTION, ANSWER) == ["\nNo.<|im_end|>" if asks else "No.<|im_end|>"]
 
 
 LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
