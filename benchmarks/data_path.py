@@ -1,12 +1,16 @@
-"""From a file of chats to packed batches with loss masks, beside TRL; and how long a training loop waits for data.
+"""From a file of chats to packed batches with loss masks, beside TRL and Axolotl; and how long a loop waits for data.
 
-    python benchmarks/data_path.py [--rows 200000] [--repeats 1] [--out benchmarks/results/data_path.md]
+    pip install --no-deps --target PEERS axolotl==0.19.0 trl==1.9.0 addict colorama posthog  # TRL 1.16: the bench extra
+    python benchmarks/data_path.py [--rows 200000] [--repeats 1] [--peers PEERS] [--out benchmarks/results/data_path.md]
 
 Same file, same tokenizer (GPT-2's), same chat template (TRL's `qwen2_5_training`, whose generation tags TRL needs for
 its mask), sequences of 2048, packing on both sides, loss on the assistant's tokens only; nothing is cached. The clock
 runs from the file to the last batch of one epoch. TRL prepares the way its SFTTrainer does, with one and with two
-processes; so do we. Sides take turns, each run a process of its own. The numbers of tokens and of supervised tokens are
-compared: a faster reader that drops something would show.
+processes; so do we. Axolotl does what `axolotl preprocess` does (its chat_template strategy), then packs and collates
+as its trainer does; it needs an older TRL than the one measured here and has its own in PEERS, before this machine's
+packages. Sides take turns, each run a process of its own. The numbers of supervised tokens are compared: a faster
+reader that drops something would show. Axolotl finds the answer and its stop token by itself; the template's tags also
+hold the line end before and behind, two tokens a chat.
 
 The stall is measured in a run of its own: the share of a step that the loop spends waiting for the next batch while a
 step computes for 50 ms.
@@ -37,6 +41,7 @@ SHARED = ROOT.parent / "shared" / "data"
 RESULT = Path(__file__).parent / "results" / "data_path.md"
 TEMPLATE = SHARED / "chat_templates" / "trl" / "qwen2_5_training.jinja"
 SEQ_LEN, STEP_SECONDS, STEPS, ROWS_OF_STALL = 2048, 0.05, 100, 20_000
+LINE_ENDS = 2  # tokens of each chat inside the template's generation tags and outside of Axolotl's mask
 VERSIONS = ("trl", "transformers", "tokenizers", "tiktoken", "datasets", "torch")
 
 
@@ -45,6 +50,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--peers", type=Path, help="folder that Axolotl was installed into with pip --target")
     parser.add_argument("--part", choices=sorted(PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -57,12 +63,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="sft-data-") as folder:
         file = Path(folder) / "chats.jsonl"
         write_chats(file, options.rows)
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in PARTS}
+        sides = [name for name in SIDES if options.peers or name not in IN_PEERS]
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (*sides, "stall")}
         for _ in range(options.repeats):
-            for name in SIDES:
-                runs[name].append(run(name, file))
+            for name in sides:
+                runs[name].append(run(name, file, options.peers))
         write_chats(file, min(options.rows, ROWS_OF_STALL))
-        runs["stall"].append(run("stall", file))
+        runs["stall"].append(run("stall", file, None))
     text = report(runs, options)
     print(text)
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -96,11 +103,14 @@ def write_chats(file: Path, rows: int) -> None:
             out.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
 
 
-def run(name: str, file: Path) -> dict[str, Any]:
+def run(name: str, file: Path, peers: Path | None) -> dict[str, Any]:
     """One side in a process of its own."""
     command = [sys.executable, __file__, "--part", name, "--file", str(file)]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
     env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"  # this checkout, in its worker processes too
+    if name in IN_PEERS:
+        quiet = {"AXOLOTL_DO_NOT_TRACK": "1", "AXOLOTL_IS_PREPROCESS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+        env |= quiet | {"PYTHONPATH": os.pathsep.join(map(str, (peers and peers.resolve(), env["PYTHONPATH"])))}
     done = subprocess.run(command, env=env, text=True, capture_output=True)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
@@ -204,6 +214,48 @@ def trl(file: Path, num_processes: int) -> dict[str, Any]:
         return {**clock.read(), "tokens": tokens, "supervised": supervised}
 
 
+def axolotl(file: Path, num_processes: int) -> dict[str, Any]:
+    """`axolotl preprocess`, its multipack sampler and its collator; a micro-batch of 4 sequences is one row to it."""
+    import datasets
+    from axolotl.monkeypatch.data.batch_dataset_fetcher import apply_multipack_dataloader_patch
+    from axolotl.prompt_strategies import chat_template  # noqa: F401
+    from axolotl.utils.collators import BatchSamplerDataCollatorForSeq2Seq
+    from axolotl.utils.data.sft import prepare_datasets
+    from axolotl.utils.dict import DictDefault
+    from axolotl.utils.samplers.multipack import MultipackBatchSampler
+    from axolotl.utils.samplers.utils import get_dataset_lengths
+    from torch.utils.data import DataLoader, RandomSampler
+
+    datasets.disable_progress_bars()
+    apply_multipack_dataloader_patch()
+    words = tokenizer()
+    source = {
+        "path": str(file), "ds_type": "json", "split": "train", "type": "chat_template", "field_messages": "messages",
+        "roles_to_train": ["assistant"], "train_on_eos": "turn",
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="sft-data-") as folder:
+        datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
+        settings = DictDefault(
+            sequence_len=SEQ_LEN, sample_packing=True, pad_to_sequence_len=True, micro_batch_size=4, batch_size=4,
+            gradient_accumulation_steps=1, num_epochs=1, val_set_size=0.0, seed=0, chat_template="tokenizer_default",
+            dataset_prepared_path=f"{folder}/prepared", dataset_num_proc=num_processes, train_on_inputs=False,
+            excess_length_strategy="drop", datasets=[source],
+        )  # fmt: skip
+        clock = Clock()
+        rows, _, _, _ = prepare_datasets(settings, words)
+        width = 4 * SEQ_LEN
+        sampler = MultipackBatchSampler(
+            RandomSampler(rows), lengths=get_dataset_lengths(rows), batch_max_len=width, batch_size=1,
+            group_size=100_000, bin_size=200, drop_last=False, num_processes=num_processes, mp_start_method="fork",
+        )  # fmt: skip
+        collate = BatchSamplerDataCollatorForSeq2Seq(words, padding=True, pad_to_multiple_of=width)
+        tokens = supervised = 0
+        for batch in DataLoader(rows.remove_columns(["length"]), batch_sampler=sampler, collate_fn=collate):
+            tokens += batch["labels"].numel()
+            supervised += int(((batch["labels"] != -100) & (batch["position_ids"] != 0)).sum())
+        return {**clock.read(), "tokens": tokens, "supervised": supervised}
+
+
 def stall(file: Path) -> dict[str, Any]:
     """Waiting for the next batch as a share of the step, while a step computes for a fixed time."""
     import torch
@@ -233,28 +285,41 @@ SIDES = {  # part -> what it is, and the part of ours that works with as many pr
     "ours_2": ("sft_dist, two workers", "ours_2"),
     "trl_1": ("TRL, dataset_num_proc=1", "ours_1"),
     "trl_2": ("TRL, dataset_num_proc=2", "ours_2"),
+    "axolotl_1": ("Axolotl, dataset_num_proc=1", "ours_1"),
+    "axolotl_2": ("Axolotl, dataset_num_proc=2", "ours_2"),
 }
+IN_PEERS = ("axolotl_1", "axolotl_2")
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "ours_1": lambda file: ours(file, 0),
     "ours_2": lambda file: ours(file, 2),
     "trl_1": lambda file: trl(file, 1),
     "trl_2": lambda file: trl(file, 2),
+    "axolotl_1": lambda file: axolotl(file, 1),
+    "axolotl_2": lambda file: axolotl(file, 2),
     "stall": stall,
 }
 
 
 def report(runs: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> str:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in VERSIONS)
-    rates = {name: [r["supervised"] / r["seconds"] for r in runs[name]] for name in SIDES}
-    tokens = {name: runs[name][0]["supervised"] for name in SIDES}
-    assert len(set(tokens.values())) == 1, f"the sides do not supervise the same tokens: {tokens}"
+    if options.peers:
+        found = {one.name: one.version for one in importlib.metadata.distributions(path=[str(options.peers)])}
+        versions += f", axolotl {found['axolotl']} with trl {found['trl']}"
+    note = (
+        "\nAxolotl's mask leaves out two line ends of each chat that the template's tags hold." if options.peers else ""
+    )
+    sides = [name for name in SIDES if name in runs]
+    rates = {name: [r["supervised"] / r["seconds"] for r in runs[name]] for name in sides}
+    tokens = {name: runs[name][0]["supervised"] for name in sides}
+    same_mask = {tokens[name] + (LINE_ENDS * options.rows if name in IN_PEERS else 0) for name in sides}
+    assert len(same_mask) == 1, f"the sides do not supervise the same tokens: {tokens}"
     seconds, cpu = (
-        {name: statistics.median(r[what] for r in runs[name]) for name in SIDES} for what in ("seconds", "cpu")
+        {name: statistics.median(r[what] for r in runs[name]) for name in sides} for what in ("seconds", "cpu")
     )
     table = "\n".join(
         f"| {label} | {seconds[name]:.1f} | {statistics.median(rates[name]):,.0f} | {max(rates[name]):,.0f} | "
         f"{tokens[name]:,} | {seconds[name] / seconds[same]:.2f} x | {cpu[name]:.1f} | {cpu[name] / cpu[same]:.2f} x |"
-        for name, (label, same) in SIDES.items()
+        for name, (label, same) in ((name, SIDES[name]) for name in sides)
     )
     return f"""# From a file of chats to packed batches
 
@@ -262,7 +327,7 @@ def report(runs: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -
 {platform.machine()}, {versions}.
 {options.rows:,} two-message chats, GPT-2 tokenizer, `qwen2_5_training` template, sequences of {SEQ_LEN},
 best-fit packing, loss on the assistant's tokens, {options.repeats} interleaved runs, nothing cached. Ratios: a side's
-seconds over ours with as many processes; CPU seconds are those of all processes.
+seconds over ours with as many processes; CPU seconds are those of all processes.{note}
 
 | | seconds (median) | supervised tokens/s (median) | best | supervised tokens | over ours | CPU seconds | over ours |
 |---|---|---|---|---|---|---|---|

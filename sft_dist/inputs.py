@@ -39,7 +39,13 @@ def read_inputs(recipe: Recipe, notice: Callable[[str], None]) -> Inputs:
         heart().stay("prepare")
         lines(done, total)
 
-    data = prepare(recipe, tokenizer, notice=notice, progress=progress, reads_streams=is_first_here)
+    def streaming(records: int) -> None:
+        heart().stay("prepare")
+        lines.stream(records)
+
+    data = prepare(
+        recipe, tokenizer, notice=notice, progress=progress, streaming=streaming, reads_streams=is_first_here
+    )
     return Inputs(recipe, tokenizer, data)
 
 

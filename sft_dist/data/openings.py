@@ -12,15 +12,16 @@ wants no thoughts has it in the prompt (Qwen 3: `enable_thinking=False`).
 
 from __future__ import annotations
 
-import os.path
 import re
+from itertools import takewhile
 
 _THINKING = re.compile("think|thought|reason", re.IGNORECASE)
 
 
 def generation_prompt(plain: str, asked: str) -> str:
     """What `add_generation_prompt` changes about the end of a conversation, "" for a template that knows no prompt."""
-    return asked[len(os.path.commonprefix([plain, asked])) :]
+    shared = takewhile(lambda letters: letters[0] == letters[1], zip(plain, asked, strict=False))
+    return asked[sum(1 for _ in shared) :]
 
 
 def opening(header: str, prompt: str) -> str:

@@ -57,6 +57,7 @@ BYTES_PER_WORKER = 16 << 20  # of source files: less is tokenised before another
 
 Notice = Callable[[str], None]
 Progress = Callable[[int, int], None]  # bytes of source files read so far, bytes in all
+Streaming = Callable[[int], None]  # records of streamed sources read so far, while they are waited for
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,7 @@ def prepare(
     *,
     notice: Notice,
     progress: Progress = lambda done, total: None,
+    streaming: Streaming = lambda records: None,
     reads_streams: bool = True,
 ) -> PreparedData:
     """Tokenise the recipe's sources into stores, or find them in the cache. Of streamed sources the first window.
@@ -116,7 +118,7 @@ def prepare(
             )
     if recipe.data.streams:
         rules = rules_of(recipe, tokenizer, template)
-        stream = open_stream(recipe, rules, rules_digest(recipe, tokenizer, template.text), progress, reads_streams)
+        stream = open_stream(recipe, rules, rules_digest(recipe, tokenizer, template.text), streaming, reads_streams)
         prepared = replace(prepared, stream=stream)
     told = [*pin_notices(sources), *bos_notices(template.text, tokenizer), *template.stop_notices(tokenizer)]
     for line in [*prepared.report_now().lines(), *told]:

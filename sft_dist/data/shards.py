@@ -47,7 +47,9 @@ class Chunk:
     """Neighbouring records of one file and format, and the bad ones among them that could not be read at all.
 
     A chunk without records carries bad ones alone: so many that they could not wait for the end of the chunk they stand
-    in, which follows with the `num_held` good records that were read before.
+    in, which follows with the `num_held` good records that were read before. They are listed at once, so beyond
+    `MOST_REJECTS` unreadable records in one chunk, a readable one that is refused later stands behind unreadable ones
+    of later lines. All others are listed in the order of the file.
     """
 
     source: SourceSection
@@ -117,9 +119,9 @@ def _said(value: dict[str, Any]) -> bytes:
 
 
 def bad_records(chunk: Chunk, shard: Shard) -> list[BadRecord]:
-    """Everything that is wrong in `chunk`, in the order of the file: found while reading, and behind it."""
+    """Everything that is wrong in `chunk`, in the order of its files: found while reading, and behind it."""
     behind = (chunk.records[event.record].bad(event.reason) for event in shard.events if event.kind == "rejected")
-    return sorted([*chunk.bad, *behind], key=lambda one: (one.line, one.byte))
+    return sorted([*chunk.bad, *behind], key=lambda one: (one.file, one.line, one.byte))
 
 
 def placed(chunk: Chunk, shard: Shard, files: dict[str, int]) -> pa.Table:

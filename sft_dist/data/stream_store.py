@@ -3,7 +3,7 @@
     FOLDER/segment-000000/corpus/    some 16,000 tokenised rows, as in a token store
     FOLDER/segment-000000/state.json where reading stood behind it, counts so far, a digest of all tokens up to here
     FOLDER/end.json                  the sources are used up: how many segments there are
-    FOLDER/progress                  a number that grows while somebody works on the next segment
+    FOLDER/progress                  who works on the next segment, chunks and records that he has read
 
 One process on each machine has the writer (`stream_writer`), which stays a few segments ahead of what was asked for;
 all ranks map the same segments. Who asks for an example that is not there yet waits. Segments are kept: what was
@@ -34,6 +34,9 @@ STATE_FILE, END_FILE, PROGRESS_FILE = "state.json", "end.json", "progress"
 _SEGMENTS_MAPPED = 16  # at a time
 _LOOK_SECONDS = 0.02
 _SEGMENTS_AHEAD = 2
+
+
+Alive = Callable[[int], None]
 
 
 class Writer(Protocol):
@@ -85,11 +88,11 @@ class StreamStore:
 
     `len`, iteration, `num_tokens` and `supervised_share` are those of the first window, which is all that is sure to be
     there. `writer` None: another process of this machine has it. `alive` is called on the main thread while it waits
-    and the writer gets on.
+    and the writer gets on, with the records that were read since reading began; 0 where another process tells.
     """
 
     def __init__(
-        self, folder: Path, sources: Sequence[str], writer: Writer | None, alive: Callable[[], None] = lambda: None
+        self, folder: Path, sources: Sequence[str], writer: Writer | None, alive: Alive = lambda records: None
     ) -> None:
         self.folder, self.sources, self.fingerprint = folder, list(sources), folder.name
         self._writer, self._alive = writer, alive
@@ -207,7 +210,7 @@ class StreamStore:
             time.sleep(_LOOK_SECONDS)
             before, progress = progress, self._progress()
             if before != progress and threading.current_thread() is threading.main_thread():
-                self._alive()
+                self._alive(_records_of(progress) if self._writer is not None else 0)
 
     def _progress(self) -> bytes:
         try:
@@ -259,6 +262,12 @@ class Lengths:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self._store.numbers(0, len(self._store)).lengths, dtype)
+
+
+def _records_of(progress: bytes) -> int:
+    """The last number of a progress file; 0 of one that is just written."""
+    numbers = progress.split()
+    return int(numbers[2]) if len(numbers) == 3 else 0
 
 
 def _damaged(path: Path, error: Exception) -> DataError:

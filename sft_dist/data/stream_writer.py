@@ -206,7 +206,7 @@ class Segments:
     def __init__(self, job: StreamJob, workers: Workers) -> None:
         self._job, self._workers = job, workers
         self._next: int | None = None  # the segment that `_shards` goes on with
-        self._progress = 0
+        self._num_chunks = self._num_records = 0
 
     def make(self) -> int:
         """Make the segment behind those that are there; how many there are then, 0 when the sources are used up."""
@@ -302,8 +302,10 @@ class Segments:
             self._report.count(event, chunk.records[event.record], counts, dropped)
         counts.add(chunk, shard)
         del counts.files[_MAX_FILES:]
-        self._progress += 1
-        (self._job.folder / PROGRESS_FILE).write_text(f"{os.getpid()} {self._progress}")
+        self._num_chunks += 1
+        self._num_records += len(chunk.records) + len(chunk.bad)
+        progress = f"{os.getpid()} {self._num_chunks} {self._num_records}"
+        (self._job.folder / PROGRESS_FILE).write_text(progress)
 
     def _count_duplicates(self, corpus: Corpus, runs: list[list[int]]) -> None:
         """`runs`: (source, rows) one after another."""

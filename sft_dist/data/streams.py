@@ -25,16 +25,17 @@ _CORES_PER_WORKER = 4  # ranks and the writer itself compute too
 
 
 def open_stream(
-    recipe: Recipe, rules: Rules, rules_digest: str, progress: Callable[[int, int], None], reads: bool
+    recipe: Recipe, rules: Rules, rules_digest: str, alive: Callable[[int], None], reads: bool
 ) -> StreamStore:
     """Map what was read of the recipe's streamed sources, once the first window is there.
 
-    `progress` is called with zeros while that is waited for, here and later. `reads`: this process has the writer.
+    `alive` is called with the records read while that is waited for, here and later. `reads`: this process has the
+    writer.
     Raises what reading raises.
     """
     job = stream_job(recipe, rules, rules_digest)
     writer = StreamWriter(job) if reads else None
-    return StreamStore(job.folder, [source.path for source in job.sources], writer, lambda: progress(0, 0))
+    return StreamStore(job.folder, [source.path for source in job.sources], writer, alive)
 
 
 def stream_job(recipe: Recipe, rules: Rules, rules_digest: str) -> StreamJob:

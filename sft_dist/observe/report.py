@@ -163,8 +163,8 @@ def mix(lines: Sequence[Line]) -> list[dict[str, Any]]:
             "share": count / tokens.total(),
             "learned": learned.get(source),
             "learned_share": learned[source] / learned.total() if learned else None,
-            "first": losses[0].get(source, math.nan),
-            "last": losses[-1].get(source, math.nan),
+            "first": losses[0].get(source),
+            "last": losses[-1].get(source),
         }
         for source, count in tokens.most_common()
     ]

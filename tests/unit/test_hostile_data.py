@@ -144,7 +144,8 @@ def test_a_preparation_lists_every_reject_at_its_line_and_byte(
     data = prepare(recipe, byte_tokenizer(), notice=said)
     listed = [json.loads(line) for line in (data.folder / REJECTS_FILE).read_text().splitlines()]
     assert {one["file"] for one in listed} == {source["path"]}
-    assert sorted((one["line"], one["byte"]) for one in listed) == list(bad)
+    places = [(one["line"], one["byte"]) for one in listed]
+    assert (sorted(places) if len(bad) > most_held else places) == list(bad), "as long as all are held, in order"
     assert all(one["reason"] for one in listed)
     counts = data.report.sources[0]
     assert (counts.records, counts.rejected, counts.accepted) == (3000, len(bad), len(fine))

@@ -37,6 +37,18 @@ def test_a_small_file_and_what_is_not_known() -> None:
     ]
 
 
+def test_a_stream_has_a_count_and_a_rate_since_the_line_before() -> None:
+    seconds, told = iter([0, 5, 10, 12, 20, 120, 121]), list[str]()
+    lines = ProgressLines(told.append, lambda: float(next(seconds)))
+    for read in (1000, 2000, 2500, 5000, 0, 105_000):
+        lines.stream(read)
+    assert told == [
+        "reading the stream: 2,000 records, 200 records/s",
+        "reading the stream: 5,000 records, 300 records/s",
+        "reading the stream: 105,000 records, 990 records/s",
+    ]
+
+
 def test_training_says_how_far_its_preparation_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

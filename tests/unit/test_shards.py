@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from preparing import byte_tokenizer, decoded, make_recipe, records, said, write_lines
 
 from sft_dist.config.schema import SourceSection
+from sft_dist.data import cache
 from sft_dist.data import shards as shards_module
 from sft_dist.data.prepare import PreparedData, prepare
 from sft_dist.data.selection import temperate
@@ -107,6 +109,21 @@ def test_what_decides_the_tokens_tokenises_all(tmp_path, tokenizer, tokenised):
     assert sum(tokenised) == 50
 
 
+def test_one_byte_of_the_code_tokenises_all(tmp_path, tokenizer, tokenised, monkeypatch):
+    """Another version of the code finds neither the entry nor a shard, and the first one still finds both."""
+    source = write_lines(tmp_path / "a.jsonl", records(50))
+    digest = cache.code_digest.__wrapped__
+    code = shutil.copytree(Path(cache.__file__).parent, tmp_path / "code", ignore=shutil.ignore_patterns("*.pyc"))
+    first = prepare(make_recipe(tmp_path, source), tokenizer, notice=said)
+    (code / "trees.py").write_bytes((code / "trees.py").read_bytes() + b"\n")
+    for folder, num_tokenised in ((code, 50), (Path(cache.__file__).parent, 0)):
+        monkeypatch.setattr(cache, "__file__", str(folder / "cache.py"))
+        monkeypatch.setattr(cache, "code_digest", digest)
+        tokenised.clear()
+        again = prepare(make_recipe(tmp_path, source), tokenizer, notice=said)
+        assert sum(tokenised) == num_tokenised and (again.folder == first.folder) == (not num_tokenised)
+
+
 def test_an_interrupted_preparation_goes_on_where_it_stopped(tmp_path, tokenizer, tokenised, monkeypatch):
     source = write_lines(tmp_path / "a.jsonl", records(6000))
     original, made = shards_module.ShardCache._write, []
@@ -171,6 +188,17 @@ def test_every_reject_is_in_the_file_and_the_first_in_the_report(tmp_path, token
     assert [bad["line"] for bad in listed] == list(range(11, 311))
     assert data.report.rejects == listed[:100]
     assert (data.report.sources[0].rejected, data.report.sources[0].records) == (300, 310)
+
+
+def test_rejects_of_several_files_are_listed_file_by_file(tmp_path, tokenizer):
+    """Also where the first records of the next file are bad: they are read before the chunk of this one ends."""
+    good, bad = json.dumps(records(1)[0]) + "\n", "not json\n"
+    for name, text in (("a", good + bad), ("b", bad), ("c", bad + good + good + bad)):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    skipping = {"on_bad_record": "skip", "max_bad_fraction": 1.0, "eval_fraction": 0.0}
+    data = prepare(make_recipe(tmp_path, tmp_path / "*.jsonl", **skipping), tokenizer, notice=said)
+    listed = [json.loads(line) for line in (data.folder / "rejects.jsonl").read_text().splitlines()]
+    assert [(Path(one["file"]).stem, one["line"]) for one in listed] == [("a", 2), ("b", 1), ("c", 1), ("c", 4)]
 
 
 @given(st.lists(st.integers(0, 99), max_size=40))
