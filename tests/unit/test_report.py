@@ -313,6 +313,9 @@ def test_the_mix_tells_tokens_and_learned_tokens_of_each_source() -> None:
     found = [[part[key] for key in ("source", "tokens", "learned", "learned_share")] for part in report.mix(steps)]
     assert found == [["a", 500, 90, 0.5], ["b", 200, 90, 0.5]]
     assert [(part["learned"], part["learned_share"]) for part in report.mix([before])] == [(None, None)]
+    measured = [{"kind": "eval", "by_source": {"a": loss}} for loss in (3.0, 2.0)]
+    losses = [(report.number(part["first"]), report.number(part["last"])) for part in report.mix([*steps, *measured])]
+    assert losses == [("3", "2"), ("–", "–")], "nothing of b was held out"
 
 
 def test_a_mixed_run_shows_what_was_learned_of_each_source(run_dir: Path) -> None:
