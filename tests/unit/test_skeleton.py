@@ -174,7 +174,7 @@ def test_records_come_from_the_skeleton_after_a_few_and_are_compared_again_and_a
     template = ChatTemplate("x", HEAD + "{{ m.content }}" + TAIL).bind(BYTES)
     rendered: list[int] = []
     whole = template._render
-    monkeypatch.setattr(template, "_render", lambda *given: rendered.append(number) or whole(*given))
+    monkeypatch.setattr(template, "_render", lambda *given, **named: rendered.append(number) or whole(*given, **named))
     for number in range(30):
         talk = Conversation((Message("user", f"q{number}"), Message("assistant", f"a{number}")))
         text, spans = template.supervised_text(talk, "assistant", 0.0)
