@@ -7,6 +7,7 @@ import json
 import os
 import resource
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from sft_dist.data.prepare import prepare, rules_of
 from sft_dist.data.sources import stream_versions
 from sft_dist.data.store import CORPUS, Corpus
 from sft_dist.data.stream_plan import StreamPlan
-from sft_dist.data.stream_store import StreamStore, read_end, read_state, segment_folder
+from sft_dist.data.stream_store import END_FILE, PROGRESS_FILE, StreamStore, read_end, read_state, segment_folder
 from sft_dist.data.stream_writer import Place, Reading, Segments, StreamJob, StreamWriter, tokenised
 from sft_dist.data.streams import stream_job
 from sft_dist.data.templates import resolve_template
@@ -151,16 +152,36 @@ def test_sources_take_turns_by_weight(tmp_path: Path, sources: list[dict[str, An
 def test_a_writer_process_stays_ahead_and_the_store_waits_for_it(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "x.jsonl", records(6000))
     job = job_of(stream_recipe(tmp_path, file), segment_examples=500)
-    writer, told, others = StreamWriter(job), list[int](), list[int]()
+    writer, told = StreamWriter(job), list[int]()
     store = StreamStore(job.folder, ["x"], writer, told.append)
-    reader = StreamStore(job.folder, ["x"], None, others.append)  # another rank, which says nothing
+    reader = StreamStore(job.folder, ["x"], None)  # another rank
     assert len(reader.numbers(0, 10_000).lengths) == len(store.numbers(0, 10_000).lengths) == 6000
-    assert 0 < max(told) <= 6000 and not any(others)
+    assert 0 < max(told) <= 6000
     with pytest.raises(IndexError):
         store.token_ids(6000)
     state = read_state(job.folder, (read_end(job.folder) or 0) - 1)
     assert state is not None and state["total"] == 6000
     store.close()
+
+
+@pytest.mark.parametrize(("writes", "said"), [(True, [100, 200]), (False, [0, 0])])
+def test_who_waits_is_alive_and_who_has_the_writer_tells_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: bool, said: list[int]
+) -> None:
+    job, told = job_of(stream_recipe(tmp_path, write_lines(tmp_path / "x.jsonl", records(900)))), list[int]()
+    make(job, 1)
+    store, looks = StreamStore(job.folder, ["x"], StreamWriter(job) if writes else None, told.append), count(1)
+    (job.folder / END_FILE).unlink()
+
+    def look(seconds: float) -> None:
+        number = next(looks)
+        (job.folder / PROGRESS_FILE).write_text(f"1 {number} {100 * number}")
+        if number == 2:
+            segment_folder(job.folder, 9).mkdir()
+
+    monkeypatch.setattr("sft_dist.data.stream_store.time.sleep", look)
+    store._wait(9)
+    assert told == said
 
 
 def test_reading_stops_where_nobody_asks_for_more(tmp_path: Path) -> None:
