@@ -22,10 +22,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
@@ -34,6 +33,9 @@ from transformers.utils import logging as transformers_logging
 from sft_dist.checkpoint.weights import Written, weights_fault
 from sft_dist.errors import CertificateError
 from sft_dist.models.base import RECORD
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 PROBE_TOKENS = 32
 GREETING = [{"role": "user", "content": "Name 3 things."}, {"role": "assistant", "content": "One, two, three."}]
@@ -122,6 +124,8 @@ def certify_adapter(
     if base.num_bytes > 0.8 * free:
         reason = f"peft was not asked: its base needs {base.num_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
         return Certificate(len(written), "/".join(sorted(dtypes)), reason, None, probe.limit, base.quantised)
+    from peft import PeftModel
+
     with _quietly():
         model = PeftModel.from_pretrained(base.load(), folder)
         strangers = _unknown_names(model, folder)

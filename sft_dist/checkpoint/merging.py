@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sft_dist.checkpoint.weights import Weight
@@ -33,6 +32,8 @@ def refuse_to_merge(tuning: TuningSection, run_dir: str | Path) -> None:
 
 def merged_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Weight]:
     """The base's weights with the adapter folded in, in `dtype`: each matrix is merged in fp32 when it is read."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     lm = causal_lm(model)
     layers = {name: layer for name, layer in lm.named_modules() if isinstance(layer, BaseTunerLayer)}
     weights = {}

@@ -76,8 +76,8 @@ def read_fingerprint(run_dir: str | Path) -> dict[str, Any] | None:
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as dotted keys; lists by index."""
-    if isinstance(tree, Mapping) and tree:
+    """Nested dicts as dotted keys; lists by index."""
+    if isinstance(tree, dict) and tree:
         items = tree.items()
     elif isinstance(tree, list) and tree:
         items = ((str(index), value) for index, value in enumerate(tree))  # type: ignore[assignment]

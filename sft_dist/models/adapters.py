@@ -11,15 +11,18 @@ import hashlib
 import math
 from collections.abc import Callable
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sft_dist.config.schema import TuningSection
 from sft_dist.errors import ConfigError
 from sft_dist.models.quantise import dequantise, quantise, scales
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an element -> its bits as a number
 _BLOCK = 1 << 16  # elements per sum
@@ -112,6 +115,8 @@ def _biases_only(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _with_lora(model: PreTrainedModel, tuning: TuningSection, seed: int) -> nn.Module:
+    from peft import LoraConfig
+
     embeddings = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
     copies_embedding = any(name.rpartition(".")[2] in embeddings for name in tuning.modules_to_save)
     config = LoraConfig(
@@ -138,6 +143,8 @@ def _with_lora(model: PreTrainedModel, tuning: TuningSection, seed: int) -> nn.M
 
 def _with_virtual_tokens(model: PreTrainedModel, tuning: TuningSection, seed: int) -> nn.Module:
     """A prompt starts as embeddings of random tokens (Lester et al., 2021), a prefix as small numbers around zero."""
+    from peft import PrefixTuningConfig, PromptTuningConfig
+
     kind = PrefixTuningConfig if tuning.method == "prefix" else PromptTuningConfig
     adapted = _adapted(model, kind(num_virtual_tokens=tuning.virtual_tokens, task_type="CAUSAL_LM"), seed)
     words = model.get_input_embeddings().weight
@@ -153,6 +160,8 @@ def _with_virtual_tokens(model: PreTrainedModel, tuning: TuningSection, seed: in
 
 def _adapted(model: PreTrainedModel, config: PeftConfig, seed: int) -> nn.Module:
     """What PEFT makes of `model`. Whatever it draws is a function of the seed; the caller's generator stands still."""
+    from peft import get_peft_model
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(model, config, autocast_adapter_dtype=False)

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sft_dist.errors import ConfigError
+from sft_dist.models.adapted import is_adapted
 from sft_dist.models.attention import INTERFACE_NAMES, Segments
 from sft_dist.models.entry import enter
 from sft_dist.models.virtual_tokens import kind_of
@@ -109,7 +109,7 @@ def pick_head(requested: str, device: torch.device) -> tuple[str, Head, str]:
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The PreTrainedModel inside a PeftModel, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return model.get_base_model() if is_adapted(model) else model
 
 
 def carries_virtual_tokens(model: nn.Module) -> bool:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -44,6 +43,8 @@ def load_speaker(path: str, *, dtype: torch.dtype, device: torch.device) -> Spea
 def _with_adapter(path: str, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     """The adapter of `path` on the base model that its adapter_config.json names, with rows for the tokens that the
     adapter's tokenizer brought along; in the 4 bits, and the dtype beside them, that it was trained on."""
+    from peft import PeftConfig, PeftModel
+
     base, four_bits = PeftConfig.from_pretrained(path).base_model_name_or_path, quantised_base(Path(path))
     if not base:
         raise ConfigError(f"{path}: adapter_config.json names no base model; set base_model_name_or_path there")

@@ -16,12 +16,16 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel, PeftType
 from torch import Tensor, nn
 
+from sft_dist.models.adapted import is_adapted
 from sft_dist.types import PackedBatch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
 
@@ -96,9 +100,9 @@ class Prefix:
 
 def kind_of(model: nn.Module) -> str | None:
     """prompt or prefix when `model` carries virtual tokens, else None."""
-    if not (isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning):
+    if not (is_adapted(model) and model.active_peft_config.is_prompt_learning):
         return None
-    return "prefix" if model.active_peft_config.peft_type == PeftType.PREFIX_TUNING else "prompt"
+    return "prefix" if model.active_peft_config.peft_type == "PREFIX_TUNING" else "prompt"
 
 
 def num_virtual(model: PeftModel) -> int:

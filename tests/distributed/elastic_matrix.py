@@ -1,4 +1,4 @@
-"""Save on {1, 2, 4} ranks, load on {1, 2, 4} ranks, for every engine: `python elastic_matrix.py FOLDER`.
+"""Save on {1, 2, 4} ranks, load on {1, 2, 4}, for engines and methods: `python elastic_matrix.py FOLDER CASE ...`.
 
 Steps are those of the real loop, checkpoints those of the real manager; nothing is converted in between.
 FOLDER/found.json gets, for each engine, method, number of ranks that saved (0: one run throughout) and number that
@@ -26,8 +26,6 @@ from sft_dist.parallel.runtime import Runtime, runtime
 from sft_dist.train import train_step
 
 WORLDS = (1, 2, 4)
-ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-METHODS = ("full", "lora")
 SAVED_AFTER, STEPS = 3, 6
 ACCUMULATION = 4  # eight micro-batches a step: eight, four and two on each rank
 
@@ -55,12 +53,12 @@ def digest(state: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def save(folder: Path) -> None:
+def save(folder: Path, cases: list[str]) -> None:
     """Each engine from the beginning to the checkpoint; on one rank also to the end."""
     found = {}
     with runtime() as place:
         torch.set_num_threads(1)
-        for case in [f"{engine}-{method}" for engine in ENGINES for method in METHODS]:
+        for case in cases:
             made = build(case.replace("-", "-none-") + "-0-float32", place)
             steps(made, 1, SAVED_AFTER, place)
             manager = CheckpointManager(folder / f"{case}-{place.world_size}")
@@ -73,12 +71,12 @@ def save(folder: Path) -> None:
             (folder / f"saved-{place.world_size}.json").write_text(json.dumps(found))
 
 
-def load(folder: Path) -> None:
+def load(folder: Path, cases: list[str]) -> None:
     """Each engine from every checkpoint to the end."""
     found = {}
     with runtime() as place:
         torch.set_num_threads(1)
-        for case in [f"{engine}-{method}" for engine in ENGINES for method in METHODS]:
+        for case in cases:
             for saved in WORLDS:
                 made = build(case.replace("-", "-none-") + "-0-float32", place)
                 manager, state = CheckpointManager(folder / f"{case}-{saved}"), made.state()
@@ -96,9 +94,9 @@ def load(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    place = Path(sys.argv[1])
+    place, asked = Path(sys.argv[1]), sys.argv[2:]
     for action in (save, load):
         for ranks in WORLDS:
-            run_life(f"{action.__name__}-{ranks}", ranks, lambda action=action: action(place), place)
+            run_life(f"{action.__name__}-{ranks}", ranks, lambda action=action: action(place, asked), place)
     parts = [json.loads(path.read_text()) for path in sorted(place.glob("*ed-?.json"))]
     (place / "found.json").write_text(json.dumps({key: value for part in parts for key, value in part.items()}))

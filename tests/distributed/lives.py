@@ -85,6 +85,9 @@ def _fork(rank: int, world_size: int, body: Callable[[], int | None], meeting: P
 
 
 if __name__ == "__main__":
+    from nursery import import_libraries
+
+    import_libraries()
     from sft_dist import worker
 
     place = Path(sys.argv[1])

@@ -11,24 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from elastic_matrix import ENGINES, METHODS, STEPS, WORLDS
+from elastic_matrix import STEPS, WORLDS
+from harness import asked_for, cells
 from lives import Life, live, run_script
 from tiny_run import lines, write_recipe
 
 pytestmark = pytest.mark.slow
 
-CASES = [f"{engine}-{method}" for engine in ENGINES for method in METHODS]
+CASES = [f"{engine}-{method}" for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3") for method in ("full", "lora")]
+# The replicas are what the others are compared with.
+DEFAULT = ("ddp-full", "ddp-lora", "fsdp2-full", "zero1-full", "zero2-lora", "zero3-full")
 Found = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def matrix(tmp_path_factory: pytest.TempPathFactory) -> Found:
+def matrix(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
     folder = tmp_path_factory.mktemp("matrix")
-    run_script(Path(__file__).with_name("elastic_matrix.py"), folder)
+    asked = dict.fromkeys([*DEFAULT, *asked_for(request)])
+    run_script(Path(__file__).with_name("elastic_matrix.py"), folder, *asked)
     return json.loads((folder / "found.json").read_text())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cells(CASES, DEFAULT))
 def test_saved_and_loaded_on_one_two_and_four_ranks(matrix: Found, case: str) -> None:
     reference = matrix[f"ddp-{case.split('-')[1]}-0-1"]["losses"]
     assert len(reference) == 3

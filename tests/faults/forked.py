@@ -31,6 +31,9 @@ os.environ["OMP_WAIT_POLICY"] = (
     "PASSIVE"  # threads that spin for each other take a hundred times as long when it is busy
 )
 
+import peft  # noqa: F401  # what ranks import as they go costs seconds in each: once, before the forks
+import transformers.models.llama.modeling_llama  # noqa: F401
+
 from sft_dist import worker
 from sft_dist.cli.main import main as command_line
 from sft_dist.launch import local, workers

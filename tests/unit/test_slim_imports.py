@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +52,12 @@ def test_slim_modules_import_no_torch(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert {name: heavy for name, heavy in found["loaded"].items() if heavy} == {}
     assert found["seconds"] < 0.3
+
+
+def test_a_rank_that_adds_no_adapter_imports_no_peft() -> None:
+    """With bitsandbytes and torch's compiler, which PEFT imports, it is a fifth of a rank's start."""
+    files = (CHECKOUT / "sft_dist").rglob("*.py")
+    early = [
+        file for file in files if re.search(r"^(from|import) (peft|bitsandbytes)\b", file.read_text(), re.MULTILINE)
+    ]
+    assert early == []
