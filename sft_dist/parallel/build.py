@@ -40,6 +40,7 @@ def build_engine(
     if strategy.startswith("zero"):
         os.environ["DS_ACCELERATOR"] = place.device.type  # DeepSpeed decides about its devices while it is imported
         os.environ["LOCAL_RANK"] = str(place.device.index or 0)  # and from here takes the number of its own
+        os.environ["LOCAL_SIZE"] = str(place.local_world_size)  # else on CPUs it starts numactl with each reduction
         from sft_dist.parallel.zero import build_zero
 
         return build_zero(int(strategy[-1]), packed, place, compute_dtype, make_optimizer, offload, weights)

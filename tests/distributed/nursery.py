@@ -9,6 +9,7 @@ computes anything itself, since a process that has started torch's thread pool c
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import runpy
@@ -47,6 +48,8 @@ def import_libraries() -> None:
     import sft_dist.layout_certificate
     import sft_dist.parallel.zero
     import sft_dist.worker  # noqa: F401
+
+    gc.freeze()  # DeepSpeed collects garbage again and again: no rank need go through what the libraries hold
 
 
 def die_with_parent() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import cells
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -237,7 +238,7 @@ def test_accelerate_told_two_processes_that_starts_one_is_refused(start: Callabl
     assert "accelerate launch was told to start 2 processes and started 1" in run.output.read_text()
 
 
-@pytest.mark.parametrize("launcher", ["local", "torchrun", "accelerate", "deepspeed"])
+@pytest.mark.parametrize("launcher", cells(["local", "torchrun", "accelerate", "deepspeed"], ["torchrun", "deepspeed"]))
 def test_worker_sh_stops_on_a_signal_and_translates_the_exit_code(
     launcher: str, start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_config
-from harness import start_ranks
+from harness import asked_for, cells, start_ranks
 from transformers import LlamaConfig
-from weight_files_worker import CELLS, STRATEGIES
+from weight_files_worker import CASES, STRATEGIES
 
 from sft_dist.config.schema import ModelSection, Recipe
 from sft_dist.models.adapters import frozen_digest
@@ -23,7 +23,10 @@ from sft_dist.network import build_empty_network, build_network
 
 WORKER = Path(__file__).with_name("weight_files_worker.py")
 WORLD = 2
-CASES = [f"{strategy}-{name}-{method}-{compute}" for strategy, name, (method, compute) in CELLS]
+DEFAULT = (
+    "fsdp2-untied-full-float32", "fsdp2-tied-lora-bfloat16", "fsdp2-untied-dora-float32", "zero3-untied-lora-float32",
+    "zero3-tied-full-bfloat16",
+)  # fmt: skip
 LARGE = LlamaConfig(
     vocab_size=2048, hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8,
     num_key_value_heads=8, pad_token_id=None,
@@ -56,15 +59,15 @@ def recipe(path: Path, **sections: Any) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def found(models: Path) -> tuple[list[dict[str, Any]], float]:
+def found(request: pytest.FixtureRequest, models: Path) -> tuple[list[dict[str, Any]], float]:
     """(what each rank found, MiB of the large model's weights)."""
     size = write_model(models / "large", LARGE, FILE_MIB)
-    start_ranks(WORKER, WORLD, models, [str(models)])
+    start_ranks(WORKER, WORLD, models, [str(models), *asked_for(request)])
     return [json.loads((models / f"found-{rank}.json").read_text()) for rank in range(WORLD)], size / MIB
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cells(CASES, DEFAULT))
 def test_bits_and_steps_are_those_of_the_ordinary_load(found: tuple[list[dict[str, Any]], float], case: str) -> None:
     for rank in found[0]:
         whole, from_files = rank[case]

@@ -1,6 +1,6 @@
 """One rank: the same model loaded whole and read shard by shard; bits, two steps, and the peak of memory of each.
 
-`python weight_files_worker.py FOLDER`; FOLDER holds `untied` and `tied`, pretrained models, and `large`.
+`python weight_files_worker.py FOLDER CASE ...`; FOLDER holds `untied` and `tied`, pretrained models, and `large`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from sft_dist.resilience.ending import run_and_end
 MIB = 2**20
 STRATEGIES = ("fsdp2", "zero3")
 KINDS = (("full", "float32"), ("lora", "float32"), ("lora", "bfloat16"), ("full", "bfloat16"))  # method, compute
-CELLS = [*product(STRATEGIES, ("untied", "tied"), KINDS)]
-CELLS += [("fsdp2", "untied", ("dora", compute)) for compute in ("float32", "bfloat16")]  # zero3 refuses it
+CASES = ["-".join((strategy, name, *kind)) for strategy, name, kind in product(STRATEGIES, ("untied", "tied"), KINDS)]
+CASES += [f"fsdp2-untied-dora-{compute}" for compute in ("float32", "bfloat16")]  # zero3 refuses it
 
 
 def recipe(path: Path, method: str, strategy: str) -> Recipe:
@@ -98,14 +98,15 @@ def status(name: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, cases: list[str]) -> None:
     found: dict[str, Any] = {}
     with runtime() as place:
         torch.set_num_threads(1)
-        for strategy, name, (method, compute) in CELLS:
+        for case in cases:
+            strategy, name, method, compute = case.split("-")
             asked = recipe(folder / name, method, strategy)
             pair = [facts(build(asked, place, compute, empty), place) for empty in (False, True)]
-            found[f"{strategy}-{name}-{method}-{compute}"] = pair
+            found[case] = pair
         for strategy in STRATEGIES:
             asked = recipe(folder / "large", "lora", strategy)
             made = {how: partial(build, asked, place, "float32", how == "files") for how in ("files", "whole")}
@@ -120,4 +121,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_and_end(lambda: main(Path(sys.argv[1])))
+    run_and_end(lambda: main(Path(sys.argv[1]), sys.argv[2:]))

@@ -1,4 +1,4 @@
-"""Real runs on 2 or 4 ranks whose numbers go wrong on one of them: `python wrong_numbers.py FOLDER RANKS`.
+"""Real runs on 2 or 4 ranks whose numbers go wrong on one of them: `python wrong_numbers.py FOLDER GROUP`.
 
 Each life patches the gradients, the weights or the forward pass of rank 1 at chosen steps and must end with the code
 that belongs to it. What rank 0 printed goes to FOLDER/printed.json, by life; the run folders are there to look into.
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from lives import run_life
+from nursery import import_libraries
 from tiny_run import write_recipe
 from torch import Tensor
 
@@ -98,12 +99,6 @@ LIVES: dict[str, tuple[dict[str, Any], list[str], Patch, int]] = {
     "skip": (fsdp(**SKIP), [], partial(poison, (5, 8)), 0),
     "skip-first": (fsdp(**SKIP), ["optim.stop_after_step=6"], partial(poison, (5, 8)), 0),
     "skip-then": (fsdp(**SKIP), [], partial(poison, (5, 8)), 0),
-    "skip-zero1": (under("zero1", **SKIP), [], partial(poison, (5, 8)), 0),
-    "skip-zero1-first": (under("zero1", **SKIP), ["optim.stop_after_step=6"], partial(poison, (5, 8)), 0),
-    "skip-zero1-then": (under("zero1", **SKIP), [], partial(poison, (5, 8)), 0),
-    "skip-zero2": (under("zero2", **SKIP), [], partial(poison, (5, 8)), 0),
-    "skip-zero2-first": (under("zero2", **SKIP), ["optim.stop_after_step=6"], partial(poison, (5, 8)), 0),
-    "skip-zero2-then": (under("zero2", **SKIP), [], partial(poison, (5, 8)), 0),
     "skip-zero3": (under("zero3", **SKIP), [], partial(poison, (5, 8)), 0),
     "skip-zero3-first": (under("zero3", **SKIP), ["optim.stop_after_step=6"], partial(poison, (5, 8)), 0),
     "skip-zero3-then": (under("zero3", **SKIP), [], partial(poison, (5, 8)), 0),
@@ -115,6 +110,14 @@ LIVES: dict[str, tuple[dict[str, Any], list[str], Patch, int]] = {
     "frozen": (fsdp(**LORA, **AUDIT), [], partial(flip, 4, trained=False), 77),
     "computed": (fsdp(**AUDIT), [], partial(miscompute, 6), 77),
 }
+LIVES_OF_ZERO: dict[str, tuple[dict[str, Any], list[str], Patch, int]] = {
+    "skip-zero1": (under("zero1", **SKIP), [], partial(poison, (5, 8)), 0),
+    "skip-zero1-first": (under("zero1", **SKIP), ["optim.stop_after_step=6"], partial(poison, (5, 8)), 0),
+    "skip-zero1-then": (under("zero1", **SKIP), [], partial(poison, (5, 8)), 0),
+    "skip-zero2": (under("zero2", **SKIP), [], partial(poison, (5, 8)), 0),
+    "skip-zero2-first": (under("zero2", **SKIP), ["optim.stop_after_step=6"], partial(poison, (5, 8)), 0),
+    "skip-zero2-then": (under("zero2", **SKIP), [], partial(poison, (5, 8)), 0),
+}
 # Two replicas of two shards. Rank 1 is poisoned, and rank 3, which holds the same shard of the other replica, is not.
 HSDP = {"parallel": {"dp_replicate": 2}, "batch": {"tokens_per_step": 2048}}
 LIVES_OF_FOUR: dict[str, tuple[dict[str, Any], list[str], Patch, int]] = {
@@ -124,6 +127,8 @@ LIVES_OF_FOUR: dict[str, tuple[dict[str, Any], list[str], Patch, int]] = {
     "stop-hsdp": (HSDP, [], partial(poison, (5,)), 70),
     "once-hsdp": (HSDP, [], partial(poison, (5,), times=1), 77),
 }
+
+GROUPS = {"two": (2, LIVES), "zero": (2, LIVES_OF_ZERO), "hsdp": (4, LIVES_OF_FOUR)}
 
 
 def folder_of(name: str) -> str:
@@ -138,10 +143,9 @@ def live(patch: Patch, words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    import deepspeed  # noqa: F401  # once, before the forks
-
-    place, num_ranks, printed = Path(sys.argv[1]), int(sys.argv[2]), {}
-    for name, (changes, settings, patch, code) in {2: LIVES, 4: LIVES_OF_FOUR}[num_ranks].items():
+    import_libraries()
+    place, (num_ranks, lives), printed = Path(sys.argv[1]), GROUPS[sys.argv[2]], {}
+    for name, (changes, settings, patch, code) in lives.items():
         shared: dict[str, Any] = {"eval": {"generate": 0, "every_steps": 6}, "checkpoint": {"every_steps": 3}}
         recipe = write_recipe(place, folder_of(name), **shared, **changes)
         printed[name] = run_life(f"out-{name}", num_ranks, partial(live, patch, [str(recipe), *settings]), place, code)
