@@ -42,6 +42,8 @@ def import_libraries() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import bitsandbytes  # noqa: F401
     import deepspeed  # noqa: F401
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
     import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 

@@ -14,6 +14,7 @@ Fork before anything computes: a process that has started torch's thread pool ca
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -31,7 +32,9 @@ os.environ["OMP_WAIT_POLICY"] = (
     "PASSIVE"  # threads that spin for each other take a hundred times as long when it is busy
 )
 
-import peft  # noqa: F401  # what ranks import as they go costs seconds in each: once, before the forks
+import matplotlib.backends.backend_agg  # noqa: F401  # what ranks import as they go: once, before the forks
+import matplotlib.figure  # noqa: F401
+import peft  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 from sft_dist import worker
@@ -43,6 +46,8 @@ from sft_dist.resilience.ending import exit_code_of
 from sft_dist.resilience.heartbeat import HEARTBEATS_VARIABLE, heart
 from sft_dist.resilience.orphan import set_parent_death_signal
 from sft_dist.resilience.stacks import STACKS_VARIABLE, answer_with_stacks
+
+gc.freeze()  # no collection in a rank need go through what the libraries hold
 
 Before = Callable[[int, int], None]  # (rank, attempt)
 
