@@ -32,7 +32,7 @@ os.environ["OMP_WAIT_POLICY"] = (
     "PASSIVE"  # threads that spin for each other take a hundred times as long when it is busy
 )
 
-import matplotlib.backends.backend_agg  # noqa: F401  # what ranks import as they go: once, before the forks
+import matplotlib.backends.backend_agg  # what ranks import as they go: once, before the forks
 import matplotlib.figure  # noqa: F401
 import peft  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
