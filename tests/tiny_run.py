@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +92,50 @@ def start(*arguments: str, **extra: str) -> subprocess.Popen[str]:
 
 def train(recipe: Path, *arguments: str, code: int = 0) -> str:
     """Run to the end; fails unless it exits with `code`. Returns what it printed."""
-    process = start("train", str(recipe), *arguments)
-    output, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode == code, output
+    return command("train", str(recipe), *arguments, code=code)
+
+
+def command(*arguments: str, code: int = 0) -> str:
+    """`sft-dist ARGUMENTS` to its end, forked from a process that has imported the libraries; fails unless it exits
+    with `code`. Returns what it printed."""
+    found, output = _server().run(arguments)
+    assert found == code, output
     return output
+
+
+class _Server:
+    """`command_server.py`, which ends with its input."""
+
+    def __init__(self) -> None:
+        paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests"))
+        self._process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "command_server.py")],
+            env=environment(PYTHONPATH=paths), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def run(self, words: Sequence[str]) -> tuple[int, str]:
+        """(exit code, what was printed)."""
+        assert self._process.stdin and self._process.stdout
+        with tempfile.NamedTemporaryFile("r", errors="replace") as output:
+            asked = {"words": words, "environment": environment(), "output": output.name, "seconds": SECONDS}
+            self._process.stdin.write(json.dumps(asked) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+            assert answer, f"the process that forks commands ended with {self._process.wait()}"
+            return int(json.loads(answer)["code"]), output.read()
+
+    def end(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@cache
+def _server() -> _Server:
+    """One for all tests of this process."""
+    made = _Server()
+    atexit.register(made.end)
+    return made
 
 
 def kill_after(recipe: Path, run_dir: Path, step: int, nproc: int) -> None:

@@ -6,16 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_run import SECONDS, lines, start, train, write_recipe
+from tiny_run import command, lines, train, write_recipe
 
 pytestmark = pytest.mark.slow
 
 
 def audit(run_dir: Path, code: int) -> str:
-    process = start("audit", str(run_dir))
-    output, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode == code, output
-    return output
+    return command("audit", str(run_dir), code=code)
 
 
 def test_a_run_is_proven_through_stop_and_resume_and_its_tampering_is_named(tmp_path: Path) -> None:

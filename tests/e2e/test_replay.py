@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import SECONDS, lines, start, train, write_recipe
+from tiny_run import command, lines, train, write_recipe
 
 from sft_dist.replay import as_json, rebuild, rerun
 
@@ -15,10 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 def replay(run_dir: Path, *arguments: str, code: int = 0) -> str:
-    process = start("replay", str(run_dir), *arguments)
-    output, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode == code, output
-    return output
+    return command("replay", str(run_dir), *arguments, code=code)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_run import SECONDS, lines, start, train, trajectory, weights, write_recipe
+from tiny_run import SECONDS, command, lines, start, train, trajectory, weights, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -79,13 +79,9 @@ def test_stopped_and_continued_bit_identically(folder: Path, straight: Path) -> 
 
 def test_the_run_is_proven_and_a_step_shown(straight: Path) -> None:
     for verb in (("audit", str(straight)), ("replay", str(straight), "--step", "21")):
-        process = start(*verb)
-        output, _ = process.communicate(timeout=SECONDS)
-        assert process.returncode == 0, output
+        command(*verb)
     altered = next((straight.parent / ".sft-cache" / "streams").glob("*/segment-000000/corpus/examples.arrow"))
     content = bytearray(altered.read_bytes())
     content[len(content) // 3] ^= 1
     altered.write_bytes(content)
-    process = start("audit", str(straight))
-    output, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode == 65, output
+    command("audit", str(straight), code=65)

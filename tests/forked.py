@@ -101,7 +101,7 @@ class Forked:
         self.log, self.before = log, before
 
     def start(self) -> Child:
-        self.child = fork(self._launch, self.log)
+        self.child = fork(lambda: command(self.words, self.before), self.log)
         return self.child
 
     def wait(self, seconds: float = 120.0) -> int:
@@ -117,21 +117,22 @@ class Forked:
         self.start()
         return self.wait(seconds)
 
-    def _launch(self) -> int:
-        os.setsid()
-        before = self.before
 
-        class ForkedWorkers(Workers):
-            def _spawn(self, rank: int, out: int, err: int) -> Any:
-                beats, stacks = self._heartbeats.fd, self._stacks[rank].fd
-                shared = {HEARTBEATS_VARIABLE: str(beats), STACKS_VARIABLE: str(stacks)}
-                environment = self._job.environment(rank, os.environ) | shared
-                kept = (*self._inherited, beats, stacks)
-                launcher = os.getpid()
-                return fork(lambda: rank_main(rank, self._job, environment, before, launcher), out, err, kept)
+def command(words: list[str], before: Before = nothing) -> int:
+    """`sft-dist WORDS` in this process, the ranks that it starts as forks; its exit code."""
+    os.setsid()
 
-        local.Workers = ForkedWorkers  # type: ignore[misc]
-        return command_line(self.words)
+    class ForkedWorkers(Workers):
+        def _spawn(self, rank: int, out: int, err: int) -> Any:
+            beats, stacks = self._heartbeats.fd, self._stacks[rank].fd
+            shared = {HEARTBEATS_VARIABLE: str(beats), STACKS_VARIABLE: str(stacks)}
+            environment = self._job.environment(rank, os.environ) | shared
+            kept = (*self._inherited, beats, stacks)
+            launcher = os.getpid()
+            return fork(lambda: rank_main(rank, self._job, environment, before, launcher), out, err, kept)
+
+    local.Workers = ForkedWorkers  # type: ignore[misc]
+    return command_line(words)
 
 
 def rank_main(rank: int, job: Any, environment: dict[str, str], before: Before, launcher: int) -> int:
