@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import cells
 from lives import Life, live
 from tiny_run import lines, trajectory, weights, write_recipe
 
@@ -53,7 +54,7 @@ def found(run_dir: Path) -> tuple[Any, ...]:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(m, marks=pytest.mark.faults) if m == "full-bfloat16" else m for m in METHODS],
+    params=cells(METHODS, ["lora-dropout"]),
 )
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one case: `1`, `2`, `4` ranks throughout, `moved` from 2 to 1 to 4, and `plain` fsdp2 on 1 and 4."""

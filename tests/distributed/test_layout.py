@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ROOT, run_ranks
+from harness import run_ranks
 from layout_worker import FAULTS, FAULTS_OF_FOUR, METHODS, TWO
-from tiny_run import environment, write_recipe
+from tiny_run import command, write_recipe
 
 from sft_dist.layout_certificate import TOLERANCES
 
@@ -79,11 +77,8 @@ def test_steps_after_a_rehearsal_are_those_without_one(found: list[dict[str, Any
 
 def test_the_verb_proves_the_layout_of_a_recipe(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, parallel={"strategy": "fsdp2"})
-    command = [sys.executable, "-m", "sft_dist", "certify", str(recipe), "--layout", "--nproc", "2"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert "llama, fsdp2 on 2 process(es): as the recipe says" in done.stdout
-    assert done.stdout.count("  passed  ") == len(next(iter(TOLERANCES.values())))
-    uneven = [*command[:4], str(recipe), "parallel.dp_replicate=2", *command[5:]]
-    done = subprocess.run(uneven, env=environment(), capture_output=True, text=True, timeout=200, cwd=ROOT)
-    assert done.returncode != 0 and "parallel.dp_replicate=2 on 2 process(es) leaves shards of one" in done.stderr
+    said = command("certify", str(recipe), "--layout", "--nproc", "2")
+    assert "llama, fsdp2 on 2 process(es): as the recipe says" in said
+    assert said.count("  passed  ") == len(next(iter(TOLERANCES.values())))
+    said = command("certify", str(recipe), "parallel.dp_replicate=2", "--layout", "--nproc", "2", code=2)
+    assert "parallel.dp_replicate=2 on 2 process(es) leaves shards of one" in said

@@ -35,14 +35,14 @@ OTHER_CASES = [
     *[f"{engine}-{method}-1-adamw-bfloat16" for engine in ("fsdp2", "zero3") for method in ("qlora", "prefix")],
 ]
 CASES = METHOD_CASES + OPTIMIZER_CASES + OTHER_CASES
-# Of every engine and method one accumulation, in turn; the others wait in the long suite.
-TURNS = [f"{e}-{m}-{(1, 4)[(ENGINES.index(e) + METHODS.index(m)) % 2]}-adamw-float32" for e, m in CELLS]
-KEPT = (
-    "fsdp2-lora-1-plus-float32", "zero3-lora-1-plus-float32", "ddp-full-1-noisy-float32",
-    "zero3-full-1-noisy-float32", "fsdp2-full-1-rounded-bfloat16", "fsdp2-prefix-1-adamw-bfloat16",
-    "zero3-qlora-1-adamw-bfloat16",
-)  # fmt: skip
-DEFAULT = [*TURNS, *OPTIMIZER_CASES, *KEPT]
+# Every method on two engines, every optimizer where it is sharded; the others wait in the long suite.
+DEFAULT = [
+    "ddp-dora-1-adamw-float32", "fsdp2-dora-4-adamw-float32", "fsdp2-prefix-1-adamw-float32",
+    "zero3-prefix-4-adamw-float32", "zero2-prompt-1-adamw-float32", "zero3-prompt-1-adamw-float32",
+    "fsdp2-bitfit-4-adamw-float32", "zero2-bitfit-1-adamw-float32", "fsdp2-full-1-adamw8bit-float32",
+    "fsdp2-full-1-adafactor-float32", "fsdp2-full-1-muon-float32", "zero3-lora-1-plus-float32",
+    "ddp-full-1-noisy-float32", "fsdp2-full-1-rounded-bfloat16", "fsdp2-prefix-1-adamw-bfloat16",
+]  # fmt: skip
 Found = dict[str, dict[str, list[float]]]
 
 
