@@ -265,6 +265,11 @@ class BoundTemplate:
         except BadRecord:
             return ""
 
+    @cached_property
+    def opening(self) -> str:
+        """What the model writes itself before the words of a plain answer; of most templates nothing."""
+        return opening(self._header(Conversation((Message("user", "one"), Message("assistant", ".")))), self.prompt)
+
     def _render(self, conversation: Conversation, prompt: bool = False) -> Rendered:
         return self.template._render(conversation, self.special_tokens, prompt)
 

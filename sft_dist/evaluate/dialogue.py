@@ -61,7 +61,7 @@ class Dialogue:
         turns = [*self._turns, {"role": "user", "content": text}]
         ids = self._prompt(turns)
         lm = causal_lm(self._speaker.model)
-        streamer = Streamer(self._tokenizer, self._stop_ids, self._stop_strings, show)
+        streamer = Streamer(self._tokenizer, self._stop_ids, self._stop_strings, show, self._opening_ids())
         with stock_attention(lm), torch.no_grad():
             prompt = torch.tensor([ids], device=lm.get_input_embeddings().weight.device)
             lm.generate(
@@ -89,6 +89,13 @@ class Dialogue:
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return [tokenizer.bos_token_id, *ids] if bos and not begins_with(text, bos) else ids
 
+    def _opening_ids(self) -> list[int]:
+        """How a model begins to answer before it says anything (gpt-oss names the channel): the template writes it anew
+        when the answer is a turn of the next prompt."""
+        opening = self._template.bind(self._tokenizer).opening
+        ids: list[int] = self._tokenizer(opening, add_special_tokens=False)["input_ids"]
+        return ids
+
     def _room(self, num_prompt_tokens: int) -> int:
         """Tokens the answer may have: what was asked for, as far as the model's positions reach."""
         config = causal_lm(self._speaker.model).config.get_text_config()
@@ -114,7 +121,8 @@ class Dialogue:
 
 
 class Streamer(BaseStreamer):
-    """Gives the text on as tokens arrive, but nothing that may still turn out to be a stop text or half a character."""
+    """Gives the text on as tokens arrive, but nothing that may still turn out to be a stop text or half a character,
+    nor the tokens of `opening` where the answer begins with them."""
 
     def __init__(
         self,
@@ -122,8 +130,10 @@ class Streamer(BaseStreamer):
         stop_ids: Sequence[int],
         stop_strings: Sequence[str],
         show: Show,
+        opening: Sequence[int] = (),
     ) -> None:
         self._tokenizer, self._stop_ids, self._stop_strings, self._show = tokenizer, stop_ids, stop_strings, show
+        self._opening = list(opening)
         self._ids: list[int] | None = None  # None until the prompt has passed
         self._num_shown = 0
         self.text = ""
@@ -143,7 +153,9 @@ class Streamer(BaseStreamer):
         self._show_until(len(self.text))
 
     def _decoded(self, ids: list[int]) -> str:
-        text = str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        begun = ids[: len(self._opening)]
+        words = ids[len(begun) :] if begun == self._opening[: len(begun)] else ids
+        text = str(self._tokenizer.decode(words, skip_special_tokens=True))
         for stop in self._stop_strings:
             text = text.split(stop)[0]
         return text.lstrip()

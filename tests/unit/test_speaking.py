@@ -6,6 +6,7 @@ import io
 import json
 import math
 import random
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -271,9 +272,11 @@ def test_chat_stops_when_the_context_is_full(export: Path, say) -> None:  # type
     assert code == 2 and "the model's context 64" in errors
 
 
-def pieces(tokenizer: PreTrainedTokenizerFast, ids: list[int], stop_strings: list[str]) -> tuple[list[str], str]:
+def pieces(
+    tokenizer: PreTrainedTokenizerFast, ids: list[int], stop_strings: list[str], opening: Sequence[int] = ()
+) -> tuple[list[str], str]:
     shown: list[str] = []
-    streamer = Streamer(tokenizer, [2], stop_strings, shown.append)
+    streamer = Streamer(tokenizer, [2], stop_strings, shown.append, opening)
     streamer.put(torch.tensor([[5, 6, 7]]))  # the prompt
     for token in ids:
         streamer.put(torch.tensor([token]))
@@ -287,6 +290,27 @@ def test_a_stream_never_shows_the_stop_or_its_beginning(tokenizer: PreTrainedTok
     assert shown == ["plum", " one fig"] and text == "plum one fig"  # "one" waited until "fig" proved it no stop
     assert pieces(tokenizer, [*ids[:5], 2], ["one two three"])[1] == "plum one fig one two"
     assert pieces(tokenizer, [2], [])[0] == []
+
+
+def test_how_an_answer_is_opened_is_not_shown(tokenizer: PreTrainedTokenizerFast) -> None:
+    plum, fig, kiwi = (tokenizer.convert_tokens_to_ids(word) for word in ("plum", "fig", "kiwi"))
+    assert pieces(tokenizer, [plum, fig, kiwi, fig], [], [plum, fig]) == (["kiwi", " fig"], "kiwi fig")
+    assert pieces(tokenizer, [plum, kiwi, fig], [], [plum, fig])[1] == "plum kiwi fig"  # it did not open it so
+
+
+def test_a_dialogue_leaves_out_what_the_template_opens_answers_with(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As gpt-oss names its channel: the prompt ends before it, and the next prompt has it from the template."""
+    model = network()
+    asked = "<user> plum fig </s> <assistant>"
+    first, *others = greedy(model, tokenizer, asked, 6).split()
+    template = ChatTemplate(
+        "opened", TEMPLATE.replace("m['content']", f"('{first} ' if m['role'] == 'assistant' else '') + m['content']")
+    )
+    assert template.bind(tokenizer).opening == f"{first} "
+    dialogue, shown = Dialogue(Speaker(model, tokenizer), template, model.generation_config, max_new_tokens=6), []
+    assert dialogue.reply("plum fig", shown.append) == " ".join(others) == "".join(shown)
+    second = greedy(model, tokenizer, f"{asked} {first} {' '.join(others)} </s> <user> kiwi </s> <assistant>", 6)
+    assert dialogue.reply("kiwi", shown.append) == second.removeprefix(f"{first} ")
 
 
 def test_a_stop_text_of_several_tokens_ends_a_row_once_it_is_complete(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -414,6 +414,11 @@ def test_stop_token_ids(shared: Path) -> None:
     assert BYTES.convert_ids_to_tokens(ids) == ["<|end|>", "<|return|>", "</s>"]
 
 
+def test_how_a_model_opens_a_plain_answer(shared: Path) -> None:
+    assert template_of("trl/gptoss", shared).bind(BYTES).opening == "<|channel|>final<|message|>"
+    assert template_of("chatml").bind(BYTES).opening == ""
+
+
 def test_thoughts_that_a_template_does_not_know_are_refused() -> None:
     thinking = Message("assistant", "A", extra={"reasoning_content": "lost", "thinking": "lost"})
     with pytest.raises(BadRecord, match="the chat template leaves out the reasoning"):
