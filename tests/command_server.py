@@ -16,6 +16,8 @@ from typing import Any
 
 from forked import command, fork
 
+from sft_dist.resilience.orphan import set_parent_death_signal
+
 
 def obey(asked: dict[str, Any]) -> int:
     """The command, in the environment that it would have been started in."""
@@ -25,6 +27,7 @@ def obey(asked: dict[str, Any]) -> int:
 
 
 def main() -> None:
+    set_parent_death_signal()  # else a killed pytest would leave the command that runs now, to its end
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import deepspeed  # noqa: F401  # once, before the forks; it prints

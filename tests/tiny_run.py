@@ -98,7 +98,12 @@ def train(recipe: Path, *arguments: str, code: int = 0) -> str:
 def command(*arguments: str, code: int = 0) -> str:
     """`sft-dist ARGUMENTS` to its end, forked from a process that has imported the libraries; fails unless it exits
     with `code`. Returns what it printed."""
-    found, output = _server().run(arguments)
+    try:
+        found, output = _server().run(arguments)
+    except BaseException:  # a test's time-out: the answer is still to come, and would be taken for the next command's
+        _server().kill()
+        _server.cache_clear()
+        raise
     assert found == code, output
     return output
 
@@ -123,6 +128,11 @@ class _Server:
             answer = self._process.stdout.readline()
             assert answer, f"the process that forks commands ended with {self._process.wait()}"
             return int(json.loads(answer)["code"]), output.read()
+
+    def kill(self) -> None:
+        """At once, and the command with it."""
+        self._process.kill()
+        self._process.wait()
 
     def end(self) -> None:
         assert self._process.stdin

@@ -137,13 +137,12 @@ def _run(template: jinja2.Template, conversation: Conversation, variables: Mappi
         return template.render(messages=_traced_messages(conversation, arguments_as_text=True), **variables)
 
 
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 _SLOTS = {
     "content": CONTENT,
     "instruction": CONTENT,
     "input": CONTENT,
-    "reasoning_content": REASONING,
-    "thinking": REASONING,
-    "reasoning": REASONING,
+    **dict.fromkeys(THOUGHTS, REASONING),
 }
 
 

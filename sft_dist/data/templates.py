@@ -22,7 +22,7 @@ from sft_dist.data.bos import begin_with_bos, begins_with, bos_of_texts
 from sft_dist.data.builtin_templates import BUILTIN
 from sft_dist.data.encoder import Encoded, encoder_of
 from sft_dist.data.openings import generation_prompt, opening
-from sft_dist.data.rendering import Rendered, render, render_opaque
+from sft_dist.data.rendering import THOUGHTS, Rendered, render, render_opaque
 from sft_dist.data.skeleton import CHECKED, FEW, NoSkeleton, Shape, Skeleton, learn, shape_of
 from sft_dist.data.supervision import Span, Stops, Turn, find_turns, header_start, literal_after, supervise
 from sft_dist.data.template_engine import compile_template
@@ -337,7 +337,7 @@ class BoundTemplate:
             loss_on=loss_on,
             prompt_loss_weight=prompt_loss_weight,
             header_end=header_end or (lambda turn: self._header_end(conversation, rendered, turn)),
-            opening_start=lambda turn: self._opening_start(rendered, turn),
+            opening_start=lambda turn: self._opening_start(conversation, rendered, turn),
         )
         return rendered.text, found
 
@@ -347,8 +347,15 @@ class BoundTemplate:
             return False
         return self.stops.find(rendered.text, last.end, len(rendered.text)) is None
 
-    def _opening_start(self, rendered: Rendered, turn: Turn) -> int:
-        """Where the model begins to write, at or before the content that `turn` opens with."""
+    def _opening_start(self, conversation: Conversation, rendered: Rendered, turn: Turn) -> int:
+        """Where the model begins to write, at or before the content that `turn` opens with.
+
+        Of an answer whose thoughts the template leaves out (those of earlier turns) it is the content: the model did
+        not open it like that, and would learn not to think.
+        """
+        said = conversation.messages[turn.message].extra
+        if any(str(said.get(name) or "").strip() for name in THOUGHTS):
+            return turn.start
         if not self.prompt or rendered.text.endswith(self.prompt, 0, turn.start):
             return turn.start
         header = rendered.text[header_start(rendered, turn.message, turn.start) : turn.start]

@@ -82,7 +82,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return merged
 
 
-@pytest.mark.parametrize("run", map(in_turn, RUNS))
+@pytest.mark.parametrize("run", [*map(in_turn, RUNS)])
 def test_losses_and_gradient_norms_are_those_of_whole_rows(
     found: dict[tuple[int, int], Found], reference: Found, run: tuple[int, int, str]
 ) -> None:
@@ -93,7 +93,7 @@ def test_losses_and_gradient_norms_are_those_of_whole_rows(
         assert trained[figure] == pytest.approx(expected[figure], rel=LIMIT.get(case.split("-")[-1], 1e-6)), figure
 
 
-@pytest.mark.parametrize("key", map(in_turn, PROVEN))
+@pytest.mark.parametrize("key", [*map(in_turn, PROVEN)])
 def test_every_packable_architecture_is_certified_with_its_rows_cut(
     found: dict[tuple[int, int], Found], key: tuple[int, int]
 ) -> None:
@@ -103,14 +103,14 @@ def test_every_packable_architecture_is_certified_with_its_rows_cut(
     assert all(figures["loss"] <= 1e-6 and figures["gradients"] <= 1e-5 for figures in certificates.values())
 
 
-@pytest.mark.parametrize("key", map(in_turn, PROVEN))
+@pytest.mark.parametrize("key", [*map(in_turn, PROVEN)])
 def test_each_mutation_of_the_cut_is_refused(found: dict[tuple[int, int], Found], key: tuple[int, int]) -> None:
     refusals = found[key]["refusals"]
     assert len(refusals) == 7
     assert all("parallel.sequence=1" in said for said in refusals.values()), refusals
 
 
-@pytest.mark.parametrize("key", map(in_turn, PROVEN))
+@pytest.mark.parametrize("key", [*map(in_turn, PROVEN)])
 def test_every_kernel_gets_own_heads_of_the_whole_row_and_its_edges(
     found: dict[tuple[int, int], Found], key: tuple[int, int]
 ) -> None:

@@ -35,8 +35,8 @@ EXACT = [f"{s}-{o}-{m}-{a}-float32" for s, o in ENGINES for m in METHODS for a i
 DROPOUT = [f"{s}-none-dropout-{a}-float32" for s in ("zero2", "zero3") for a in (1, 4)]
 BFLOAT16 = [f"{s}-none-{m}-1-bfloat16" for s in ("fsdp2", "zero1", "zero2", "zero3") for m in ("full", "lora")]
 CASES = EXACT + DROPOUT + BFLOAT16
-# Of every engine one case or more, of every method, accumulation and strategy all pairs; the others wait in the long
-# suite.
+# Of every engine one case or more, of every method and of every strategy both accumulations, QLoRA on FSDP2, ZeRO-2 and
+# ZeRO-3. The others wait in the long suite.
 DEFAULT = [
     "ddp-none-full-4-float32", "ddp-none-lora-1-float32",
     "fsdp2-none-full-1-float32", "fsdp2-none-lora-4-float32", "fsdp2-none-qlora-1-float32",

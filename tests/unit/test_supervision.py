@@ -104,6 +104,14 @@ def test_an_empty_think_block_is_never_supervised_without_tags(templates: Any) -
     assert said(templates("qwen3"), QUESTION, ANSWER) == ["No.<|im_end|>"]
 
 
+def test_an_answer_whose_thoughts_are_left_out_does_not_teach_to_leave_them_out(templates: Any) -> None:
+    """gpt-oss drops the thoughts of earlier turns; `final` right behind the prompt would be learned there."""
+    thinking = Message("assistant", "No.", extra={"thinking": "Sun.", "reasoning_content": "Sun."})
+    earlier, last = said(templates("gptoss"), QUESTION, thinking, QUESTION, thinking)
+    assert earlier == "No.<|end|>"
+    assert last.startswith("<|channel|>analysis<|message|>Sun.<|end|>")
+
+
 def test_an_opening_is_learned_but_is_not_a_part_of_the_answer(templates: Any) -> None:
     """So questions end, and answers are compared, where the words begin."""
     example = templates("gptoss").tokenize(Conversation((QUESTION, ANSWER)), BYTES, loss_on="assistant")
