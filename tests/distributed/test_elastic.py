@@ -54,7 +54,7 @@ def found(run_dir: Path) -> tuple[Any, ...]:
 
 @pytest.fixture(
     scope="module",
-    params=cells(METHODS, ["lora-dropout"]),
+    params=cells(METHODS, ["full"]),
 )
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one case: `1`, `2`, `4` ranks throughout, `moved` from 2 to 1 to 4, and `plain` fsdp2 on 1 and 4."""
