@@ -25,6 +25,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model folder such as RUN_DIR/export, or a hub id")
     parser.add_argument("--template", default="auto", help="chat template (default: the one that came with the model)")
     parser.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
+    parser.add_argument(
+        "--no-thinking",
+        action="store_true",
+        help="ask for answers without thoughts, where the template has such a prompt",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default 512)")
     parser.set_defaults(func=run)
 
@@ -67,7 +72,14 @@ def _open(args: argparse.Namespace) -> Dialogue:
         generation = GenerationConfig.from_pretrained(args.model)
     else:
         generation = causal_lm(speaker.model).generation_config
-    return Dialogue(speaker, template, generation, max_new_tokens=args.max_new_tokens, system=args.system)
+    return Dialogue(
+        speaker,
+        template,
+        generation,
+        max_new_tokens=args.max_new_tokens,
+        system=args.system,
+        variables={"enable_thinking": False} if args.no_thinking else {},
+    )
 
 
 def _turns(console: Console, is_terminal: bool) -> Iterator[str]:

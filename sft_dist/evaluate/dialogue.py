@@ -9,7 +9,8 @@ The prompt is rendered with the chat template and gets a beginning-of-sequence t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,7 +41,10 @@ class Dialogue:
         *,
         max_new_tokens: int,
         system: str | None = None,
+        variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
+        """`variables` are what the template reads besides the turns (Qwen 3: `enable_thinking`)."""
+        self._variables = dict(variables)
         self._speaker, self._template, self._max_new_tokens = speaker, template, max_new_tokens
         self._tokenizer: Any = speaker.tokenizer
         self._stop_ids = _stop_ids(template.stop_token_ids(self._tokenizer), generation)
@@ -82,6 +86,7 @@ class Dialogue:
                 chat_template=self._template.text,
                 tokenize=False,
                 add_generation_prompt=True,
+                **self._variables,
             )
         except TemplateError as error:
             raise ConfigError(f"chat template {self._template.name}: it refuses these turns ({error})") from error

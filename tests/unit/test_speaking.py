@@ -313,6 +313,17 @@ def test_a_dialogue_leaves_out_what_the_template_opens_answers_with(tokenizer: P
     assert dialogue.reply("kiwi", shown.append) == second.removeprefix(f"{first} ")
 
 
+def test_chat_asks_without_thoughts_where_the_template_can(
+    export: Path, tokenizer: PreTrainedTokenizerFast, say
+) -> None:  # type: ignore[no-untyped-def]
+    words = "{{ '<assistant> ' + ('nut nut ' if enable_thinking is defined and not enable_thinking else '') }}"
+    Path("thinking.jinja").write_text(TEMPLATE.replace("{{ '<assistant> ' }}", words))
+    said = ("plum fig\n", str(export), "--template", "thinking.jinja", "--max-new-tokens", "6")
+    expected = [greedy(network(), tokenizer, f"<user> plum fig </s> <assistant>{end}", 6) for end in ("", " nut nut")]
+    assert expected[0] != expected[1]
+    assert [say(*said)[1], say(*said, "--no-thinking")[1]] == [[text] for text in expected]
+
+
 def test_a_stop_text_of_several_tokens_ends_a_row_once_it_is_complete(tokenizer: PreTrainedTokenizerFast) -> None:
     one, two, three, fig = (tokenizer.convert_tokens_to_ids(word) for word in ("one", "two", "three", "fig"))
     criterion = StopText(tokenizer, ["two three"], num_prompt_tokens=2)
