@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import signal
@@ -10,11 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from line_server import LineServer
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -98,54 +97,18 @@ def train(recipe: Path, *arguments: str, code: int = 0) -> str:
 def command(*arguments: str, code: int = 0) -> str:
     """`sft-dist ARGUMENTS` to its end, forked from a process that has imported the libraries; fails unless it exits
     with `code`. Returns what it printed."""
-    try:
-        found, output = _server().run(arguments)
-    except BaseException:  # a test's time-out: the answer is still to come, and would be taken for the next command's
-        _server().kill()
-        _server.cache_clear()
-        raise
+    with tempfile.NamedTemporaryFile("r", errors="replace") as file:
+        asked = {"words": arguments, "environment": environment(), "output": file.name, "seconds": SECONDS}
+        found, output = _server().ask(asked)["code"], file.read()
     assert found == code, output
     return output
 
 
-class _Server:
-    """`command_server.py`, which ends with its input."""
-
-    def __init__(self) -> None:
-        paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests"))
-        self._process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "command_server.py")],
-            env=environment(PYTHONPATH=paths), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-
-    def run(self, words: Sequence[str]) -> tuple[int, str]:
-        """(exit code, what was printed)."""
-        assert self._process.stdin and self._process.stdout
-        with tempfile.NamedTemporaryFile("r", errors="replace") as output:
-            asked = {"words": words, "environment": environment(), "output": output.name, "seconds": SECONDS}
-            self._process.stdin.write(json.dumps(asked) + "\n")
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-            assert answer, f"the process that forks commands ended with {self._process.wait()}"
-            return int(json.loads(answer)["code"]), output.read()
-
-    def kill(self) -> None:
-        """At once, and the command with it."""
-        self._process.kill()
-        self._process.wait()
-
-    def end(self) -> None:
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait()
-
-
 @cache
-def _server() -> _Server:
+def _server() -> LineServer:
     """One for all tests of this process."""
-    made = _Server()
-    atexit.register(made.end)
-    return made
+    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests"))
+    return LineServer(ROOT / "tests" / "command_server.py", environment(PYTHONPATH=paths))
 
 
 def kill_after(recipe: Path, run_dir: Path, step: int, nproc: int) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from line_server import LineServer
 
 ROOT = Path(__file__).resolve().parents[2]
 NURSERY = Path(__file__).with_name("nursery.py")
@@ -31,7 +30,9 @@ def run_ranks(script: Path, world_size: int, folder: Path, arguments: Sequence[s
         for rank, output in enumerate(outputs)
     ]
     launch = {"script": str(script), "arguments": list(arguments), "ranks": ranks, "seconds": SECONDS}
-    return _checked(world_size, _nursery().codes(launch), [output.read_text(errors="replace") for output in outputs])
+    return _checked(
+        world_size, _nursery().ask(launch)["codes"], [output.read_text(errors="replace") for output in outputs]
+    )
 
 
 def start_ranks(script: Path, world_size: int, folder: Path, arguments: Sequence[str] = ()) -> list[str]:
@@ -88,37 +89,11 @@ def _blamelessness(code: int) -> int:
     return 1 if code else 3
 
 
-class _Nursery:
-    """The process that forks ranks."""
-
-    def __init__(self) -> None:
-        start = environment(0, 1, Path("unused")) | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, str(NURSERY)], env=start, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-
-    def codes(self, launch: dict[str, object]) -> list[int]:
-        """Exit codes of the launch's ranks."""
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps(launch) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        assert answer, f"the process that forks ranks ended with {self._process.wait()}"
-        return list(json.loads(answer)["codes"])
-
-    def end(self) -> None:
-        """It ends with its input."""
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait()
-
-
 @cache
-def _nursery() -> _Nursery:
-    """One for all tests of this process."""
-    made = _Nursery()
-    atexit.register(made.end)
-    return made
+def _nursery() -> LineServer:
+    """The process that forks ranks: one for all tests of this process."""
+    alone = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return LineServer(NURSERY, environment(0, 1, Path("unused")) | alone)
 
 
 def cells(all_cases: Iterable[str], default: Iterable[str]) -> list[object]:
