@@ -7,9 +7,9 @@
 # (the same everywhere). All machines see this folder and the run folder under the same paths, and ssh asks for nothing.
 #
 # SFT_SSH       command in front of the host (default: ssh without questions, noticing a dead peer within a minute)
-# MASTER_ADDR, MASTER_PORT  where rank 0 listens (default: the first host, and a port from the current time)
+# MASTER_ADDR, MASTER_PORT  where rank 0 listens (default: the first host, and a random port)
 # SFT_PASS      names of further variables to hand on; SFT_LAUNCHER, SFT_NPROC, SFT_PYTHON, SFT_FABRIC, SFT_PREFLIGHT,
-#               HF_HUB_OFFLINE, PYTHONPATH and CUDA_VISIBLE_DEVICES always are
+#               HF_HUB_OFFLINE, PYTHONPATH, CUDA_VISIBLE_DEVICES, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME always are
 #
 # SIGTERM, SIGUSR1 and SIGINT ask for a checkpoint and an orderly stop (exit 75). When one machine fails, the others end too.
 # When this script dies, in whatever way, the remote ends of its pipes close, and worker.sh kills what it has started.
@@ -25,6 +25,8 @@ fail() {
   echo "ssh.sh: error: $1" >&2
   exit 2
 }
+
+random_hex() { od -An -vtx1 -N "$1" /dev/urandom | tr -d ' \n'; } # so many bytes
 
 [[ $# -gt 1 ]] || fail "usage: ssh.sh HOSTFILE RECIPE.yaml [key=value ...]"
 [[ -r $1 ]] || fail "$1: no such host file"
@@ -43,9 +45,10 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 SFT_NODE_NAMES="${hosts[*]}" SFT_MEETING="ssh-$(date +%s)-$$-$RANDOM"
 export SFT_NODE_NAMES SFT_MEETING SFT_NNODES=${#hosts[@]} SFT_GUARD=stdin
-export MASTER_ADDR=${MASTER_ADDR:-${hosts[0]#*@}} MASTER_PORT=${MASTER_PORT:-$((20000 + $(date +%s) % 10000))}
+export MASTER_ADDR=${MASTER_ADDR:-${hosts[0]#*@}} MASTER_PORT=${MASTER_PORT:-$((20000 + 16#$(random_hex 4) % 10000))}
 handed_on="SFT_LAUNCHER SFT_NPROC SFT_PYTHON SFT_FABRIC SFT_PREFLIGHT SFT_NODE_NAMES SFT_NNODES SFT_GUARD SFT_MEETING"
-handed_on+=" MASTER_ADDR MASTER_PORT HF_HUB_OFFLINE PYTHONPATH CUDA_VISIBLE_DEVICES ${SFT_PASS:-}"
+handed_on+=" MASTER_ADDR MASTER_PORT HF_HUB_OFFLINE PYTHONPATH CUDA_VISIBLE_DEVICES"
+handed_on+=" GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME ${SFT_PASS:-}"
 
 # The line that the remote shell reads; every word is quoted.
 remote_line() {
@@ -59,9 +62,10 @@ remote_line() {
   printf ' %q' "${words[@]}" bash "$here/worker.sh" "$@"
 }
 
-# A pipe to each machine: a line in it asks for a stop, its end ends all there. The ssh of one machine must not hold the
+# A pipe to each machine: its first line is the secret that the ranks' keys begin with (on a command line everybody on the
+# machine could read it), every other line asks for a stop, its end ends all there. The ssh of one machine must not hold the
 # pipes of others open.
-pids=() pipes=()
+pids=() pipes=() secret=$(random_hex 16)
 for i in "${!hosts[@]}"; do
   mkfifo "$scratch/in.$i"
   (
@@ -70,6 +74,7 @@ for i in "${!hosts[@]}"; do
   ) <"$scratch/in.$i" &
   pids+=($!)
   exec {pipe}>"$scratch/in.$i"
+  (echo "$secret" >&"$pipe") 2>/dev/null || true # of a machine that is gone already its ssh tells
   pipes+=("$pipe")
 done
 

@@ -11,7 +11,9 @@
 #               all nodes of this launch share and no other launch uses)
 # SFT_PREFLIGHT 1: look at every node before ranks start; only: nothing else; SFT_NODE_NAMES: their names, for complaints
 # SFT_STOP_FILE, SFT_EXIT_CODE_FILE  files to use for a stop request and for the exit code (default: temporary ones)
-# SFT_GUARD=stdin  a line on standard input asks for a stop; its end means that who started us is gone: all is killed
+# SFT_RUN_SECRET  32 hexadecimal digits, the same on all nodes: what the keys of the ranks' store begin with
+# SFT_GUARD=stdin  the first line of standard input is SFT_RUN_SECRET, every other one asks for a stop; its end means that
+#               who started us is gone: all is killed
 #
 # Exits with sft-dist's codes: launchers turn every code of a worker into 0 or 1, so workers leave theirs in a file.
 # SIGTERM, SIGUSR1 and SIGINT ask for a checkpoint and an orderly stop (exit 75); a second SIGINT ends at once.
@@ -54,6 +56,10 @@ adopt_fabric() {
 }
 
 [[ $# -gt 0 ]] || fail "usage: worker.sh RECIPE.yaml [key=value ...]"
+if [[ ${SFT_GUARD:-} == stdin ]]; then
+  IFS= read -r SFT_RUN_SECRET || fail "SFT_GUARD=stdin, and its first line is missing: the secret of this start"
+  export SFT_RUN_SECRET
+fi
 nproc=${SFT_NPROC:-$("$python" -c 'from sft_dist.launch.job import choose_num_processes as n; print(n(None))')}
 if [[ $nodes -gt 1 ]]; then
   [[ -n ${MASTER_ADDR:-} && -n ${MASTER_PORT:-} ]] ||

@@ -81,14 +81,17 @@ def measure(nodes: Nodes) -> Measured:
     import torch
     import torch.distributed as dist
 
+    from sft_dist.parallel.rendezvous import meet
+
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    patience = timedelta(seconds=REDUCE_SECONDS)
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://{nodes.address}:{nodes.port}",
+            store=meet(f"tcp://{nodes.address}:{nodes.port}", nodes.index, nodes.count, patience),
             rank=nodes.index,
             world_size=nodes.count,
-            timeout=timedelta(seconds=REDUCE_SECONDS),
+            timeout=patience,
         )
         values = torch.full((REDUCE_FLOATS[device.type],), float(nodes.index + 1), device=device)
         dist.all_reduce(values)  # the first one builds the connections

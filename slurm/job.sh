@@ -24,10 +24,15 @@ run_setup() {
   set -u
 }
 
-# Where the nodes of this start meet, and the files through which they and the batch script speak.
+random_hex() { od -An -vtx1 -N "$1" /dev/urandom | tr -d ' \n'; } # so many bytes
+
+# Where the nodes of this start meet, under which secret, and the files through which they and the batch script speak.
+# srun hands its environment to all nodes.
 name_meeting_point() {
   SFT_NODE_NAMES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd ' ')
-  export SFT_NODE_NAMES MASTER_ADDR=${SFT_NODE_NAMES%% *} MASTER_PORT=$((20000 + 7 * SLURM_JOB_ID % 10000))
+  export SFT_NODE_NAMES MASTER_ADDR=${SFT_NODE_NAMES%% *} MASTER_PORT=$((20000 + 16#$(random_hex 4) % 10000))
+  SFT_RUN_SECRET=$(random_hex 16)
+  export SFT_RUN_SECRET
   export SFT_MEETING=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
   export SFT_STOP_FILE=$run/slurm/stop.$SFT_MEETING SFT_RESULT_FILE=$run/slurm/code.$SFT_MEETING
   local end

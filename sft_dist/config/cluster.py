@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from sft_dist.config.section import Auto, Positive, Section
 
+SECRET_VARIABLE = "SFT_RUN_SECRET"  # how launchers hand a secret of this start to ranks on all nodes
 WARNING_SECONDS = 300  # before the time limit: longer than one step and one save, and Slurm is late by up to a minute
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:@+*&|()\[\]=-]+$")]  # what Slurm's own names are made of
 
@@ -33,6 +34,9 @@ class ClusterSection(Section):
     hosts: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.@:-]*$")]] = []  # ssh: the first one listens
     launcher: Literal["local", "torchrun", "accelerate", "deepspeed"] = "local"  # local: sft-dist's own
     fabric: Literal["auto", "none", "ethernet", "infiniband", "efa"] = "auto"  # settings of launch/env/
+    interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,15}$")] | None = (
+        None  # ranks of several nodes talk by it
+    )
     environment: dict[str, str] = {}  # variables of the workers; no secrets: they stand in the run folder
     setup: list[str] = []  # shell lines before anything else, such as `module load cuda`
     preflight: bool = True  # look at every node before ranks start

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sft_dist.config.schema import Recipe
 from sft_dist.errors import ConfigError, StorageError
-from sft_dist.launch.submission import home_of_scripts, processes_per_node
+from sft_dist.launch.submission import home_of_scripts, network_variables, processes_per_node
 
 HOSTS = "hosts"  # below RUN_DIR/logs
 
@@ -23,7 +23,7 @@ def ssh_environment(recipe: Recipe, environ: Mapping[str, str]) -> dict[str, str
     """`environ` with what the section asks for; what is set already wins, as it does in launch/worker.sh."""
     cluster = recipe.cluster
     wanted = {
-        "SFT_FABRIC": cluster.fabric,
+        **network_variables(cluster),
         "SFT_LAUNCHER": cluster.launcher,
         "SFT_PASS": " ".join(cluster.environment),
         "SFT_PREFLIGHT": str(int(cluster.preflight)),

@@ -99,8 +99,8 @@ def files_of(recipe: Recipe, submission: str, home: Path | None = None) -> dict[
     cluster = recipe.cluster
     variables = {
         "HF_HUB_OFFLINE": str(int(not needs_hub(recipe))),
+        **network_variables(cluster),
         **cluster.environment,
-        "SFT_FABRIC": cluster.fabric,
         "SFT_HOME": str(home or home_of_scripts()),
         "SFT_HOST_PYTHON": sys.executable,
         "SFT_LAUNCHER": cluster.launcher,
@@ -116,6 +116,12 @@ def files_of(recipe: Recipe, submission: str, home: Path | None = None) -> dict[
         SETUP: "".join(f"{line}\n" for line in cluster.setup),
         SRUN_ARGS: "".join(f"{word}\n" for word in srun_words(cluster, Path(recipe.run.dir).absolute(), Path.cwd())),
     }
+
+
+def network_variables(cluster: ClusterSection) -> dict[str, str]:
+    """What tells ranks which network to use between nodes."""
+    named = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if cluster.interface else ()
+    return {"SFT_FABRIC": cluster.fabric} | dict.fromkeys(named, f"{cluster.interface}")
 
 
 def needs_hub(recipe: Recipe) -> bool:

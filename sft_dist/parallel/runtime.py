@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from sft_dist.errors import ConfigError
+from sft_dist.parallel.rendezvous import meet
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # where nobody watches
 WATCHED_TIMEOUT = timedelta(hours=3)  # under our launcher its watchdog comes first, with every rank's stacks
@@ -65,16 +65,16 @@ def runtime(num_threads: int | None = None) -> Iterator[Runtime]:
                 f"WORLD_SIZE={world_size} but no MASTER_ADDR: "
                 f"start workers with sft-dist, torchrun, accelerate or deepspeed"
             )
-        meeting: dict[str, Any] = {"store": dist.HashStore()}
+        store: dist.Store = dist.HashStore()
     else:
-        meeting = {"init_method": rendezvous or "env://"}
+        store = meet(rendezvous or "env://", rank, world_size, collective_timeout())
     dist.init_process_group(
         _backend(device),
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=collective_timeout(),
         device_id=device if device.type == "cuda" else None,
-        **meeting,
     )
     try:
         yield Runtime(rank, world_size, local_rank, local_world_size, device, num_threads)

@@ -22,11 +22,11 @@ from pathlib import Path
 import forked
 from tiny_run import trajectory, weights, write_recipe
 
-from sft_dist import train
 from sft_dist.checkpoint.catalog import folders
 from sft_dist.checkpoint.manifest import folder_step
 from sft_dist.launch.requeue import left_in_time
 from sft_dist.launch.stops import TWICE_SECONDS
+from sft_dist.resilience import unsaved
 from sft_dist.resilience.heartbeat import Heart
 from sft_dist.resilience.lock import RunLock
 
@@ -127,18 +127,18 @@ def time_limit(folder: Path) -> str:
     return "a time limit that nobody signals: 75, the same bits"
 
 
-def unsaved(folder: Path) -> str:
-    """Automatic saves leave no more than half an hour of work unsaved: here, where that is no time at all, no step."""
+def by_clock(folder: Path) -> str:
+    """Automatic saves come by the clock: here, where every moment is worth one, behind each step."""
 
     def at_once(rank: int, attempt: int) -> None:
-        train.LONGEST_UNSAVED_SECONDS = 0.0
+        unsaved.SHORTEST_SECONDS, unsaved.SAVES_APART = 0.0, 0
 
-    path, log = recipe(folder, "unsaved"), folder / "unsaved.txt"
+    path, log = recipe(folder, "clock"), folder / "clock.txt"
     settings = ["checkpoint.every_steps=auto", "checkpoint.keep=99"]
     assert forked.Forked(path, 2, log, at_once, settings).run(SECONDS) == 0, log.read_text()
-    assert [folder_step(path) for path in folders(folder / "unsaved")] == list(range(1, 13))
-    assert trajectory(folder / "unsaved") == trajectory(folder / "straight")
-    return "a save whenever too long has passed: the same bits"
+    assert [folder_step(path) for path in folders(folder / "clock")] == list(range(1, 13))
+    assert trajectory(folder / "clock") == trajectory(folder / "straight")
+    return "a save whenever enough time has passed: the same bits"
 
 
 def main() -> int:
@@ -154,7 +154,7 @@ def main() -> int:
         cells = latin(random.Random(given.seed))[: given.cells]
     for cell in cells:
         print(run_cell(given.folder, given.folder / "straight", *cell, expected(*cell)), flush=True)
-    for limit in (time_limit, unsaved):
+    for limit in (time_limit, by_clock):
         print(limit(given.folder), flush=True)
     twice = (signal.SIGINT, "launcher", "train")
     print(run_cell(given.folder, given.folder / "straight", *twice, {1}, times=2), flush=True)

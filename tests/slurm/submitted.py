@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +90,21 @@ def workers(cluster: Cluster, node: str) -> list[str]:
         words = cluster.run("cat", f"/proc/{pid}/cmdline", check=False).stdout.split("\0")
         found += [pid] * ("sft_dist.train" in words)
     return found
+
+
+def secret_of(cluster: Cluster, nodes: Sequence[str]) -> str:
+    """The secret of a run's ranks, one on each of `nodes`: the same there, and on no process's command line."""
+    ranks = [cluster.run("cat", f"/proc/{pid}/environ").stdout for node in nodes for pid in workers(cluster, node)]
+    found = {value for rank in ranks for value in re.findall(r"\0SFT_RUN_SECRET=([0-9a-f]{32})\0", rank)}
+    assert len(ranks) == len(nodes) and len(found) == 1, ranks
+    (secret,) = found
+    everywhere = [
+        cluster.run("cat", f"/proc/{pid}/cmdline", check=False).stdout for node in nodes for pid in cluster.pids(node)
+    ]
+    assert everywhere and secret not in "".join(everywhere)
+    return secret
+
+
+def files_with(folder: Path, text: str) -> list[Path]:
+    """Files below `folder` that hold `text`."""
+    return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from slurm.cluster import Cluster
-from slurm.submitted import NUM_STEPS, Submitted, workers
+from slurm.submitted import NUM_STEPS, Submitted, files_with, secret_of, workers
 from tiny_run import lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -28,6 +28,8 @@ def test_every_interruption_ends_in_the_same_weights(
     run = prepare_run("interrupted")
     job = run.submit()
 
+    run.wait_for_step(2)
+    secrets = {secret_of(cluster, nodes_of(cluster, job))}
     run.wait_for_step(4)  # the signal that Slurm sends before the time limit; scancel saves the minute
     cluster.run("scancel", "--signal=USR1", "--batch", job)
     cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", 60, run.log())
@@ -35,6 +37,8 @@ def test_every_interruption_ends_in_the_same_weights(
     assert (first["code"], first["near_end"], first["again"]) == (75, True, True)
 
     hurry(cluster, job)
+    run.wait_for_steps_of(attempt=2, number=1)
+    secrets.add(secret_of(cluster, nodes_of(cluster, job)))
     run.wait_for_steps_of(attempt=2, number=3)
     cluster.run("scontrol", "requeue", job)
     cluster.wait(lambda: cluster.job(job)["Restarts"] == "2", 60, run.log())
@@ -63,6 +67,7 @@ def test_every_interruption_ends_in_the_same_weights(
     assert cluster.job(job)["Restarts"] == "5" and run.attempts == 6
     assert [(e["code"], e["again"]) for e in endings(run) if not e["ended"]] == [(75, True), (1, True), (0, False)]
     assert run.result == uninterrupted.result
+    assert len(secrets) == 2 and not any(files_with(run.run_dir, secret) for secret in secrets)
 
 
 @pytest.mark.faults
@@ -99,11 +104,14 @@ def test_a_node_that_loses_power_is_replaced(cluster: Cluster, prepare_run: Prep
         cluster.wait(lambda: "idle" in cluster.run("sinfo", "-hN", "-n", victim, "-o%T").stdout, 30, "power is back")
 
 
+def nodes_of(cluster: Cluster, job: str) -> list[str]:
+    """The nodes of a job that runs."""
+    return cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).stdout.split()
+
+
 def other_node(cluster: Cluster, job: str) -> str:
     """The second node of a job on two."""
-    record = cluster.job(job)
-    names = cluster.run("scontrol", "show", "hostnames", record["NodeList"]).stdout.split()
-    return next(name for name in names if name != record["BatchHost"])
+    return next(name for name in nodes_of(cluster, job) if name != cluster.job(job)["BatchHost"])
 
 
 def hurry(cluster: Cluster, job: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from slurm.cluster import Cluster
-from slurm.submitted import TINY, Submitted, workers
+from slurm.submitted import TINY, Submitted, files_with, secret_of, workers
 from tiny_run import ROOT, lines, weights, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -124,10 +124,13 @@ def test_over_ssh_a_stop_and_a_slow_link_that_breaks_change_nothing(
 ) -> None:
     """Stopped by a signal, then on a slow link whose plug is pulled and put back: the weights of the Slurm run."""
     first = launch("ssh", env={"SFT_PREFLIGHT": "1"})
+    first.wait_for_steps(2)
+    secret = secret_of(cluster, cluster.nodes[:2])
     first.wait_for_steps(4)
     first.process.send_signal(signal.SIGTERM)
     assert first.code() == 75, first.output.read_text()
     assert "2 nodes, 0 complaints" in first.output.read_text()
+    assert secret not in first.output.read_text() and not files_with(first.run_dir, secret)
 
     victim, slow = cluster.nodes[1], ("tbf", "rate", "4mbit", "burst", "16kbit", "latency", "2s")
     cluster.run("tc", "qdisc", "add", "dev", "eth0", "root", *slow, node=victim)

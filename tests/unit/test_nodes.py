@@ -32,6 +32,7 @@ def test_the_place_is_read_from_the_environment() -> None:
         ({"MASTER_PORT": ""}, "MASTER_PORT"),
         ({"SFT_MEETING": ""}, "SFT_MEETING"),
         ({"SFT_MEETING": "../x"}, r"SFT_MEETING=\.\./x"),
+        ({"SFT_RUN_SECRET": "short"}, "SFT_RUN_SECRET: must be 32 to 128 hexadecimal digits"),
     ],
 )
 def test_an_incomplete_place_is_refused(changes: dict[str, str], message: str) -> None:
@@ -49,6 +50,10 @@ def test_the_other_nodes_learn_the_attempt_from_the_first(tmp_path: Path) -> Non
         other.join(30)
         with pytest.raises(ConfigError, match="would start 2 processes, the first node 4"):
             join(tmp_path, nodes, 2)
+        stranger = read_nodes(SECOND | {"SFT_RUN_SECRET": "0" * 32})
+        with pytest.raises(ConfigError, match="SFT_RUN_SECRET of node 1 is not the first node's"):
+            join(tmp_path, stranger, 4)
+        assert "0" * 32 not in repr(stranger)
     assert joined == [3]
     with pytest.raises(StorageError, match=r"node 1: .*did not appear within 0 s"):
         join(tmp_path, nodes, 4, seconds=0.1)

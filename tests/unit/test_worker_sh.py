@@ -16,13 +16,21 @@ ENV_FILES = sorted((CHECKOUT / "launch" / "env").glob("*.env"))
 SECOND = {"SFT_NNODES": "2", "SFT_NODE_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "1", "SFT_NPROC": "1"}
 
 
-def run(tmp_path: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+def begin(tmp_path: Path, *words: str, **env: str) -> subprocess.Popen[str]:
     """worker.sh with a program in Python's place that prints its environment."""
     shown = tmp_path / "python"
     shown.write_text("#!/bin/sh\nexec env\n")
     shown.chmod(0o755)
     kept = {"PATH": os.environ["PATH"], "SFT_PYTHON": str(shown)}
-    return subprocess.run(["bash", WORKER, *words], env=kept | env, capture_output=True, text=True, timeout=60)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(["bash", WORKER, *words], env=kept | env, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def run(tmp_path: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """The same from its start to its end, with nothing on standard input."""
+    with begin(tmp_path, *words, **env) as started:
+        out, err = started.communicate(timeout=60)
+    return subprocess.CompletedProcess(words, started.returncode, out, err)
 
 
 def environment(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
@@ -44,6 +52,18 @@ def test_what_the_user_has_set_is_kept_and_one_node_has_no_fabric(tmp_path: Path
     assert told["NCCL_DEBUG"] == "INFO" and told["NCCL_IB_DISABLE"] == "1"
     assert "NCCL_DEBUG" not in environment(run(tmp_path, "r.yaml", SFT_FABRIC="ethernet", SFT_NPROC="1"))
     assert "NCCL_DEBUG" not in environment(run(tmp_path, "r.yaml", SFT_FABRIC="none", **SECOND))
+
+
+def test_who_guards_by_standard_input_hands_over_the_secret(tmp_path: Path) -> None:
+    """The first line is taken and no further one: those ask for a stop, and the end of it all ends the run."""
+    with begin(tmp_path, "r.yaml", SFT_GUARD="stdin", **SECOND) as started:
+        assert started.stdin and started.stdout
+        started.stdin.write("5ec7e7\n")
+        started.stdin.flush()  # and stays open
+        assert "SFT_RUN_SECRET=5ec7e7\n" in started.stdout.readlines()
+    assert started.returncode == 0
+    silent = run(tmp_path, "r.yaml", SFT_GUARD="stdin", **SECOND)
+    assert silent.returncode == 2 and "its first line is missing" in silent.stderr
 
 
 @pytest.mark.parametrize(
