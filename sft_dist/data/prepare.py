@@ -120,7 +120,8 @@ def prepare(
         rules = rules_of(recipe, tokenizer, template)
         stream = open_stream(recipe, rules, rules_digest(recipe, tokenizer, template.text), streaming, reads_streams)
         prepared = replace(prepared, stream=stream)
-    told = [*pin_notices(sources), *bos_notices(template.text, tokenizer), *template.stop_notices(tokenizer)]
+    told = [*pin_notices(sources), *bos_notices(template.text, tokenizer)]
+    told += [*template.prompt_notices(tokenizer), *template.stop_notices(tokenizer)]
     for line in [*prepared.report_now().lines(), *told]:
         notice(line)
     return prepared

@@ -135,6 +135,16 @@ class ChatTemplate:
             for text in self.stop_strings(tokenizer)
         ]
 
+    def prompt_notices(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+        """A line where a model is asked in words that no trained answer stands behind."""
+        asked, answered = self.bind(tokenizer).before_plain_answer()
+        if answered.startswith(asked):
+            return []
+        return [
+            f"warning: data.chat_template asks a model with {asked!r} and trains plain answers behind {answered!r}: the "
+            "model would be asked in words that it has not learned to answer; make it write the same in both places"
+        ]
+
 
 def resolve_template(name_or_path: str, tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
     """`auto` (the tokenizer's own), a built-in name, or the path of a Jinja file; with the BOS that this tokenizer puts
@@ -264,6 +274,17 @@ class BoundTemplate:
             return generation_prompt(self._render(question).text, self._render(question, prompt=True).text)
         except BadRecord:
             return ""
+
+    def before_plain_answer(self) -> tuple[str, str]:
+        """What the template writes between a question and a plain answer: asking for one, and with it there."""
+        question, answer = Message("user", "one"), Message("assistant", "two")
+        try:
+            asked = self._render(Conversation((question,)), prompt=True)
+            answered = self._render(Conversation((question, answer)))
+        except BadRecord:
+            return "", ""
+        turns = find_turns(answered.runs)
+        return asked.text[find_turns(asked.runs)[0].end :], answered.text[turns[0].end : turns[1].start]
 
     @cached_property
     def opening(self) -> str:

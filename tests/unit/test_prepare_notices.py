@@ -12,7 +12,9 @@ from preparing import byte_tokenizer, make_recipe, records, said, write_lines
 from transformers import PreTrainedTokenizerFast
 
 from sft_dist.data import prepare as preparation
+from sft_dist.data.builtin_templates import BUILTIN
 from sft_dist.data.prepare import prepare
+from sft_dist.data.templates import resolve_template
 
 
 @pytest.mark.parametrize(
@@ -27,6 +29,25 @@ def test_a_stop_text_of_several_tokens_is_told_with_the_remedy(
     found = [line for line in lines if "several tokens" in line]
     assert len(found) == is_told
     assert not found or found[0].endswith("or pass stop_strings=['<|end|>'] to generate")
+
+
+ASKS_OTHERWISE = (
+    "alpaca chatml falcon-instruct gemma-it llama-3-instruct openchat-3.5 phi-3 saiga vicuna zephyr deepseekv3"
+)
+
+
+def test_a_template_that_asks_in_other_words_than_it_trains_is_told(tmp_path: Path, shared: Path) -> None:
+    """Of the public ones those of a collection whose prompts end in a line of their own, and DeepSeek's."""
+    own = template_cases.byte_tokenizer()
+    files = {path.stem: path for path in (shared / "data/chat_templates").rglob("*.jinja")}
+    told = {name: resolve_template(str(path), own).prompt_notices(own) for name, path in files.items()}
+    assert len(files) == 33 and {name for name, lines in told.items() if lines} == set(ASKS_OTHERWISE.split())
+    assert "asks a model with '<｜Assistant｜><think>\\n' and trains plain answers behind" in told["deepseekv3"][0]
+    assert not any(resolve_template(name, own).prompt_notices(own) for name in BUILTIN)
+    lines: list[str] = []
+    source = write_lines(tmp_path / "a.jsonl", records(3))
+    prepare(make_recipe(tmp_path, source, chat_template=str(files["vicuna"])), own, notice=lines.append)
+    assert sum("asks a model with" in line for line in lines) == 1
 
 
 def test_what_a_source_has_to_say_of_its_pin_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
