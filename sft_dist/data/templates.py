@@ -141,8 +141,8 @@ class ChatTemplate:
         if answered.startswith(asked):
             return []
         return [
-            f"warning: data.chat_template asks a model with {asked!r} and trains plain answers behind {answered!r}: the "
-            "model would be asked in words that it has not learned to answer; make it write the same in both places"
+            f"warning: data.chat_template asks a model with {asked!r} and trains plain answers behind {answered!r}: "
+            "the model would be asked in words that it has not learned to answer; make it write the same in both places"
         ]
 
 
