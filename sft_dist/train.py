@@ -179,6 +179,7 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
         manager = CheckpointManager(
             job.run_dir,
             wished.keep,
+            run=parts.fingerprint["run"],
             notice=job.console.say,
             ready=job.settle,
             fence=job.check_lease,
