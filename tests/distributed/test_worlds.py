@@ -92,7 +92,11 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("name", cells(MOVED, MOVED_BY_DEFAULT))
 def test_a_run_moves_from_two_ranks_to_one_to_four(runs: Path, name: str) -> None:
     one, moved = lines(runs / f"one-{name.split('-')[1]}", "step"), lines(runs / name, "step")
-    assert len(one) == MOVED[name].get("optim", {}).get("max_steps", 12) and {line["attempt"] for line in moved} == {1, 2, 3}
+    assert len(one) == MOVED[name].get("optim", {}).get("max_steps", 12) and {line["attempt"] for line in moved} == {
+        1,
+        2,
+        3,
+    }
     for key in ("batch_digest", "num_tokens", "num_loss_tokens", "lr"):
         assert [line[key] for line in moved] == [line[key] for line in one], key
     assert len({line["batch_digest"] for line in one}) > 6
