@@ -9,7 +9,8 @@ A file of forms is one of
 
 Rendering follows promptsource (Bach et al., 2022): parts are stripped, `|||` inside a field separates nothing, and a
 form whose prompt or answer comes out empty is left out for that record, which is how the P3 forms say "not for this
-one". Jinja runs in the sandbox of the chat templates, with its budget of work and memory. A field that a form asks for
+one". So is one that asks for a choice that is not there: many sets mark "no gold label" with -1, which would be Python's
+last one. Jinja runs in the sandbox of the chat templates, with its budget of work and memory. A field that a form asks for
 and the record lacks is an error, never an empty text. The random `choice` of a form depends on the record alone.
 """
 
@@ -64,16 +65,29 @@ class Forms:
         Raises BadRecord when a form fails, or none fits.
         """
         protected = _protect(value) | {_RECORD_KEY: _key_of(value)}
-        num_skipped = 0
+        reasons: list[str] = []
         for form in self.forms:
-            prompt, answer = _render(form, protected)
-            if prompt and answer:
-                yield [Message("user", prompt), Message("assistant", answer)], ()
-            else:
-                num_skipped += 1
-                skipped(f"form {form.name!r} leaves the {'answer' if prompt else 'prompt'} empty")
-        if num_skipped == len(self.forms):
-            raise BadRecord(f"each of the {num_skipped} forms leaves the prompt or the answer empty")
+            try:
+                yield list(_messages(form, protected)), ()
+            except LeftOut as error:
+                reasons.append(f"form {form.name!r} {error}")
+                skipped(reasons[-1])
+        if len(reasons) == len(self.forms):
+            raise BadRecord(f"each of the {len(reasons)} forms leaves it out; {reasons[0]}")
+
+
+class LeftOut(Exception):
+    """A form is not for this record; says why."""
+
+
+class _Choices(list[str]):
+    """Choices by their number, from 0 up."""
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, int) and not 0 <= place < len(self):
+            raise LeftOut(f"asks for choice {int(place)}, it has 0 to {len(self) - 1}")
+        found = super().__getitem__(place)
+        return _Choices(found) if isinstance(place, slice) else found
 
 
 def load_forms(path: str) -> Forms:
@@ -185,14 +199,24 @@ def _most_frequent(items: Sequence[Any]) -> list[Any]:
     return [item for item, count in counts.items() if count == max(counts.values())]
 
 
+def _messages(form: Form, fields: Mapping[str, Any]) -> Iterator[Message]:
+    """Question and answer, of which none is empty."""
+    for role, part, text in zip(("user", "assistant"), ("prompt", "answer"), _render(form, fields), strict=True):
+        if not text:
+            raise LeftOut(f"leaves the {part} empty")
+        yield Message(role, text)
+
+
 def _render(form: Form, fields: Mapping[str, Any]) -> tuple[str, str]:
-    """(prompt, answer), stripped. Raises BadRecord that names the form."""
+    """(prompt, answer), stripped. Raises LeftOut, or BadRecord that names the form."""
     BUDGET.start()
     try:
         if form.choices:
             fields = {**fields, form.choices_name: _choices(form, fields)}
         asked = _text(form.prompt, fields)
         parts = asked.split(SEPARATOR) if form.answer is None else [asked, _text(form.answer, fields)]
+    except LeftOut:
+        raise
     except Exception as error:  # a form is a program of somebody else's: it may fail in any way
         raise BadRecord(f"form {form.name!r} fails: {type(error).__name__}: {error}") from error
     if len(parts) > 2:
@@ -206,11 +230,11 @@ def _text(template: jinja2.Template, fields: Mapping[str, Any]) -> str:
     return str.__str__(template.render(fields))
 
 
-def _choices(form: Form, fields: Mapping[str, Any]) -> list[str]:
+def _choices(form: Form, fields: Mapping[str, Any]) -> _Choices:
     """The choices as texts: a list of templates, or promptsource's one that renders to `a ||| b`."""
     rendered = [_text(choice, fields) for choice in form.choices]
     listed = rendered if form.answer is not None else rendered[0].split(SEPARATOR)
-    return [choice.strip() for choice in listed]
+    return _Choices(choice.strip() for choice in listed)
 
 
 def _protect(value: Any) -> Any:

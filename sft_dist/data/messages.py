@@ -1,7 +1,7 @@
 """Lists of messages as data sets write them: roles, texts, typed parts, reasoning, function calls, loss weights.
 
-OpenAI's older names for calls are read as the newer ones: `function_call` of a message as its only tool call, `functions`
-of a record as its `tools`. What holds both is refused.
+OpenAI's older names for calls are read as the newer ones: `function_call` of a message as its only tool call,
+`functions` of a record as its `tools`. What holds both is refused.
 """
 
 from __future__ import annotations
