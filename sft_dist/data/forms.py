@@ -9,9 +9,10 @@ A file of forms is one of
 
 Rendering follows promptsource (Bach et al., 2022): parts are stripped, `|||` inside a field separates nothing, and a
 form whose prompt or answer comes out empty is left out for that record, which is how the P3 forms say "not for this
-one". So is one that asks for a choice that is not there: many sets mark "no gold label" with -1, which would be Python's
-last one. Jinja runs in the sandbox of the chat templates, with its budget of work and memory. A field that a form asks for
-and the record lacks is an error, never an empty text. The random `choice` of a form depends on the record alone.
+one". So is one that asks for a choice that is not there: many sets mark "no gold label" with -1, which would be
+Python's last one. Jinja runs in the sandbox of the chat templates, with its budget of work and memory. A field that a
+form asks for and the record lacks is an error, never an empty text. The random `choice` of a form depends on the record
+alone.
 """
 
 from __future__ import annotations
