@@ -23,7 +23,7 @@ BadRecord with the reason. Thoughts beside an answer (`reasoning_content`, `thin
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sft_dist.data.fields import Turns, Value, task_message, text_field
@@ -31,12 +31,7 @@ from sft_dist.data.forms import Forms
 from sft_dist.data.messages import MEDIA_KEYS, read_messages, reasoning_of, tools_of
 from sft_dist.data.records import Record
 from sft_dist.data.strict_json import kind_of
-from sft_dist.data.task_files import (
-    is_natural_instructions,
-    is_self_instruct,
-    read_natural_instructions,
-    read_self_instruct,
-)
+from sft_dist.data.task_files import TASKS, is_natural_instructions, is_self_instruct, read_instance
 from sft_dist.data.tokenized import is_tokenized, read_tokenized
 from sft_dist.data.trees import is_tree, read_tree
 from sft_dist.errors import BadRecord
@@ -68,19 +63,26 @@ def detect_format(record: Mapping[str, Any]) -> str:
     )
 
 
+def _refuse(reason: str) -> None:
+    raise BadRecord(reason)
+
+
 def to_conversations(
     record: Record,
     format: str,
     columns: Mapping[str, str | int],
     forms: Forms | None = None,
     skipped: Callable[[str], None] = lambda reason: None,
+    spoiled: Callable[[str], None] = _refuse,
 ) -> list[Conversation | TokenizedExample]:
     """What a record stands for: at least one conversation, or one example of tokens that somebody else made.
 
     `format` is a name of the table above, "template" (then `forms` must be given) or "auto" (detected for this record);
     `columns` maps our field names to the record's. The only conversation has the record's id, the k-th of several
-    `file:line#k`, counted from 1. `skipped` gets the reason for each form that leaves this record out. Raises BadRecord
-    with the place and the reason when any part of the record cannot be used.
+    `file:line#k`, counted from 1. `skipped` gets the reason for each form that leaves this record out, `spoiled` what
+    is wrong with each bad instance of a task, whose others are read: if all are bad, nothing is. Raises BadRecord with
+    the place and the reason when any other part of the record cannot be used, and for a bad instance if nobody takes
+    its reason.
     """
     try:
         value = rename_columns(record.value, columns)
@@ -90,15 +92,26 @@ def to_conversations(
             return [read_tokenized(value, record.file, record.id)]
         if format == "template":
             assert forms is not None, "format: template comes with its forms"
-            found = list(forms.conversations(value, skipped))
+            found = _checked(value, forms.conversations(value, skipped))
+        elif format in TASKS:
+            found = list(_read_task(*TASKS[format](value), value, spoiled))
         else:
-            found = list(_READERS[format](value))
-        _check_all([messages for messages, _ in found])
-        _refuse_placeholders(value, (message for messages, _ in found for message in messages))
+            found = _checked(value, _READERS[format](value))
     except BadRecord as error:
         raise record.bad(error.reason) from None
     ids = [record.id] if len(found) == 1 else [f"{record.id}#{number}" for number in range(1, len(found) + 1)]
     return [Conversation(tuple(m), tuple(t), record.file, id) for (m, t), id in zip(found, ids, strict=True)]
+
+
+def _read_task(
+    instruction: str, instances: Sequence[Any], value: Value, spoiled: Callable[[str], None]
+) -> Iterator[Turns]:
+    """The conversations of all good instances."""
+    for number, instance in enumerate(instances, 1):
+        try:
+            yield from _checked(value, read_instance(instruction, instance))
+        except BadRecord as error:
+            spoiled(f"instance {number}: {error.reason}" if len(instances) > 1 else error.reason)
 
 
 def fits(format: str, value: Value) -> bool:
@@ -286,16 +299,19 @@ def _refuse_placeholders(value: Value, messages: Iterable[Message]) -> None:
         raise BadRecord(f"multimodal record ({found[0]} in a text beside the field {field!r}): only text is trained on")
 
 
-def _check_all(conversations: Sequence[Sequence[Message]]) -> None:
-    if not conversations:
+def _checked(value: Value, given: Iterable[Turns]) -> list[Turns]:
+    """The conversations that were read of `value`, all of which can be trained on."""
+    found = list(given)
+    if not found:
         raise BadRecord("no assistant turn: there is nothing to learn")
-    for number, messages in enumerate(conversations, 1):
+    for number, (messages, _) in enumerate(found, 1):
         try:
             _check(messages)
+            _refuse_placeholders(value, messages)
         except BadRecord as error:
-            raise BadRecord(
-                f"conversation {number}: {error.reason}" if len(conversations) > 1 else error.reason
-            ) from None
+            where = f"conversation {number}: " if len(found) > 1 else ""
+            raise BadRecord(where + error.reason) from None
+    return found
 
 
 def _check(messages: Sequence[Message]) -> None:
@@ -323,8 +339,6 @@ _READERS: dict[str, Callable[[Value], Iterable[Turns]]] = {
     "prompt_completion": _one(_read_prompt_completion),
     "question_answer": _one(_read_question_answer),
     "chain_of_thought": _one(_read_chain_of_thought),
-    "self_instruct": read_self_instruct,
-    "natural_instructions": read_natural_instructions,
     "oasst": read_tree,
     "text": _read_text,
 }

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from sft_dist.data.store import TokenStore
+from sft_dist.data.task_files import TASKS
 from sft_dist.errors import BadRecord, DataError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ _MAX_LISTED = 100
 _NUM_LONGEST = 5
 LANGUAGE_ROWS = 500  # of a split: enough to tell a share of one in a hundred, and soon done
 _DERIVED = ("supervised_share", "duplicates")
+_LOSSES = ("rejected", "too_long", "no_target", "score")  # kinds of events: an example that gives no row
 _LATER_PIECE = "/([2-9]|[1-9][0-9]+)$"  # how `tokenise.fit` names them
 
 
@@ -43,6 +45,7 @@ class SourceReport:
     copies: float = 1.0  # of each example per epoch: the weight, after data.mixture_temperature
     files: list[str] = field(default_factory=list)
     records: int = 0
+    judged: int = 0  # what can be bad alone: records, of task files their examples
     accepted: int = 0
     rejected: int = 0  # bad ones, listed in PrepareReport.rejects
     too_long: int = 0
@@ -74,8 +77,13 @@ class SourceReport:
             self.guessed = chunk.source.format == "auto"
         self.records += len(chunk.records) + len(chunk.bad)
         self.accepted += len(shard.table)
+        pieces = 0
         if any(event.kind == "split" for event in shard.events):
-            self.pieces += pc.sum(pc.match_substring_regex(shard.table["part"], _LATER_PIECE)).as_py() or 0
+            pieces = pc.sum(pc.match_substring_regex(shard.table["part"], _LATER_PIECE)).as_py() or 0
+        self.pieces += pieces
+        lost = sum(event.kind in _LOSSES for event in shard.events)
+        of_tasks = chunk.format in TASKS
+        self.judged += len(chunk.bad) + (len(shard.table) - pieces + lost if of_tasks else len(chunk.records))
         self.tokens += pc.sum(shard.table["lengths"]).as_py() or 0
         self.loss_tokens += pc.sum(shard.table["num_loss_tokens"]).as_py() or 0
 
@@ -174,12 +182,16 @@ class PrepareReport:
         _list({"id": example_id, "kind": kind, "reason": reason}, self.dropped, listing)
 
     def check_bad_fraction(self, allowed: float) -> None:
-        """Raise DataError when more than this share of all records, bad ones included, are bad."""
-        num_bad, num_all = (sum(getattr(s, name) for s in self.sources) for name in ("rejected", "records"))
+        """Raise DataError when more than this share of all records, bad ones included, are bad; of a task file each
+        example counts as one."""
+        num_bad, num_all, num_records = (
+            sum(getattr(s, name) for s in self.sources) for name in ("rejected", "judged", "records")
+        )
         if num_bad > allowed * num_all:
             first = BadRecord(**self.rejects[0])
+            what = "records" if num_all == num_records else "examples"
             raise DataError(
-                f"{num_bad:,} of {num_all:,} records are bad ({num_bad / max(num_all, 1):.1%}), more than "
+                f"{num_bad:,} of {num_all:,} {what} are bad ({num_bad / max(num_all, 1):.1%}), more than "
                 f"data.max_bad_fraction={allowed}; the first: {first}"
             )
 

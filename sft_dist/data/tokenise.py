@@ -106,13 +106,14 @@ def _read(
     forms = load_forms(source.template) if source.template else None
     for number, record in records:
         skipped = lambda reason: events.append(Event(number, "", "form_skipped", reason))  # noqa: B023, E731 (called here)
+        spoiled = lambda reason: events.append(Event(number, "", "rejected", reason))  # noqa: B023, E731 (likewise)
         if rules.score and (low := score_too_low(record.value, rules.score.column, rules.score.min)):
             events.append(Event(number, "", "score", low))
             continue
         try:
             if source.format == "auto":
                 _check_guess(record, source, format)
-            found = to_conversations(record, format, source.columns, forms, skipped)
+            found = to_conversations(record, format, source.columns, forms, skipped, spoiled)
         except BadRecord as error:
             events.append(Event(number, "", "rejected", error.reason))
             continue

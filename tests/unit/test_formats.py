@@ -136,7 +136,7 @@ REFUSED = {
     "number-answer": ("question_answer", {"question": "q", "answer": 3}, "must be text, it is a number"),
     "empty-rationale": ("chain_of_thought", {"question": "q", "answer": "a", "rationale": ""}, "'rationale' is empty"),
     "no-instances": ("self_instruct", {"instruction": "q", "instances": []}, "'instances' must be a list of instances"),
-    "instance-text": ("self_instruct", {"instruction": "q", "instances": ["a"]}, "instance 1 must be an object"),
+    "instance-text": ("self_instruct", {"instruction": "q", "instances": ["a"]}, "an instance must be an object"),
     "instance-empty": (
         "self_instruct",
         {"instruction": "q", "instances": [{"output": "a"}, {"input": "i", "output": ""}]},
@@ -145,7 +145,7 @@ REFUSED = {
     "instance-placeholder": (
         "self_instruct",
         {"instruction": "q", "instances": [{"output": "a"}, {"output": "{{name}}"}]},
-        "conversation 2: message 2 holds the placeholder",
+        "instance 2: message 2 holds the placeholder",
     ),
     "no-definition": (
         "natural_instructions",
@@ -421,6 +421,21 @@ def test_a_task_file_of_natural_instructions() -> None:
         [question + "y", "c"],
     ]
     assert [one.id.rpartition("#")[2] for one in found] == ["1", "2", "3"]
+
+
+def test_a_bad_instance_spoils_itself_alone() -> None:
+    outputs = [["a"], ["b", " "], ["c", "d"], [], "{{name}}", ["e"]]
+    instances: list[Any] = [{"input": "i", "output": output} for output in outputs]
+    record = Record({"Definition": "q", "Instances": [*instances, 7]}, "f.jsonl", 7, 120)
+    reasons: list[str] = []
+    found = to_conversations(record, "natural_instructions", {}, spoiled=reasons.append)
+    assert [one.messages[1].content for one in found if isinstance(one, Conversation)] == ["a", "c", "d", "e"]
+    assert [one.id for one in found] == [f"f.jsonl:7#{number}" for number in (1, 2, 3, 4)]
+    assert [reason.partition(": ")[0] for reason in reasons] == [f"instance {number}" for number in (2, 4, 5, 7)]
+    with pytest.raises(BadRecord, match="'Definition' is empty"):
+        to_conversations(
+            Record({"Definition": "", "Instances": instances}, "f", 1, 0), "auto", {}, spoiled=reasons.append
+        )
 
 
 def tree(role: str, text: str, *replies: dict[str, Any]) -> dict[str, Any]:
