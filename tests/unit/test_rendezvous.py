@@ -41,7 +41,8 @@ def test_who_does_not_know_the_secret_neither_finds_nor_replaces_a_key(monkeypat
 
 def test_a_file_never_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SECRET_VARIABLE, SECRET)
-    meet(f"file://{tmp_path / 'store'}", 0, 1, PATIENCE).set("key", "ours")
+    store = meet(f"file://{tmp_path / 'store'}", 0, 1, PATIENCE)  # which deletes its file in the end
+    store.set("key", "ours")
     assert b"ours" in (tmp_path / "store").read_bytes() and SECRET.encode() not in (tmp_path / "store").read_bytes()
 
 
