@@ -31,8 +31,9 @@ from typing import Any
 from torch import Tensor
 
 from sft_dist.checkpoint.catalog import FOLDER_NAME, folders, open_to_all, set_aside
-from sft_dist.checkpoint.disk import check_space, free_name, rename_fresh, storage_errors
+from sft_dist.checkpoint.disk import check_space, free_name, rename_fresh, storage_errors, wait_to_see
 from sft_dist.checkpoint.manifest import (
+    MANIFEST_NAME,
     RUN_KEY,
     FileEntry,
     Manifest,
@@ -306,6 +307,8 @@ class CheckpointManager:
     def _fault(self, path: Path) -> str | None:
         """The first fault of a checkpoint, the same on all ranks; each rank hashes its share of the files."""
         found: str | None = None
+        if self.ranks.from_main((path / MANIFEST_NAME).exists()):
+            wait_to_see(path / MANIFEST_NAME)
         with self.ranks.together():
             try:
                 manifest = read_manifest(path)

@@ -1,4 +1,4 @@
-"""Looking at a run changes nothing: its bits are the same with evaluations, answers and trackers and without."""
+"""What changes no bit of a run on a CPU: evaluations, answers and trackers; asking for deterministic kernels."""
 
 from __future__ import annotations
 
@@ -20,14 +20,11 @@ DROPOUT: dict[str, Any] = {"tuning": {"method": "lora", "rank": 3, "dropout": 0.
 
 def test_switching_evaluation_and_logging_changes_no_bit_of_training(tmp_path: Path) -> None:
     """With dropout: an evaluation that drew from the generator of training, or left it elsewhere, would show."""
-    watched, unwatched = (
-        write_recipe(tmp_path, name, **DROPOUT, **changes)
-        for name, changes in (("watched", WATCHED), ("unwatched", UNWATCHED))
-    )
-    train(watched)
-    train(unwatched)
-    run, silent = tmp_path / "watched", tmp_path / "unwatched"
+    run, silent, deterministic = (tmp_path / name for name in ("watched", "unwatched", "deterministic"))
+    train(write_recipe(tmp_path, run.name, **DROPOUT, **WATCHED))
+    train(write_recipe(tmp_path, silent.name, **DROPOUT, **UNWATCHED))
+    train(write_recipe(tmp_path, deterministic.name, **DROPOUT, **UNWATCHED, run={"deterministic": True}))
     assert len(lines(run, "eval")) == 4 and len(lines(silent, "eval")) == 2  # before, and after the last step
     assert len(trajectory(run)) == 6
-    assert trajectory(run) == trajectory(silent)
-    assert weights(run) == weights(silent)
+    assert trajectory(run) == trajectory(silent) == trajectory(deterministic)
+    assert weights(run) == weights(silent) == weights(deterministic)
