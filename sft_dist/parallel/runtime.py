@@ -100,10 +100,8 @@ def _choose_kernels(deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
-# A pass over each new tensor, for faults that we do not have.
+    # A pass over each new tensor, for faults that we do not have.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        False  # a pass over each new tensor, for faults we do not have
-    )
 
 
 def _device(local_rank: int) -> torch.device:
