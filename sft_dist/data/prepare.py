@@ -242,8 +242,8 @@ class _Preparation:
                 for source in indexed(self._recipe.data, role):
                     counts, first = SourceReport(source.path, role, weight=source.weight), self._num_rows
                     self._report.sources.append(counts)
-                    tasks = ((chunk, self._cache.task(chunk)) for chunk in chunks(source, self._rejects))
-                    for chunk, _ in workers.map(tasks):
+                    found = chunks(source, self._rejects, is_trained=role == "sources")
+                    for chunk, _ in workers.map((chunk, self._cache.task(chunk)) for chunk in found):
                         yield self._merge(chunk, counts, files, rejects, dropped)
                     self._origins.append(Origin(role, source, first, self._num_rows))
 
