@@ -12,18 +12,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sft_dist.config.schema import DataSection, SourceSection
-from sft_dist.data.duplicates import near_pairs, sketch
+from sft_dist.data.duplicates import near_pairs, sketches_of
 from sft_dist.data.exchanges import Exchange, exchanges, find_frame, text_of
 from sft_dist.data.filters import Drop, Filters, drops
 from sft_dist.data.permutation import derive_key, permute
 from sft_dist.data.splits import EVAL, TEST, TRAIN, draw_splits, hang_together
 from sft_dist.data.store import Corpus
 from sft_dist.data.templates import ChatTemplate
+from sft_dist.data.wholes import Wholes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -59,7 +61,10 @@ class Selection:
 
 
 class Said:
-    """What the rows of a corpus say: questions and answers, read again from their tokens when asked for."""
+    """What the rows of a corpus say: questions and answers, read again from their tokens when asked for.
+
+    Pieces of one conversation are read as one where whole conversations are asked for.
+    """
 
     def __init__(self, corpus: Corpus, template: ChatTemplate, tokenizer: PreTrainedTokenizerFast) -> None:
         self._corpus, self._tokenizer, self._frame = corpus, tokenizer, find_frame(template, tokenizer)
@@ -67,13 +72,21 @@ class Said:
     def of(self, rows: Iterable[int]) -> list[Sequence[Exchange]]:
         return list(exchanges(map(self._corpus.example, rows), self._tokenizer, self._frame))
 
-    def row(self, row: int) -> Sequence[Exchange]:
-        return self.of([row])[0]
+    @cached_property
+    def wholes(self) -> Wholes:
+        return Wholes(self._corpus)
 
-    def batches(self) -> Iterator[list[Sequence[Exchange]]]:
-        """All rows in order, some at a time."""
-        for start in range(0, len(self._corpus), _ROWS_AT_ONCE):
-            yield self.of(range(start, min(start + _ROWS_AT_ONCE, len(self._corpus))))
+    def whole(self, row: int) -> Sequence[Exchange]:
+        """The conversation that begins with `row`."""
+        return self._wholes([row])[0]
+
+    def batches(self, rows: np.ndarray) -> Iterator[list[Sequence[Exchange]]]:
+        """The conversations that begin with `rows`, some at a time."""
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            yield self._wholes(rows[start : start + _ROWS_AT_ONCE].tolist())
+
+    def _wholes(self, rows: Iterable[int]) -> list[Sequence[Exchange]]:
+        return list(exchanges(map(self.wholes.example, rows), self._tokenizer, self._frame))
 
 
 def select(corpus: Corpus, origins: Sequence[Origin], data: DataSection, said: Said, seed: int) -> Selection:
@@ -128,14 +141,24 @@ def _left_out(origins: Sequence[Origin], data: DataSection, said: Said) -> list[
     protected = np.zeros(origins[-1].last if origins else 0, dtype=bool)
     for origin in origins:
         protected[origin.first : origin.last] = ROLES[origin.role] is not None
-    return drops(said.batches(), said.row, filters, protected)
+    rows = said.wholes.first_rows()
+    found = drops(said.batches(rows), lambda number: said.whole(int(rows[number])), filters, protected[rows])
+    return [piece for drop in found for piece in _pieces(drop, rows, said.wholes)]
+
+
+def _pieces(drop: Drop, rows: np.ndarray, wholes: Wholes) -> Iterator[Drop]:
+    """What is left out of the corpus with a conversation: `drop` has its number, `rows` where each begins."""
+    like = None if drop.like is None else int(rows[drop.like])
+    for row in wholes.rows_from(int(rows[drop.row])):
+        yield drop._replace(row=row, like=like)
 
 
 def _near(said: Said) -> np.ndarray:
-    """Pairs of near-duplicates: int64[P, 2]."""
-    sketches = [sketch(map(text_of, batch)) for batch in said.batches()]
-    pairs = near_pairs(np.concatenate(sketches), lambda row: text_of(said.row(row))) if sketches else []
-    return np.array([pair[:2] for pair in pairs], dtype=np.int64).reshape(-1, 2)
+    """Rows with which near-duplicates begin, in pairs: int64[P, 2]."""
+    rows = said.wholes.first_rows()
+    texts = (map(text_of, batch) for batch in said.batches(rows))
+    pairs = near_pairs(sketches_of(texts, len(rows)), lambda number: text_of(said.whole(int(rows[number]))))
+    return rows[np.array([pair[:2] for pair in pairs], dtype=np.int64).reshape(-1, 2)]
 
 
 def _split_of_rows(

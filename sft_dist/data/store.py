@@ -145,6 +145,10 @@ class Corpus:
         """A numeric column: [num rows]."""
         return self._table[name].to_numpy()
 
+    def texts(self, name: str) -> pa.ChunkedArray:
+        """A column of text, mapped: [num rows]."""
+        return self._table[name]
+
     def token_ids(self, row: int) -> np.ndarray:
         """int32[L], a read-only view of the file."""
         return self._tokens[row]

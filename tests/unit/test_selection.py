@@ -334,3 +334,44 @@ def test_a_score_is_asked_of_training_rows_alone(tmp_path, tokenizer):
     data = prepare(make_recipe(tmp_path, source, **asked), tokenizer, notice=said)
     assert (len(data.train), len(data.eval), len(data.test)) == (3, 3, 6)
     assert [counts.score for counts in data.report.sources] == [3, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("filters", "told"),
+    [
+        (
+            {"score": {"column": "scor", "min": 1}},
+            [
+                "0 trainable examples of 6 records (6 left out by data.filters.score); lower its min",
+                "a.jsonl has it, did you mean 'score'? (there are instruction, output, score)",
+            ],
+        ),
+        ({"score": {"column": "score", "min": 9}}, ["(6 left out by data.filters.score); lower its min or check"]),
+        ({"min_answer_tokens": 99}, ["(6 left out by data.filters.min_answer_tokens); relax data.filters.min_answer"]),
+    ],
+    ids=["no such column", "too high", "rule"],
+)
+def test_what_left_nothing_to_train_is_named(tmp_path, tokenizer, filters, told):
+    rows = [r | {"score": n} for n, r in enumerate(records(6))]
+    recipe = make_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", rows), filters=filters)
+    with pytest.raises(DataError) as error:
+        prepare(recipe, tokenizer, notice=said)
+    assert all(part in str(error.value) for part in told)
+    assert "did you mean" in str(error.value) or len(told) == 1
+
+
+def test_a_source_without_the_score_is_told(tmp_path, tokenizer):
+    scored = write_lines(tmp_path / "a.jsonl", [r | ({"score": 5} if n else {}) for n, r in enumerate(records(6))])
+    plain = write_lines(tmp_path / "b.jsonl", records(6, "other {}"))
+    asked = {"filters": {"score": {"column": "score", "min": 1}}, "eval_fraction": 0.0}
+    lines = notices(make_recipe(tmp_path, scored, plain, **asked), tokenizer)
+    assert [line for line in lines if "column=" in line] == [
+        f"data.filters.score.column=score: no record of {plain} has it (there are instruction, output)"
+    ]
+
+
+def test_scores_of_text_cells_are_numbers(tmp_path, tokenizer):
+    path = tmp_path / "a.csv"
+    path.write_text("instruction,output,score\n" + "".join(f"question {n},answer {n},{n}.5\n" for n in range(6)))
+    asked = {"filters": {"score": {"column": "score", "min": 2.5}}, "eval_fraction": 0.0}
+    assert len(prepare(make_recipe(tmp_path, path, **asked), tokenizer, notice=said).train) == 4
