@@ -41,6 +41,7 @@ from sft_dist.data.selection import ROLES, Origin, Said, select
 from sft_dist.data.shards import MOST_REJECTS, Chunk, ShardCache, bad_records, chunks, placed
 from sft_dist.data.sources import Rejects, pin_notices, source_digests, source_sizes
 from sft_dist.data.store import CORPUS, Corpus, TokenStore, open_store, write_corpus, write_split
+from sft_dist.data.stream_duplicates import overlap_notice
 from sft_dist.data.stream_store import StreamStore
 from sft_dist.data.streams import open_stream
 from sft_dist.data.survey import sampled_rows
@@ -82,7 +83,14 @@ class PreparedData:
 
     def report_now(self) -> PrepareReport:
         """The report, with the counts of what has been read of a stream so far."""
-        return self.report if self.stream is None else self.report.behind(PrepareReport.from_dict(self.stream.report()))
+        if self.stream is None:
+            return self.report
+        report = self.report.behind(PrepareReport.from_dict(self.stream.report()))
+        for name, store in (("eval", self.eval), ("test", self.test)):
+            if store is not None:
+                contents = store.corpus.column("content")[store.rows]
+                report.notices.append(overlap_notice(self.stream.folder, name, contents))
+        return report
 
     def close(self) -> None:
         """End what reads ahead."""
