@@ -61,7 +61,7 @@ def joined(pieces: Sequence[TokenizedExample]) -> TokenizedExample:
         for start, stop in piece.answers:
             if start == 0 and answers and answers[-1][1] == end:
                 answers[-1] = (answers[-1][0], end - 1 + stop)
-            elif stop > 1:
+            else:
                 answers.append((end - 1 + max(start, 1), end - 1 + stop))
         ids.append(piece.input_ids[1:])
         weights.append(piece.loss_weights[1:])
