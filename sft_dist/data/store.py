@@ -6,7 +6,7 @@
     store.lengths                                        int32[N], mapped: what the plan needs
     store.token_ids(7), store.example(7)                 what collate needs, straight from the page cache
 
-A row costs its tokens and some 60 bytes. Loss weights are kept as runs (how many tokens, which weight): a 0/1 mask
+A row costs its tokens and some 70 bytes. Loss weights are kept as runs (how many tokens, which weight): a 0/1 mask
 costs a few bytes per turn instead of four per token. A split that repeats a row stores its number again, not its
 tokens. Every rank of a machine maps the same pages, so memory does not grow with the number of ranks.
 """
@@ -51,6 +51,7 @@ FEATURES = datasets.Features(
         "content": datasets.Value("uint64"),  # of what is said, whatever template and tokenizer
         "source": datasets.Value("int32"),  # place in the header's list of files
         "place": datasets.Value("string"),  # what follows the file's name in the example's id
+        "unit": datasets.Value("uint64"),  # equal for rows that no split may tear apart: those of one record
     }
 )
 
@@ -143,6 +144,10 @@ class Corpus:
     def column(self, name: str) -> np.ndarray:
         """A numeric column: [num rows]."""
         return self._table[name].to_numpy()
+
+    def texts(self, name: str) -> pa.ChunkedArray:
+        """A column of text, mapped: [num rows]."""
+        return self._table[name]
 
     def token_ids(self, row: int) -> np.ndarray:
         """int32[L], a read-only view of the file."""
@@ -303,10 +308,14 @@ def located(table: pa.Table, examples: Sequence[TokenizedExample], files: dict[s
     return with_places(table, sources, places)
 
 
-def with_places(table: pa.Table, sources: Sequence[int], places: Sequence[str]) -> pa.Table:
-    """`table` with its last two columns."""
+def with_places(
+    table: pa.Table, sources: Sequence[int], places: Sequence[str], units: np.ndarray | None = None
+) -> pa.Table:
+    """`table` with its last three columns. `units` uint64[N]; without them each row stands for itself."""
     with_source = table.append_column("source", pa.array(sources, pa.int32()))
-    return with_source.append_column("place", pa.array(places, pa.string())).cast(FEATURES.arrow_schema)
+    with_place = with_source.append_column("place", pa.array(places, pa.string()))
+    unit = table["content"] if units is None else pa.array(units, pa.uint64())
+    return with_place.append_column("unit", unit).cast(FEATURES.arrow_schema)
 
 
 def _in_chunks(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

@@ -407,3 +407,18 @@ def test_reading_goes_on_behind_any_chunk_as_if_it_had_not_stopped(
     assert len([1 for ids_, _, _ in whole if ids_]) > 6
     for number, (_, _, behind) in enumerate(whole, 1):
         assert read(behind) == whole[number:]
+
+
+def test_evaluation_examples_that_are_streamed_too_are_told(tmp_path: Path) -> None:
+    rows = records(300)
+    held = write_lines(tmp_path / "e.jsonl", rows[90:110])
+    other = write_lines(tmp_path / "t.jsonl", [rows[0] | {"output": "other"}])
+    given = {"eval_sources": [{"path": str(held)}], "test_sources": [{"path": str(other)}]}
+    recipe = stream_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", rows), **given)
+    lines: list[str] = []
+    data = prepare(recipe, TOKENIZER, notice=lines.append)
+    data.close()
+    told = ["warning: 20 of 20 eval examples are among the 300 streamed so far, compared by content",
+            "0 of 1 test examples are among the 300 streamed so far, compared by content"]  # fmt: skip
+    assert [line for line in lines if "streamed so far" in line] == told == data.report_now().notices[-2:]
+    assert not any("streamed so far" in line for line in data.report.notices)
