@@ -35,6 +35,7 @@ from sft_dist.data.exchanges import text_of
 from sft_dist.data.files import file_digest
 from sft_dist.data.folder import atomic_folder, remove_forgotten, remove_unfinished
 from sft_dist.data.permutation import derive_key
+from sft_dist.data.plain_tokenizer import PlainTokenizer
 from sft_dist.data.report import LANGUAGE_ROWS, PrepareReport, SourceReport, SplitReport
 from sft_dist.data.selection import ROLES, Origin, Said, select
 from sft_dist.data.shards import MOST_REJECTS, Chunk, ShardCache, bad_records, chunks, placed
@@ -135,7 +136,7 @@ def rules_of(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, template: ChatT
     """What decides the rows of the recipe's records."""
     data = recipe.data
     return Rules(
-        tokenizer=tokenizer,
+        tokenizer=PlainTokenizer.of(tokenizer),
         template=template,
         loss_on=data.loss_on,
         prompt_loss_weight=data.prompt_loss_weight,

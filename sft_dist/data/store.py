@@ -23,10 +23,8 @@ from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
-from datasets.arrow_writer import ArrowWriter
 
 from sft_dist.data.folder import atomic_folder
 from sft_dist.errors import DataError
@@ -38,36 +36,44 @@ CORPUS = "corpus"  # the folder beside the splits
 ROWS_PER_CHUNK = 16_384  # rows per Arrow record batch: bounds a writer's memory and the number of pieces of a reader
 GATHERED = ("lengths", "num_loss_tokens", "loss_weight_sums")
 
-FEATURES = datasets.Features(
-    {
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "run_lengths": datasets.List(datasets.Value("int32")),
-        "run_weights": datasets.List(datasets.Value("float32")),
-        "answer_edges": datasets.List(datasets.Value("int32")),  # start, end of each answer
-        "lengths": datasets.Value("int32"),
-        "num_loss_tokens": datasets.Value("int32"),
-        "loss_weight_sums": datasets.Value("float64"),
-        "digest": datasets.Value("uint64"),  # of tokens and weights
-        "content": datasets.Value("uint64"),  # of what is said, whatever template and tokenizer
-        "source": datasets.Value("int32"),  # place in the header's list of files
-        "place": datasets.Value("string"),  # what follows the file's name in the example's id
-    }
-)
+_COLUMNS = {
+    "input_ids": pa.list_(pa.int32()),
+    "run_lengths": pa.list_(pa.int32()),
+    "run_weights": pa.list_(pa.float32()),
+    "answer_edges": pa.list_(pa.int32()),  # start, end of each answer
+    "lengths": pa.int32(),
+    "num_loss_tokens": pa.int32(),
+    "loss_weight_sums": pa.float64(),
+    "digest": pa.uint64(),  # of tokens and weights
+    "content": pa.uint64(),  # of what is said, whatever template and tokenizer
+    "source": pa.int32(),  # place in the header's list of files
+    "place": pa.string(),  # what follows the file's name in the example's id
+}
+
+
+def _feature(kind: pa.DataType) -> dict[str, Any]:
+    """How the `datasets` library names a type. It is not imported: it takes longer than all the rest of a worker."""
+    if pa.types.is_list(kind):
+        return {"feature": _feature(kind.value_type), "_type": "List"}
+    return {"dtype": {pa.float32(): "float32", pa.float64(): "float64"}.get(kind, str(kind)), "_type": "Value"}
+
+
+_FEATURES = {"info": {"features": {name: _feature(kind) for name, kind in _COLUMNS.items()}}}
+SCHEMA = pa.schema(_COLUMNS, {"huggingface": json.dumps(_FEATURES)})  # `datasets.Dataset.from_file` reads the file too
 
 
 def write_corpus(folder: Path, tables: Iterable[pa.Table], files: Iterable[str]) -> None:
-    """Write `tables` (columns of `FEATURES`) one after another as `folder`, which must not exist yet.
+    """Write `tables` (columns of `SCHEMA`) one after another as `folder`, which must not exist yet.
 
     `files` may grow while the tables are drawn; a row's `source` is its place in it. Memory stays bounded whatever the
     number of rows. Raises StorageError when the disk does.
     """
     with atomic_folder(folder) as temporary:
         path, num_rows = temporary / EXAMPLES_FILE, 0
-        with ArrowWriter(path=str(path), features=FEATURES) as writer:
+        with open(path, "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
             for table in _in_chunks(tables):
-                writer.write_table(table, len(table))  # else in batches of a thousand rows
+                writer.write_table(table)
                 num_rows += len(table)
-            writer.finalize()
         _write_header(temporary, {"num_rows": num_rows, "num_bytes": path.stat().st_size, "files": list(files)})
 
 
@@ -279,7 +285,7 @@ def count_targets(loss_weights: np.ndarray) -> tuple[int, float]:
 
 
 def to_table(examples: Sequence[TokenizedExample], contents: Sequence[int] | None = None) -> pa.Table:
-    """Examples as rows without a place yet: the columns of `FEATURES` up to `content`."""
+    """Examples as rows without a place yet: the columns of `SCHEMA` up to `content`."""
     runs = _runs([example.loss_weights for example in examples])
     counts = [count_targets(example.loss_weights) for example in examples]
     columns = [
@@ -293,7 +299,7 @@ def to_table(examples: Sequence[TokenizedExample], contents: Sequence[int] | Non
         pa.array([_digest(example.input_ids, *run) for example, run in zip(examples, runs, strict=True)], pa.uint64()),
         pa.array(contents or [0] * len(examples), pa.uint64()),
     ]
-    return pa.Table.from_arrays(columns, names=list(FEATURES)[: len(columns)])
+    return pa.Table.from_arrays(columns, names=SCHEMA.names[: len(columns)])
 
 
 def located(table: pa.Table, examples: Sequence[TokenizedExample], files: dict[str, int]) -> pa.Table:
@@ -306,7 +312,7 @@ def located(table: pa.Table, examples: Sequence[TokenizedExample], files: dict[s
 def with_places(table: pa.Table, sources: Sequence[int], places: Sequence[str]) -> pa.Table:
     """`table` with its last two columns."""
     with_source = table.append_column("source", pa.array(sources, pa.int32()))
-    return with_source.append_column("place", pa.array(places, pa.string())).cast(FEATURES.arrow_schema)
+    return with_source.append_column("place", pa.array(places, pa.string())).cast(SCHEMA)
 
 
 def _in_chunks(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -353,8 +359,8 @@ def _lists(arrays: list[np.ndarray], dtype: type) -> pa.ListArray:
 
 def _map_table(path: Path, num_rows: int) -> pa.Table:
     if not num_rows:  # a file of zero bytes of data cannot be mapped
-        return FEATURES.arrow_schema.empty_table()
-    return datasets.Dataset.from_file(str(path)).data.table
+        return SCHEMA.empty_table()
+    return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
 
 
 def _map_array(path: Path, checksum: int) -> np.ndarray:
