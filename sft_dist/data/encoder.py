@@ -40,6 +40,10 @@ class Encoder:
         self._until_fast = _WORTH * len(tokenizer)
         self._num_batches = 0
 
+    def expect_many(self) -> None:
+        """Set up the second library now."""
+        self._until_fast, self._fast = 0, byte_bpe_of(self._backend)
+
     def encode(self, texts: Sequence[str], masks: Sequence[Sequence[Span]]) -> list[Encoded]:
         """Each text with its spans. Native: another thread can go on meanwhile.
 
@@ -48,7 +52,7 @@ class Encoder:
         if self._until_fast > 0:
             self._until_fast -= sum(map(len, texts))
             if self._until_fast <= 0:
-                self._fast = byte_bpe_of(self._backend)
+                self.expect_many()
         if self._fast is None or not texts:
             return self._slowly(texts, masks)
         return self._quickly(self._fast, texts, masks)

@@ -49,6 +49,10 @@ class Rules:
     long_examples: str  # drop | truncate | split
     score: ScoreSection | None = None
 
+    def expect_many(self) -> None:
+        """Set up what pays with many conversations."""
+        self.template.bind(self.tokenizer).encoder.expect_many()
+
     def supervise(self, conversations: Sequence[Conversation]) -> SupervisedBatch:
         """Texts and masks of `conversations`."""
         return self.template.supervise_batch(
