@@ -16,9 +16,11 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import select
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any, BinaryIO
@@ -26,17 +28,28 @@ from typing import Any, BinaryIO
 from sft_dist.errors import SftError
 
 
+class WithoutPandas:
+    """Finds no pandas. Where it is installed, pyarrow imports it to ask of every argument whether it is from there: none
+    is, and the import would take a fifth of a second in every worker."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError("workers do without pandas", name=name)
+
+
 def serve(requests: BinaryIO, answers: BinaryIO, sockets: list[int]) -> None:
     """The server's life."""
-    sys.path[:] = pickle.load(requests)  # before the action, which is found through it
-    action, before = pickle.load(requests)
-    before()
-    gc.freeze()  # what the libraries hold stays, in pages that all workers share: no collection need go through it
-    workers = [_fork(action, number, sockets, (requests, answers)) for number in range(len(sockets))]
-    codes: dict[int, int] = {}
-    for one in sockets:
-        os.close(one)
+    workers: list[int] = []  # their pids
+    codes: dict[int, int] = {}  # of those that were asked for
     try:
+        sys.path[:] = pickle.load(requests)  # before the action, which is found through it
+        action, before = pickle.load(requests)
+        before()
+        gc.freeze()  # what the libraries hold stays, in pages that all workers share: no collection goes through it
+        workers += [_fork(action, number, sockets, (requests, answers)) for number in range(len(sockets))]
+        for one in sockets:
+            os.close(one)
         while True:
             number = pickle.load(requests)
             if number not in codes:
@@ -61,12 +74,21 @@ def _fork(action: Callable[[Any], Any], number: int, sockets: list[int], server:
             if other != sockets[number]:
                 os.close(other)
         with socket.socket(fileno=sockets[number]) as own:
+            threading.Thread(target=_end_with, args=(own,), daemon=True).start()
             _work(action, own.makefile("rb"), own.makefile("wb"))
         code = 0
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def _end_with(own: socket.socket) -> None:
+    """End this process when the other end of its socket is closed, whatever it is at and whether the server lives."""
+    poll = select.poll()
+    poll.register(own, 0)  # the end of it is told in any case
+    poll.poll()
+    os._exit(0)
 
 
 def _work(action: Callable[[Any], Any], tasks: BinaryIO, results: BinaryIO) -> None:
@@ -93,6 +115,7 @@ def send(pipe: Any, value: Any) -> None:
 
 
 if __name__ == "__main__":
+    sys.meta_path.insert(0, WithoutPandas)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the caller, who ends this process and its workers
     given, to_caller = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -30,6 +30,13 @@ KeyT = TypeVar("KeyT")
 
 _AHEAD = 2  # tasks per worker that are read before the first of them is finished
 
+ONE_THREAD = {  # libraries that would start more of them: who has several must not fork, and cores go to workers
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",  # of the allocator that pyarrow brings
+}
+
 
 def _nothing() -> None:
     """What there is to do before workers are forked, if there is nothing."""
@@ -83,6 +90,7 @@ class Workers:
         if self._num and task is not None:
             if self._server is None:
                 self._server = _Server(self._action, self._before, self._num)
+                self._threads.submit(self._server.start)
                 for number in range(self._num):
                     self._idle.put(number)
             return self._threads.submit(self._ask, self._server, task)
@@ -106,7 +114,7 @@ class _Server:
     """The process that the workers are forks of, and a pair of files to talk with each of them."""
 
     def __init__(self, action: Callable[[Any], Any], before: Callable[[], None], num: int) -> None:
-        env = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        env = os.environ | ONE_THREAD
         self._sockets, theirs = zip(*(socket.socketpair() for _ in range(num)), strict=True)
         numbers = [end.fileno() for end in theirs]
         command = [sys.executable, "-m", "sft_dist.data.fork_server", *map(str, numbers)]
@@ -115,9 +123,14 @@ class _Server:
         for end in theirs:
             end.close()
         self._files = [(ours.makefile("wb"), ours.makefile("rb")) for ours in self._sockets]
-        self._lock = threading.Lock()
-        send(self._process.stdin, sys.path)
-        send(self._process.stdin, (action, before))
+        self._lock = threading.Lock()  # held by who talks with the server itself
+        self._given = action, before
+
+    def start(self) -> None:
+        """Give it what it needs, which waits while it imports that. If it has died, the first question tells."""
+        with self._lock, suppress(BrokenPipeError):
+            send(self._process.stdin, sys.path)
+            send(self._process.stdin, self._given)
 
     def ask(self, number: int, task: Any) -> Any:
         """What worker `number` answers. Raises DataError when it is dead."""
@@ -144,7 +157,8 @@ class _Server:
     def end(self) -> None:
         """Kill the workers, whatever they are at."""
         with self._lock:
-            self._process.stdin.close()  # type: ignore[union-attr]
+            with suppress(BrokenPipeError):  # it has ended
+                self._process.stdin.close()  # type: ignore[union-attr]
             self._process.wait()
         for one in self._sockets:
             with suppress(OSError):  # the other end is closed
