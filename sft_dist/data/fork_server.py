@@ -29,8 +29,8 @@ from sft_dist.errors import SftError
 
 
 class WithoutPandas:
-    """Finds no pandas. Where it is installed, pyarrow imports it to ask of every argument whether it is from there: none
-    is, and the import would take a fifth of a second in every worker."""
+    """Finds no pandas. Where it is installed, pyarrow imports it to ask of every argument whether it is from there: no
+    argument is, and the import would take a fifth of a second in every worker."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:

@@ -45,8 +45,11 @@ class PlainTokenizer:
             special_texts=tuple(one.content for one in tokenizer.added_tokens_decoder.values() if one.special),
             bos_of_texts=bos_of_texts(tokenizer),
             bos_token_id=tokenizer.bos_token_id,
-            splits_special_tokens=tokenizer.backend_tokenizer.encode_special_tokens,
+            splits_special_tokens=tokenizer.split_special_tokens,
         )
+
+    def __post_init__(self) -> None:
+        self.backend_tokenizer.encode_special_tokens = self.splits_special_tokens  # wrappers set it with each call
 
     def __len__(self) -> int:
         return self.size
@@ -69,4 +72,4 @@ class PlainTokenizer:
     def __setstate__(self, state: list[Any]) -> None:
         for field, value in zip(fields(self), state, strict=True):
             object.__setattr__(self, field.name, value)
-        self.backend_tokenizer.encode_special_tokens = self.splits_special_tokens  # its own state leaves that out
+        self.__post_init__()

@@ -77,9 +77,9 @@ def test_a_worker_that_is_killed_is_told() -> None:
 
 
 def test_what_ends_before_there_are_workers_is_told() -> None:
-    with Workers(worker_actions.doubled, 2, partial(sys.exit, 3)) as workers:
-        with pytest.raises(DataError, match="died with exit code 3 "):
-            list(workers.map(enumerate([2, 4])))
+    told = pytest.raises(DataError, match="died with exit code 3 ")
+    with Workers(worker_actions.doubled, 2, partial(sys.exit, 3)) as workers, told:
+        list(workers.map(enumerate([2, 4])))
 
 
 @pytest.mark.parametrize("victim", ["caller", "server"])
