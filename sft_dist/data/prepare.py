@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import threading
 import time
 from bisect import bisect_right
 from collections import Counter
@@ -36,6 +37,7 @@ from sft_dist.data.files import file_digest
 from sft_dist.data.filters import ScoreColumn
 from sft_dist.data.folder import atomic_folder, remove_forgotten, remove_unfinished
 from sft_dist.data.permutation import derive_key
+from sft_dist.data.plain_tokenizer import PlainTokenizer
 from sft_dist.data.report import LANGUAGE_ROWS, PrepareReport, SourceReport, SplitReport
 from sft_dist.data.selection import ROLES, Origin, Said, select
 from sft_dist.data.shards import MOST_REJECTS, Chunk, ShardCache, bad_records, chunks, placed
@@ -145,7 +147,7 @@ def rules_of(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, template: ChatT
     """What decides the rows of the recipe's records."""
     data = recipe.data
     return Rules(
-        tokenizer=tokenizer,
+        tokenizer=PlainTokenizer.of(tokenizer),
         template=template,
         loss_on=data.loss_on,
         prompt_loss_weight=data.prompt_loss_weight,
@@ -226,6 +228,8 @@ class _Preparation:
     def write(self) -> None:
         """Fill the folder with the corpus, one store per split, the report and the lists of what was not used."""
         started = time.monotonic()
+        model = threading.Thread(target=language_of, args=("",), name="sft-languages", daemon=True)
+        model.start()  # it takes half a second to read: meanwhile rows are made
         files: dict[str, int] = {}
         with (
             open(self._folder / REJECTS_FILE, "w", encoding="utf-8") as rejects,
@@ -237,6 +241,7 @@ class _Preparation:
         with open(self._folder / DROPPED_FILE, "a", encoding="utf-8") as dropped:
             said = Said(corpus, self._template, self._tokenizer)
             routes = self._routes(corpus, said, dropped)
+        model.join()
         for name, rows in routes.items():
             if len(rows):
                 write_split(self._folder / name, corpus, rows, {"split": name} | self._sources())
@@ -247,7 +252,7 @@ class _Preparation:
 
     def _tables(self, files: dict[str, int], rejects: IO[str], dropped: IO[str]) -> Iterator[pa.Table]:
         """The rows of all sources, counted in the report. Shards that are missing are made on the way."""
-        with Workers(self._cache.make, self._num_workers()) as workers:
+        with Workers(self._cache.make, self._num_workers(), self._cache.expect_many) as workers:
             for role in ROLES:
                 for source in indexed(self._recipe.data, role):
                     counts, first = SourceReport(source.path, role, weight=source.weight), self._num_rows

@@ -227,6 +227,10 @@ class ShardCache:
         reading = [self._rules_digest, source.format == "auto", chunk.format, columns, forms, is_scored]
         return hashlib.sha256(json.dumps(reading).encode()).hexdigest()[: DIGEST_BYTES * 2]
 
+    def expect_many(self) -> None:
+        """Make ready to make many shards."""
+        self._rules.expect_many()
+
     def make(self, task: Task) -> None:
         """Write the shard of `task`. Called in whatever process; writing it twice is harmless."""
         old = self.read(task.neighbour) if task.neighbour else None

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,15 +22,13 @@ from sft_dist.data.encoder import Encoded
 from sft_dist.data.filters import score_too_low
 from sft_dist.data.formats import detect_format, fits, rename_columns, to_conversations
 from sft_dist.data.forms import load_forms
+from sft_dist.data.plain_tokenizer import PlainTokenizer
 from sft_dist.data.sources import Record
 from sft_dist.data.splits import content_key, question_key
 from sft_dist.data.store import to_table
 from sft_dist.data.templates import ChatTemplate, SupervisedBatch
 from sft_dist.errors import BadRecord
 from sft_dist.types import Conversation, TokenizedExample
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 _BATCH_EXAMPLES = 128  # per native tokenizer call
 _OF_INSTANCES = "natural_instructions"  # its task files are one record of thousands of examples
@@ -44,13 +42,17 @@ Kind = Literal["rejected", "too_long", "no_target", "truncated", "split", "form_
 class Rules:
     """Everything besides the records that decides the rows."""
 
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PlainTokenizer
     template: ChatTemplate
     loss_on: str
     prompt_loss_weight: float
     seq_len: int
     long_examples: str  # drop | truncate | split
     score: ScoreSection | None = None
+
+    def expect_many(self) -> None:
+        """Set up what pays with many conversations."""
+        self.template.bind(self.tokenizer).encoder.expect_many()
 
     def supervise(self, conversations: Sequence[Conversation]) -> SupervisedBatch:
         """Texts and masks of `conversations`."""
