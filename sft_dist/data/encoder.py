@@ -89,6 +89,18 @@ def encoder_of(tokenizer: PreTrainedTokenizerFast, vocabulary_size: int) -> Enco
     return Encoder(tokenizer)
 
 
+def unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The token that is written for what the vocabulary cannot spell; None where nothing, or no token of its own, is.
+
+    The model inside says which. The tokenizer's own `unk_token` may be a mere name: GPT-2's is its end token, which no
+    text becomes. Unigram models do not tell theirs, which is that token.
+    """
+    model = tokenizer.backend_tokenizer.model
+    name = getattr(model, "unk_token", None) if hasattr(model, "unk_token") else tokenizer.unk_token
+    found: int | None = tokenizer.backend_tokenizer.token_to_id(name) if name else None
+    return None if found in (tokenizer.eos_token_id, tokenizer.bos_token_id) else found
+
+
 def _are_same(one: Encoded, other: Encoded) -> bool:
     """Whether ids are equal, and the tokens under each span; a span without tokens can be written in many ways."""
     return np.array_equal(one.ids, other.ids) and _covered(one) == _covered(other)

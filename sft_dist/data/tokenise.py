@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from sft_dist.config.schema import ScoreSection, SourceSection
-from sft_dist.data.encoder import Encoded
+from sft_dist.data.encoder import Encoded, unknown_id
 from sft_dist.data.filters import score_too_low
 from sft_dist.data.formats import detect_format, fits, rename_columns, to_conversations
 from sft_dist.data.forms import load_forms
@@ -36,6 +36,7 @@ _BATCH_EXAMPLES = 128  # per native tokenizer call
 
 Given = tuple[int, str, Conversation | TokenizedExample]  # number of the record, which of its examples, the example
 T = TypeVar("T")
+BESIDE = ("unknown", "record", "part")  # columns of a shard that the store does not have
 Kind = Literal["rejected", "too_long", "no_target", "truncated", "split", "form_skipped", "score"]
 
 
@@ -72,7 +73,8 @@ class Event:
 class Shard:
     """The rows of some numbered records, in order, and what became of the others.
 
-    `table`: the columns of `store.to_table`, `record` int32 (number of the record) and `part` string.
+    `table`: the columns of `store.to_table`, and those of `BESIDE`: `unknown` int32 (tokens for what the tokenizer
+    cannot spell), `record` int32 (number of the record) and `part` string.
     """
 
     table: pa.Table
@@ -95,6 +97,9 @@ def tokenise(records: Iterable[tuple[int, Record]], source: SourceSection, forma
         rows += [(number, part + piece, example) for piece, example in fitted]
         contents += [content] * len(fitted)
     table = to_table([example for _, _, example in rows], contents)
+    unknown = unknown_id(rules.tokenizer)
+    lost = [0 if unknown is None else np.count_nonzero(example.input_ids == unknown) for _, _, example in rows]
+    table = table.append_column("unknown", pa.array(lost, pa.int32()))
     table = table.append_column("record", pa.array([number for number, _, _ in rows], pa.int32()))
     return Shard(table.append_column("part", pa.array([part for _, part, _ in rows], pa.string())), events)
 
