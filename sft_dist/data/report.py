@@ -61,6 +61,7 @@ class SourceReport:
     repeated: int = 0  # accepted ones, `pieces` too, whose content came before; kept
     tokens: int = 0  # of accepted ones
     loss_tokens: int = 0
+    unknown_tokens: int = 0  # of `tokens`: for text that the tokenizer cannot spell
 
     @property
     def supervised_share(self) -> float:
@@ -88,6 +89,7 @@ class SourceReport:
         self.judged += len(chunk.bad) + (len(shard.table) - pieces + lost if of_tasks else len(chunk.records))
         self.tokens += pc.sum(shard.table["lengths"]).as_py() or 0
         self.loss_tokens += pc.sum(shard.table["num_loss_tokens"]).as_py() or 0
+        self.unknown_tokens += pc.sum(shard.table["unknown"]).as_py() or 0
 
     def describe(self) -> str:
         """One line for the terminal."""
@@ -108,6 +110,16 @@ class SourceReport:
         used = f"{self.accepted:,} of {self.records:,} records used" if one_each else ""
         mixed = f", {self.copies:g} of each per epoch" if self.copies != 1 else ""
         return f"{self.path}: {how}, {used or f'{self.accepted:,} examples from {self.records:,} records'}{rest}{mixed}"
+
+    def warnings(self) -> list[str]:
+        """A line where the model does not see what the data say."""
+        if not self.unknown_tokens:
+            return []
+        return [
+            f"warning: {self.path}: {self.unknown_tokens:,} of {self.tokens:,} tokens are the tokenizer's unknown one, "
+            "for text of the data or of the chat template that it cannot spell: data inspect shows where; take a "
+            "tokenizer that has these characters, or another data.chat_template"
+        ]
 
 
 @dataclass(slots=True)
@@ -241,7 +253,8 @@ class PrepareReport:
     def lines(self) -> list[str]:
         """What a user reads at the start of a run."""
         splits = [f"{name}: {split.describe()}" for name, split in self.splits.items()]
-        return [*(source.describe() for source in self.sources), *splits, *self.notices]
+        told = [line for source in self.sources for line in (source.describe(), *source.warnings())]
+        return [*told, *splits, *self.notices]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able; what follows from the counts of each source included."""
