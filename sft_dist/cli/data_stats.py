@@ -102,7 +102,7 @@ def _split_table(report: PrepareReport) -> Table:
         box=box.SIMPLE, title=f"\nrendered with {report.template}, data.seq_len={report.seq_len}", title_justify="left"
     )
     table.add_column("split")
-    for name in ("examples", "tokens", "supervised", "min", "mean", "p50", "p90", "p99", "max"):
+    for name in ("examples", "tokens", "learned", "min", "mean", "p50", "p90", "p99", "max"):
         table.add_column(name, justify="right")
     for name, split in report.splits.items():
         lengths = [f"{split.lengths[key]:,.0f}" for key in ("min", "mean", "p50", "p90", "p99", "max")]

@@ -9,7 +9,7 @@ leave out (`data.filters`, near-duplicates) is left out before anything is held 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -63,13 +63,22 @@ class Selection:
 class Said:
     """What the rows of a corpus say: questions and answers, read again from their tokens when asked for.
 
-    Pieces of one conversation are read as one where whole conversations are asked for.
+    Pieces of one conversation are read as one where whole conversations are asked for. `alive` is called each time: who
+    looks at all rows of a large corpus is long at it.
     """
 
-    def __init__(self, corpus: Corpus, template: ChatTemplate, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        template: ChatTemplate,
+        tokenizer: PreTrainedTokenizerFast,
+        alive: Callable[[], None] = lambda: None,
+    ) -> None:
         self._corpus, self._tokenizer, self._frame = corpus, tokenizer, find_frame(template, tokenizer)
+        self._alive = alive
 
     def of(self, rows: Iterable[int]) -> list[Sequence[Exchange]]:
+        self._alive()
         return list(exchanges(map(self._corpus.example, rows), self._tokenizer, self._frame))
 
     @cached_property
@@ -86,6 +95,7 @@ class Said:
             yield self._wholes(rows[start : start + _ROWS_AT_ONCE].tolist())
 
     def _wholes(self, rows: Iterable[int]) -> list[Sequence[Exchange]]:
+        self._alive()
         return list(exchanges(map(self.wholes.example, rows), self._tokenizer, self._frame))
 
 
