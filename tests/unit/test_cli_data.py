@@ -6,6 +6,7 @@ import re
 import pytest
 
 from sft_dist.cli.main import main
+from sft_dist.errors import EXIT_USAGE
 from tests.preparing import byte_tokenizer, records, write_lines
 
 ARCHITECTURE = (
@@ -161,3 +162,23 @@ def test_plan_reports_steps_efficiency_and_balance(recipe, capsys):
 def test_nothing_to_train_exits_65_with_the_counts(recipe, capsys):
     assert main(["data", "stats", recipe, "data.seq_len=8", "batch.tokens_per_step=auto"]) == 65
     assert "0 trainable examples of 40 records (40 longer than data.seq_len=8" in capsys.readouterr().err
+
+
+def test_ids_without_a_row_are_refused_before_anything_is_tokenised(recipe, capsys, tmp_path):
+    """From the config alone, in the words of the worker that would have met them."""
+    few = ARCHITECTURE.replace("vocab_size: 300", "vocab_size: 50")
+    (tmp_path / "r.yaml").write_text((tmp_path / "r.yaml").read_text().replace(ARCHITECTURE, few))
+    assert main(["data", "prepare", recipe]) == EXIT_USAGE
+    size = len(byte_tokenizer())
+    line = f"the tokenizer has {size} ids but the embedding only 50 rows: use the model's own tokenizer"
+    assert line in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_added_tokens_will_get_rows(recipe, capsys, tmp_path):
+    tokenizer = byte_tokenizer()
+    exact = ARCHITECTURE.replace("vocab_size: 300", f"vocab_size: {len(tokenizer)}")
+    tokenizer.add_tokens(["<call>", "<result>"], special_tokens=True)
+    tokenizer.save_pretrained("tokenizer")
+    (tmp_path / "r.yaml").write_text((tmp_path / "r.yaml").read_text().replace(ARCHITECTURE, exact))
+    assert "train: 39 examples" in run(capsys, "prepare", recipe)
