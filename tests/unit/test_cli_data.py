@@ -14,6 +14,7 @@ from sft_dist.cli import progress
 from sft_dist.cli.main import main
 from sft_dist.data import cache
 from sft_dist.data.stream_store import StreamStore
+from sft_dist.errors import EXIT_USAGE
 from sft_dist.observe.progress_lines import ProgressLines
 from tests.preparing import byte_tokenizer, records, write_lines
 
@@ -230,3 +231,23 @@ def test_the_first_window_of_a_stream_is_told_as_it_is_read(recipe, capsys, slow
     out, err = capsys.readouterr()
     assert json.loads(out)["sources"][0]["records"] == 40
     assert "reading the stream: 1,000 records, " in err
+
+
+def test_ids_without_a_row_are_refused_before_anything_is_tokenised(recipe, capsys, tmp_path):
+    """From the config alone, in the words of the worker that would have met them."""
+    few = ARCHITECTURE.replace("vocab_size: 300", "vocab_size: 50")
+    (tmp_path / "r.yaml").write_text((tmp_path / "r.yaml").read_text().replace(ARCHITECTURE, few))
+    assert main(["data", "prepare", recipe]) == EXIT_USAGE
+    size = len(byte_tokenizer())
+    line = f"the tokenizer has {size} ids but the embedding only 50 rows: use the model's own tokenizer"
+    assert line in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_added_tokens_will_get_rows(recipe, capsys, tmp_path):
+    tokenizer = byte_tokenizer()
+    exact = ARCHITECTURE.replace("vocab_size: 300", f"vocab_size: {len(tokenizer)}")
+    tokenizer.add_tokens(["<call>", "<result>"], special_tokens=True)
+    tokenizer.save_pretrained("tokenizer")
+    (tmp_path / "r.yaml").write_text((tmp_path / "r.yaml").read_text().replace(ARCHITECTURE, exact))
+    assert "train: 39 examples" in run(capsys, "prepare", recipe)
