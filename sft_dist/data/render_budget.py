@@ -36,8 +36,8 @@ POINTER_BYTES, ITEM_BYTES = 8, 100  # an item of a copied list; one that is made
 _WIDE = re.compile(r"\d{7}")
 _WIDTHS = re.compile(r"[%{][^%{}a-zA-Z]*?(\d+)")
 _CHARACTERS_A_STEP = 64
-_NOTHING: dict[Any, Any] = {}
-_GROUPS = (set, frozenset, type(_NOTHING.keys()), type(_NOTHING.values()), type(_NOTHING.items()))
+_EMPTY: dict[Any, Any] = {}
+_GROUPS = (set, frozenset, type(_EMPTY.keys()), type(_EMPTY.values()), type(_EMPTY.items()))
 
 
 class TooExpensive(jinja2.TemplateError):
