@@ -36,8 +36,7 @@ POINTER_BYTES, ITEM_BYTES = 8, 100  # an item of a copied list; one that is made
 _WIDE = re.compile(r"\d{7}")
 _WIDTHS = re.compile(r"[%{][^%{}a-zA-Z]*?(\d+)")
 _CHARACTERS_A_STEP = 64
-_EMPTY: dict[Any, Any] = {}
-_GROUPS = (set, frozenset, type(_EMPTY.keys()), type(_EMPTY.values()), type(_EMPTY.items()))
+_UNORDERED: tuple[Any, ...] = (set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
 
 
 class TooExpensive(jinja2.TemplateError):
@@ -149,8 +148,9 @@ def _inside(value: Any) -> Sequence[Any] | None:
     if isinstance(value, (list, tuple, range)):
         return value
     if isinstance(value, dict):
+        BUDGET.step(PIECE)
         return [*value.keys(), *value.values()]
-    if isinstance(value, _GROUPS):
+    if isinstance(value, _UNORDERED):
         return list(value)
     if isinstance(value, jinja2.utils.Namespace):
         return [object.__getattribute__(value, "_Namespace__attrs")]

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 
-from sft_dist.data.render_budget import MAX_BITS
+from sft_dist.data.render_budget import CALL, MAX_BITS
 
 _TICKS_A_STEP = 4
 # What a node takes, in ticks of about 50 ns; one tick where nothing stands here. Calls are counted when they are made.
@@ -52,7 +52,8 @@ class MeteredCode(CodeGenerator):
     def visit_Template(self, node: nodes.Template, frame: Frame | None = None) -> None:
         parts: list[Any] = [*node.find_all(_BODIES)]
         for part in parts:
-            steps = 1 + sum(map(_ticks, part.body)) // _TICKS_A_STEP
+            entered = 1 if isinstance(part, nodes.For) else CALL // 2  # beside what the call of a macro counts
+            steps = entered + sum(map(_ticks, part.body)) // _TICKS_A_STEP
             part.body.insert(0, nodes.ExprStmt(nodes.EnvironmentAttribute(f"step({steps})")).set_lineno(part.lineno))
         super().visit_Template(node, frame)
 
