@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,8 +31,8 @@ from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from sft_dist.data.fields import Turns, Value
-from sft_dist.data.render_budget import BUDGET
-from sft_dist.data.template_engine import TracingEnvironment
+from sft_dist.data.render_budget import BUDGET, MAX_TEMPLATE_CHARACTERS
+from sft_dist.data.template_engine import TracingEnvironment, metered
 from sft_dist.errors import BadRecord, ConfigError
 from sft_dist.types import Message
 
@@ -158,6 +159,8 @@ def _read_form(name: str, given: Any, path: str) -> Form:
 def _compile(text: Any, where: str, key: str) -> jinja2.Template:
     if not isinstance(text, str):
         raise ConfigError(f"{where}: {key} must be text, it is {text!r}: put it in quotes")
+    if len(text) > MAX_TEMPLATE_CHARACTERS:
+        raise ConfigError(f"{where}: {key} has {len(text):,} characters, at most {MAX_TEMPLATE_CHARACTERS:,}")
     try:
         return _environment().from_string(text)
     except jinja2.TemplateSyntaxError as error:
@@ -167,9 +170,15 @@ def _compile(text: Any, where: str, key: str) -> jinja2.Template:
 @lru_cache(maxsize=1)
 def _environment() -> jinja2.Environment:
     environment = TracingEnvironment(undefined=jinja2.StrictUndefined)
-    environment.globals["zip"] = zip
-    environment.filters |= {"choice": _choice, "random": _choice, "most_frequent": _most_frequent}
+    environment.globals["zip"] = _zip
+    filters = {"choice": _choice, "random": _choice, "most_frequent": _most_frequent}
+    environment.filters |= {name: metered(name, function) for name, function in filters.items()}
     return environment
+
+
+def _zip(*columns: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """A list: iterators inside iterators without end would overflow the C stack."""
+    return list(BUDGET.counted(zip(*columns)))
 
 
 @jinja2.pass_context
@@ -181,7 +190,7 @@ def _choice(context: Context, items: Sequence[Any]) -> Any:
 
 def _most_frequent(items: Sequence[Any]) -> list[Any]:
     """The items that come most often, in order of their first place (promptsource's filter)."""
-    counts = {item: items.count(item) for item in items}
+    counts = Counter(items)
     return [item for item, count in counts.items() if count == max(counts.values())]
 
 
