@@ -169,12 +169,17 @@ def plan_them(args: argparse.Namespace) -> int:
 
 
 def _prepared(args: argparse.Namespace) -> tuple[Recipe, PreTrainedTokenizerFast, PreparedData]:
-    """Recipe, tokenizer and data; progress goes to stderr, so that stdout is the answer alone."""
+    """Recipe, tokenizer and data; progress goes to stderr, so that stdout is the answer alone.
+
+    Ids that the model has no rows for are refused as training would, from its config alone.
+    """
     from sft_dist.data.prepare import prepare
-    from sft_dist.models.load import load_tokenizer
+    from sft_dist.models.load import load_config, load_tokenizer
+    from sft_dist.models.vocabulary import check_rows, num_added
 
     recipe = read_recipe(args.items)
     tokenizer = load_tokenizer(recipe.model)
+    check_rows(load_config(recipe.model).get_text_config().vocab_size, len(tokenizer), num_added(tokenizer))
     with bar("preparing", "bytes") as progress:
         return recipe, tokenizer, prepare(recipe, tokenizer, notice=lambda text: None, progress=progress)
 

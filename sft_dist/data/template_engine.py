@@ -91,7 +91,7 @@ class TracingEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["%", "+", "-", "*", "**"])
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+        super().__init__(optimized=False, **settings)
         self.literals = _Literals()
         filters = {name: _reporting(function) for name, function in self.filters.items()} | _FILTERS
         self.filters = {name: metered(name, filters[name]) for name in filters}
@@ -103,11 +103,6 @@ class TracingEnvironment(ImmutableSandboxedEnvironment):
             "namespace": _Namespace,
         }
         del self.globals["lipsum"]  # text out of nothing
-
-    def compile(self, *args: Any, **kwargs: Any) -> Any:
-        """What is constant is computed while the template is compiled: within the same budget."""
-        BUDGET.start()
-        return super().compile(*args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
@@ -121,7 +116,7 @@ class TracingEnvironment(ImmutableSandboxedEnvironment):
         return made(result) if isinstance(result, str) and type(result) is not Traced else result
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        BUDGET.step(CALL + (len(args) + len(kwargs) >> 3))
+        BUDGET.step(CALL + (len(args) if len(args) > 8 else 0))
         if args or kwargs:
             check_arguments((*args, *kwargs.values()))
         if isinstance(__obj, _OWN_CODE) or __obj is _Namespace:
@@ -135,12 +130,12 @@ class TracingEnvironment(ImmutableSandboxedEnvironment):
 
     def call_filter(self, name: str, value: Any, *args: Any, **kwargs: Any) -> Any:
         """What `map` does to each item."""
-        BUDGET.step(CALL // 2)
+        BUDGET.step(2 * CALL)
         return super().call_filter(name, value, *args, **kwargs)
 
     def call_test(self, name: str, value: Any, *args: Any, **kwargs: Any) -> Any:
         """What `select` and its like ask of each item."""
-        BUDGET.step(CALL // 2)
+        BUDGET.step(CALL)
         return super().call_test(name, value, *args, **kwargs)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
@@ -316,6 +311,7 @@ class _Namespace(jinja2.utils.Namespace):
     """`namespace(...)` without underscore names, so that a template cannot reach Python's internals."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
+        BUDGET.step(CALL)
         self, items = args[0], dict(*args[1:], **kwargs)
         for name in items:
             _check_name(name)

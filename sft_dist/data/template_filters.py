@@ -5,13 +5,13 @@ A filter that is not named here looks once at everything that stands in its argu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from sft_dist.data.render_budget import (
     BUDGET,
-    MAX_ITEMS,
+    ITEM_BYTES,
     TooExpensive,
     check_bits,
     check_characters,
@@ -66,7 +66,9 @@ COSTS: dict[str, Cost] = {
 }
 
 
-def _check_json(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, *_: Any, **__: Any) -> None:
+def _check_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, *_: Any, **__: Any
+) -> None:
     """Each item on a line of its own behind as many indentations as it is deep."""
     found = measure(value)
     width = indent if isinstance(indent, int) else len(indent or "")
@@ -95,9 +97,15 @@ def _check_replace(context: Any, text: Any, old: Any, new: Any, *_: Any, **__: A
         check_replace(text, old, new)
 
 
-def _check_slices(value: Any, num: Any = 0, *_: Any, **__: Any) -> None:
-    if isinstance(num, int):
-        BUDGET.step(abs(num))
+def _check_slices(value: Any, slices: Any = 0, *_: Any, **__: Any) -> None:
+    if isinstance(slices, int):
+        BUDGET.step(max(slices, 0))
+        BUDGET.keep(max(slices, 0) * ITEM_BYTES)
+
+
+def _check_batch(value: Any, linecount: Any = 0, fill_with: Any = None) -> None:
+    if isinstance(linecount, int) and fill_with is not None:
+        BUDGET.copy(2 * max(linecount, 0))
 
 
 CHECKS: dict[str, Callable[..., None]] = {
@@ -107,4 +115,5 @@ CHECKS: dict[str, Callable[..., None]] = {
     "int": _check_int,
     "replace": _check_replace,
     "slice": _check_slices,
+    "batch": _check_batch,
 }
