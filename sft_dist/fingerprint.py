@@ -22,10 +22,12 @@ VERSIONED = ("torch", "transformers", "accelerate", "peft", "datasets", "tokeniz
 
 
 def make_fingerprint(
-    inputs: Inputs, choices: Choices, plan: PackPlan | StreamPlan, frozen: str | None
+    inputs: Inputs, choices: Choices, plan: PackPlan | StreamPlan, frozen: str | None, run: str | None
 ) -> dict[str, Any]:
-    """What must not change between attempts (`recipe`, `inputs`), what `auto` became, and versions for the record."""
+    """The name of the run, which its checkpoints carry; what must not change between attempts (`recipe`, `inputs`),
+    what `auto` became, and versions for the record."""
     return {
+        "run": run,
         "recipe": identity(inputs.recipe),
         "inputs": data_fingerprint(inputs, plan) | {"frozen weights": frozen},
         "choices": choices.as_dict(),

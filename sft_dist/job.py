@@ -6,6 +6,7 @@ Rank 0's console and log write, the others' are silent.
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -18,7 +19,7 @@ from sft_dist.observe.run_files import write_json
 from sft_dist.observe.spikes import Spikes
 from sft_dist.observe.trackers import Trackers
 from sft_dist.resilience.heartbeat import heart
-from sft_dist.resilience.lease import LEASE_VARIABLE, check_ours
+from sft_dist.resilience.lease import LEASE_VARIABLE, REFRESH_SECONDS, check_ours
 from sft_dist.resilience.run_folder import attempt_dir
 from sft_dist.resilience.signals import StopFlag
 from sft_dist.resilience.time_limit import REASON, TimeLimit
@@ -38,6 +39,7 @@ class Job:
         self._limit = TimeLimit(None, 0.0)
         self.stop = StopFlag([run_dir / "stop"]).install()
         self.log: MetricsLog | None = None
+        self._checked = time.monotonic()
         self._seconds: list[float] = []
         self._spikes = Spikes()
 
@@ -68,7 +70,11 @@ class Job:
         write_json(self.run_dir / "header.json", header)
         self.console.header("sft-dist train", header)
         self._spikes = Spikes(line["loss"] for line in read_metrics(self.run_dir) if line["kind"] == "step")
-        self.log = MetricsLog(self.run_dir, Trackers(self.run_dir, recipe, self.console.say))
+        self.log = MetricsLog(
+            self.run_dir,
+            Trackers(self.run_dir, recipe, self.console.say),
+            lambda: self.check_lease(REFRESH_SECONDS),  # who was stopped meanwhile may have lost it
+        )
 
     def write_report(self, report: dict[str, Any]) -> None:
         """Write prepare_report.json; what was read of a stream by now is in it."""
@@ -98,8 +104,12 @@ class Job:
             self.log.settle()
             self.log.sync()
 
-    def check_lease(self) -> None:
-        """Raise LockedError when another machine has taken the run folder over since this attempt claimed it."""
+    def check_lease(self, every_seconds: float = 0.0) -> None:
+        """Raise LockedError when another machine has taken the run folder over since this attempt claimed it; looked at
+        where that was not done for so long."""
+        if time.monotonic() - self._checked < every_seconds:
+            return
+        self._checked = time.monotonic()
         if token := os.environ.get(LEASE_VARIABLE):
             check_ours(self.run_dir, token)
 

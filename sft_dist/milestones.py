@@ -171,14 +171,16 @@ def load(parts: Parts, manager: CheckpointManager, folder: Path) -> Position:
 def restore_best(parts: Parts, manager: CheckpointManager, job: Job) -> int | None:
     """With early stopping, go back to the weights with the lowest validation loss before they are exported.
 
-    Of those that were saved: an evaluation before the key was turned on may have no checkpoint. Returns their step;
-    None where the last weights are the ones to export.
+    Of those that were saved (an evaluation before the key was turned on may have no checkpoint) and are good still.
+    Returns their step; None where the last weights are the ones to export.
     """
-    saved = {folder_step(path) for path in folders(job.run_dir)}
-    best = broadcast_json(best_step(line for line in read_metrics(job.run_dir) if line["step"] in saved))
-    if not parts.recipe.eval.early_stopping or best is None:
+    saved = {folder_step(path) for path in folders(job.run_dir)} if parts.recipe.eval.early_stopping else set()
+    lowest = lambda: broadcast_json(best_step(x for x in read_metrics(job.run_dir) if x["step"] in saved))  # noqa: E731
+    while (best := lowest()) is not None and not manager.is_good(manager.folder / step_name(best)):
+        saved.remove(best)
+    if best is None:
         return None
-    load(parts, manager, job.run_dir / "checkpoints" / step_name(best))
+    load(parts, manager, manager.folder / step_name(best))
     job.console.say(f"exporting step {best}, the lowest validation loss")
     return int(best)
 

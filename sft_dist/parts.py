@@ -7,6 +7,7 @@ the first step.
 from __future__ import annotations
 
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ def build_parts(inputs: Inputs, place: Runtime, run_dir: Path, chosen: Choices |
     )
     plan = train_plan(recipe, choices, inputs.data.train)
     frozen = broadcast_json(frozen_digest(network.model, network.value) if place.is_main else None)
-    fingerprint = make_fingerprint(inputs, choices, plan, frozen)
+    run = recorded.get("run") if recorded else broadcast_json(secrets.token_hex(16))
+    fingerprint = make_fingerprint(inputs, choices, plan, frozen, run)
     if recorded is not None:
         for part in ("recipe", "inputs"):
             refuse_changes(recorded[part], fingerprint[part], str(run_dir), explain_inputs(recipe))

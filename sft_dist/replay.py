@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from sft_dist.checkpoint.catalog import folders
-from sft_dist.checkpoint.manifest import fault, folder_step, read_manifest
+from sft_dist.checkpoint.catalog import folders, prove
+from sft_dist.checkpoint.manifest import folder_step, read_manifest
 from sft_dist.checkpoint.shards import empty_tensors, read_shards
 from sft_dist.config.auto import Choices
 from sft_dist.data.collate import batch_digest, collate
@@ -120,7 +120,7 @@ def rerun(replayed: Replayed) -> Rerun:
 def newest_before(run_dir: Path, step: int) -> Path | None:
     """The newest good checkpoint of a step before `step`; None: the initial weights."""
     earlier = [path for path in folders(run_dir) if (folder_step(path) or 0) < step]
-    return next((path for path in reversed(earlier) if fault(path) is None), None)
+    return next((path for path in reversed(earlier) if prove(path) is None), None)
 
 
 def _model(replayed: Replayed, checkpoint: Path | None) -> PackedCausalLM:

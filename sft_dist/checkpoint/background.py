@@ -42,7 +42,8 @@ class Write:
     size: int  # of all of them, bytes
     meta: Mapping[str, Any]
     also_keep: int | None
-    began: float = field(default_factory=time.monotonic)
+    began: float
+    ended: float = 0.0  # when it was there to be committed
     is_copied: threading.Event = field(default_factory=threading.Event)
     thread: threading.Thread | None = None
     partial: Path | None = None  # none is made where a good checkpoint of the step is there already
@@ -56,7 +57,7 @@ class BackgroundSaver:
         self._manager, self._aside = manager, manager.aside()
         self._copy, self._sweeper = HostCopy(), Sweeper(manager.folder)
         self._write: Write | None = None
-        self.slowest_seconds = 0.0  # from the beginning of a save to its commit
+        self.slowest_seconds = 0.0  # that writing and committing took, without the time in between
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, also_keep: int | None = None
@@ -71,7 +72,9 @@ class BackgroundSaver:
     ) -> None:
         """`CheckpointManager.try_save`, after what is under way."""
         self.close()
+        began = time.monotonic()
         self._manager.try_save(step, tensors, meta, also_keep=also_keep)
+        self._took(time.monotonic() - began)
 
     def begin(
         self,
@@ -85,7 +88,7 @@ class BackgroundSaver:
         """Begin what `try_save` does; `wait_for_copy` says when `tensors` may be changed again. `are_copies`: nobody
         else has them, and they are on the host; they are not copied once more."""
         self.close()
-        write = Write(step, tensors, num_bytes(tensors), dict(meta), also_keep)
+        write = Write(step, tensors, num_bytes(tensors), dict(meta), also_keep, began=time.monotonic())
         if are_copies:
             write.is_copied.set()
         else:
@@ -128,14 +131,18 @@ class BackgroundSaver:
                 raise write.error
             if write.partial is None:
                 return
+            committing = time.monotonic()
             self._manager.commit(write.step, write.partial, write.size, write.also_keep, self._sweeper.delete)
-            self.slowest_seconds = max(self.slowest_seconds, time.monotonic() - write.began)
+            self._took(write.ended - write.began + time.monotonic() - committing)
 
     def close(self) -> None:
         """Commit what is under way and see old checkpoints gone."""
         self.commit()
         for error in self._sweeper.finish():
             self._manager.tell_undeleted(error)
+
+    def _took(self, seconds: float) -> None:
+        self.slowest_seconds = max(self.slowest_seconds, seconds)
 
     def _run(self, write: Write) -> None:
         try:
@@ -149,3 +156,4 @@ class BackgroundSaver:
                 self._aside.write(write.step, write.partial, copied, write.meta)
         except BaseException as error:  # raised on the main path
             write.error = error
+        write.ended = time.monotonic()

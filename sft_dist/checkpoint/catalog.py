@@ -7,7 +7,8 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from sft_dist.checkpoint.manifest import fault, folder_step, read_manifest, step_name
+from sft_dist.checkpoint.manifest import RUN_KEY, fault, folder_step, read_manifest, step_name
+from sft_dist.config.identity import read_fingerprint
 from sft_dist.errors import CheckpointError
 
 FOLDER_NAME = "checkpoints"
@@ -26,6 +27,12 @@ class Checkpoint:
     fault: str | None = None
 
 
+def prove(path: Path) -> str | None:
+    """What is wrong with a checkpoint of the run in whose folder it lies; None if it is good. Reads every byte."""
+    recorded = read_fingerprint(path.parents[1]) or {}  # one from before runs had names has none
+    return fault(path, recorded.get(RUN_KEY))
+
+
 def folders(run_dir: str | Path) -> list[Path]:
     """Committed checkpoint folders, oldest step first."""
     steps = {path: folder_step(path) for path in (Path(run_dir) / FOLDER_NAME).glob("step-*") if path.is_dir()}
@@ -40,24 +47,24 @@ def set_aside(run_dir: str | Path) -> list[Path]:
 def open_to_all(run_dir: str | Path) -> Path | None:
     """The first folder or file of the committed state that anyone on the machine may change or replace; None if none.
 
-    A folder with the sticky bit keeps others from replacing what is in it.
+    The sticky bit on a folder is no help: it keeps others from replacing what is in it, not from adding a checkpoint.
     """
     tops = (Path(run_dir), Path(run_dir) / FOLDER_NAME)
     for path in (*tops, *(inner for folder in folders(run_dir) for inner in (folder, *folder.iterdir()))):
         mode = path.lstat().st_mode
-        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX and not stat.S_ISLNK(mode):
+        if mode & stat.S_IWOTH and not stat.S_ISLNK(mode):
             return path
     return None
 
 
-def list_checkpoints(run_dir: str | Path, *, prove: bool = False) -> list[Checkpoint]:
-    """Every committed checkpoint, oldest first; with `prove` every file is read and compared with its SHA-256.
+def list_checkpoints(run_dir: str | Path, *, proven: bool = False) -> list[Checkpoint]:
+    """Every committed checkpoint, oldest first; with `proven` every file is read and compared with its SHA-256.
 
     Raises CheckpointError when `run_dir` does not exist.
     """
     if not Path(run_dir).is_dir():
         raise CheckpointError(f"{run_dir}: no such run folder")
-    return [_describe(path, prove) for path in folders(run_dir)]
+    return [_describe(path, proven) for path in folders(run_dir)]
 
 
 def find(run_dir: str | Path, step: int | None = None) -> Path:
@@ -67,23 +74,23 @@ def find(run_dir: str | Path, step: int | None = None) -> Path:
         if not path.is_dir():
             steps = ", ".join(str(folder_step(p)) for p in folders(run_dir)) or "none"
             raise CheckpointError(f"{run_dir}: no checkpoint of step {step}; there are: {steps}")
-        if found := fault(path):
+        if found := prove(path):
             raise CheckpointError(f"{path}: {found}")
         return path
     faults = {}
     for path in reversed(folders(run_dir)):
-        if (found := fault(path)) is None:
+        if (found := prove(path)) is None:
             return path
         faults[path.name] = found
     told = "; ".join(f"{name}: {text}" for name, text in faults.items())
     raise CheckpointError(f"{run_dir}: " + (f"no good checkpoint ({told})" if faults else "no checkpoint yet"))
 
 
-def _describe(path: Path, prove: bool) -> Checkpoint:
+def _describe(path: Path, proven: bool) -> Checkpoint:
     step = folder_step(path) or 0
     try:
         manifest = read_manifest(path)
     except CheckpointError as error:
         return Checkpoint(path, step, 0, 0, "", str(error).removeprefix(f"{path}/"))
-    found = fault(path) if prove else None
+    found = prove(path) if proven else None
     return Checkpoint(path, step, manifest.num_bytes, manifest.world_size, manifest.written, found)

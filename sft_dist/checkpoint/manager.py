@@ -24,15 +24,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
 from sft_dist.checkpoint.catalog import FOLDER_NAME, folders, open_to_all, set_aside
-from sft_dist.checkpoint.disk import check_space, free_name, rename_fresh, storage_errors
+from sft_dist.checkpoint.disk import check_space, free_name, rename_fresh, storage_errors, wait_to_see
 from sft_dist.checkpoint.manifest import (
+    MANIFEST_NAME,
+    RUN_KEY,
     FileEntry,
     Manifest,
     content_fault,
@@ -40,6 +42,7 @@ from sft_dist.checkpoint.manifest import (
     folder_step,
     hash_file,
     read_manifest,
+    run_fault,
     step_name,
     write_manifest,
 )
@@ -78,10 +81,12 @@ def print_notice(text: str) -> None:
 class CheckpointManager:
     """Saves, finds and loads the checkpoints of one run folder; hold the run's lock while one exists.
 
-    `keep` newest ones stay. `notice` gets each line that a user should see (rank 0 only). `ready` is called on rank 0
-    before each commit, and an OSError of it fails the save: what a checkpoint stands for has to be written before it.
+    `keep` newest ones stay. `run` names the run: its checkpoints carry it, and one that carries another name is bad.
+    `notice` gets each line that a user should see (rank 0 only). `ready` is called on rank 0 before each commit, and an
+    OSError of it fails the save: what a checkpoint stands for has to be written before it.
     `fence` is called on rank 0 right before the rename and raises LockedError when the folder has another owner by now.
-    `trusts_all` reads checkpoints that anyone on the machine may have changed, sums and all.
+    `trusts_all` reads checkpoints that anyone on the machine may have changed, sums and all. `versions` is what the
+    manifests keep of the machine that they were written on.
     `fail_point` is called with each name of FAIL_POINTS as the commit passes it: tests kill the process there.
     """
 
@@ -90,19 +95,22 @@ class CheckpointManager:
         run_dir: str | Path,
         keep: int = 2,
         *,
+        run: str | None = None,
         notice: Callable[[str], None] = print_notice,
         ready: Callable[[], None] = lambda: None,
         fence: Callable[[], None] = lambda: None,
         trusts_all: bool = False,
+        versions: Mapping[str, str] = MappingProxyType({}),
         fail_point: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.run_dir, self.keep = Path(run_dir), keep
         self.folder = self.run_dir / FOLDER_NAME
         self.ranks = Ranks()
         self._notice, self._fail_point, self._ready, self._fence = notice, fail_point, ready, fence
-        self._trusts_all = trusts_all
+        self._trusts_all, self.versions = trusts_all, versions
         self._failures = 0  # in a row
-        self._proven: set[Path] = set()
+        self._run = run
+        self._proven: Path | None = None  # whose files were proven last, until it is read
         self._on_main(self._clear_leftovers)
 
     # ---- saving
@@ -151,7 +159,7 @@ class CheckpointManager:
     def open(self, step: int, tensors: Mapping[str, Tensor]) -> Path | None:
         """A fresh folder with room for `tensors`; None when a good checkpoint of `step` is there already."""
         target = self.folder / step_name(step)
-        if self.ranks.from_main(target.exists()) and self._is_good(target):
+        if self.ranks.from_main(target.exists()) and self.is_good(target):
             return None
         partial = self.folder / f"{PARTIAL_PREFIX}{self.ranks.from_main(secrets.token_hex(8))}"
         self._on_main(lambda: self._make_room(partial, num_bytes(tensors)), num_bytes(tensors))
@@ -169,8 +177,8 @@ class CheckpointManager:
             step=step,
             files=self._hash_written(partial, num_bytes(tensors)),
             tensors=describe_tensors(tensors),
-            meta=dict(meta),
-            versions=_versions(),
+            meta={**meta, **({RUN_KEY: self._run} if self._run else {})},
+            versions=dict(self.versions),
             world_size=self.ranks.world_size,
             written=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
@@ -182,7 +190,6 @@ class CheckpointManager:
         """Make what `write` has filled with `size` bytes of tensors the checkpoint of `step`; `delete` the old ones."""
         target = self.folder / step_name(step)
         self._on_main(lambda: self._commit(partial, target, also_keep, delete), size)
-        self._proven.add(target)
         self._failures = 0
 
     def tell_undeleted(self, error: StorageError) -> None:
@@ -262,7 +269,7 @@ class CheckpointManager:
         """
         self._on_main(self._refuse_open_folders)
         for name in self.ranks.from_main([path.name for path in reversed(folders(self.run_dir))]):
-            if self._is_good(self.folder / name):
+            if self.is_good(self.folder / name):
                 return self.folder / name
         if bad := self.ranks.from_main([path.name for path in set_aside(self.run_dir)]):
             raise CheckpointError(
@@ -278,8 +285,9 @@ class CheckpointManager:
         the first bad file or tensor.
         """
         folder = Path(path)
-        if folder not in self._proven and (found := self._fault(folder)):
+        if folder != self._proven and (found := self._fault(folder)):
             raise CheckpointError(f"{folder}: {found}")
+        self._proven = None
         with self.ranks.together():
             manifest = read_manifest(folder)
             check_same(folder, manifest, tensors)
@@ -287,11 +295,11 @@ class CheckpointManager:
             read_shards(folder, tensors, self.ranks)
         return dict(manifest.meta)
 
-    def _is_good(self, path: Path) -> bool:
+    def is_good(self, path: Path) -> bool:
         """Prove `path`; a bad one is renamed aside with a notice."""
-        found = None if path in self._proven else self._fault(path)
+        found = self._fault(path)
         if found is None:
-            self._proven.add(path)
+            self._proven = path
             return True
         self._on_main(lambda: self._set_aside(path, found))
         return False
@@ -299,6 +307,8 @@ class CheckpointManager:
     def _fault(self, path: Path) -> str | None:
         """The first fault of a checkpoint, the same on all ranks; each rank hashes its share of the files."""
         found: str | None = None
+        if self.ranks.from_main((path / MANIFEST_NAME).exists()):
+            wait_to_see(path / MANIFEST_NAME)
         with self.ranks.together():
             try:
                 manifest = read_manifest(path)
@@ -306,7 +316,8 @@ class CheckpointManager:
                 found = str(error).removeprefix(f"{path}/")
             else:
                 share = sorted(manifest.files)[self.ranks.rank :: self.ranks.world_size]
-                found = folder_fault(path, manifest) or content_fault(path, manifest, share)
+                found = run_fault(manifest, self._run) or folder_fault(path, manifest)
+                found = found or content_fault(path, manifest, share)
         return next((text for text in self.ranks.gather(found) if text is not None), None)
 
     def _set_aside(self, path: Path, found: str) -> None:
@@ -337,14 +348,3 @@ class CheckpointManager:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(f"{PARTIAL_PREFIX}*"):
             shutil.rmtree(leftover)
-
-
-def _versions() -> dict[str, str]:
-    """Versions of the libraries that shape the numbers; those that are not installed are left out."""
-    found = {}
-    for name in ("torch", "transformers", "peft", "safetensors", "sft_dist"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

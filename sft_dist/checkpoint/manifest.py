@@ -25,6 +25,7 @@ from typing import Any
 from sft_dist.errors import CheckpointError, StorageError
 
 MANIFEST_NAME = "manifest.json"
+RUN_KEY = "run"  # of `meta`: the name of the run, drawn at its start
 FORMAT = 1
 _CHUNK_BYTES = 1 << 20
 
@@ -113,6 +114,13 @@ def hash_file(path: Path) -> FileEntry:
     return FileEntry(size, digest.hexdigest())
 
 
+def run_fault(manifest: Manifest, run: str | None) -> str | None:
+    """What is wrong with a checkpoint in the folder of `run`: that it is another run's; None if it is not, or if the
+    run is from before runs had names."""
+    found = manifest.meta.get(RUN_KEY)
+    return None if found == run or run is None else f"{MANIFEST_NAME}: of another run ({found}, this one is {run})"
+
+
 def folder_fault(folder: Path, manifest: Manifest) -> str | None:
     """What is wrong with the folder as far as names and sizes tell: the first fault, naming the file; None if good."""
     if folder_step(folder) != manifest.step:
@@ -148,13 +156,14 @@ def content_fault(folder: Path, manifest: Manifest, names: Iterable[str]) -> str
     return None
 
 
-def fault(folder: Path) -> str | None:
-    """Prove one checkpoint folder in full; the first fault, naming the file, or None. Reads only."""
+def fault(folder: Path, run: str | None = None) -> str | None:
+    """Prove one checkpoint folder (of `run`) in full; the first fault, naming the file, or None. Reads only."""
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:
         return str(error).removeprefix(f"{folder}/")
-    return folder_fault(folder, manifest) or content_fault(folder, manifest, sorted(manifest.files))
+    found = run_fault(manifest, run) or folder_fault(folder, manifest)
+    return found or content_fault(folder, manifest, sorted(manifest.files))
 
 
 def step_name(step: int) -> str:

@@ -52,7 +52,7 @@ def list_them(args: argparse.Namespace) -> int:
 
 def verify_them(args: argparse.Namespace) -> int:
     """Prove every file of every checkpoint; changes nothing. 65 when any is bad, naming file and step."""
-    found = list_checkpoints(args.run_dir, prove=True)
+    found = list_checkpoints(args.run_dir, proven=True)
     bad = [checkpoint for checkpoint in found if checkpoint.fault]
     aside = [path.name for path in set_aside(args.run_dir)]
     if args.json:

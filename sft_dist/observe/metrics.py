@@ -9,7 +9,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ from sft_dist.types import StepMetrics
 class MetricsLog:
     """Appends to RUN_DIR/metrics.jsonl, and hands each line to the trackers. One writer: rank 0.
 
-    Lines that a full disk refuses wait in memory, and every later line tries them again; `settle` insists.
+    Lines that a full disk refuses wait in memory, and every later line tries them again; `settle` insists. `fence` is
+    called before each line and raises LockedError when the folder has another owner by now.
     """
 
-    def __init__(self, run_dir: Path, trackers: Trackers) -> None:
+    def __init__(self, run_dir: Path, trackers: Trackers, fence: Callable[[], None] = lambda: None) -> None:
+        self._fence = fence
         self._path, self._waiting = run_dir / "metrics.jsonl", b""
         self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         fsync_path(run_dir)  # a commit makes no name outside checkpoints/ durable: this file's, nor that folder's own
@@ -59,6 +61,7 @@ class MetricsLog:
         self._trackers.close()
 
     def _write(self, line: dict[str, Any]) -> None:
+        self._fence()
         is_first = not self._waiting
         self._waiting += json.dumps(line).encode() + b"\n"
         try:

@@ -5,7 +5,8 @@
 `flock` decides between processes of one kernel and frees a dead holder's folder at once; on several machines it may
 not be seen. There the lease decides. Its holder touches the file every 30 seconds; one that was not touched for five
 minutes may be taken over with a new token. Who took too long (a stopped process, a cut network) still believes it owns
-the folder: so the token is read again right before each commit, and a writer with an old one ends with 73 instead.
+the folder: so the token is read again right before each commit, and before a line is written where it was not read for
+30 seconds; a writer with an old one ends with 73 instead.
 
 Age is the difference of two modification times on that file system, so machines need not agree on the time.
 """
@@ -127,7 +128,7 @@ class Lease:
         while not left.wait(every_seconds):
             owner = read_owner(self.path.parent)
             if owner is None or owner.token != self.token:
-                return  # the next commit will say so
+                return  # rank 0 finds it by itself
             with suppress(OSError):
                 os.utime(self.path)
 

@@ -55,6 +55,7 @@ def test_states_are_not_trivially_equal(matrix: Found) -> None:
 
 MOVED: dict[str, dict[str, Any]] = {
     "fsdp2-full": {"parallel": {"strategy": "fsdp2"}},
+    "fsdp2-long": {"parallel": {"strategy": "fsdp2"}, "optim": {"max_steps": 50, "lr": 1e-3}},
     "ddp-lora": {"parallel": {"strategy": "ddp"}, "tuning": {"method": "lora", "rank": 3, "dropout": 0.2}},
     "zero1-full": {"parallel": {"strategy": "zero1"}},
     "zero2-lora": {"parallel": {"strategy": "zero2"}, "tuning": {"method": "lora", "rank": 3, "dropout": 0.2}},
@@ -79,10 +80,10 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     asked = asked_for(request, "name")
     for method in dict.fromkeys(name.split("-")[1] for name in asked):
         changes = next(value for name, value in MOVED.items() if name.endswith(method))
-        recipe = write_recipe(folder, f"one-{method}", **shared, **changes | {"parallel": {"strategy": "ddp"}})
+        recipe = write_recipe(folder, f"one-{method}", **shared | changes | {"parallel": {"strategy": "ddp"}})
         lives.append((1, [str(recipe)]))
     for name in asked:
-        recipe = str(write_recipe(folder, name, **shared, **MOVED[name]))
+        recipe = str(write_recipe(folder, name, **shared | MOVED[name]))
         lives += [(2, [recipe, "optim.stop_after_step=3"]), (1, [recipe, "optim.stop_after_step=7"]), (4, [recipe])]
     live(lives, folder)
     return folder
@@ -91,7 +92,11 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("name", cells(MOVED, MOVED_BY_DEFAULT))
 def test_a_run_moves_from_two_ranks_to_one_to_four(runs: Path, name: str) -> None:
     one, moved = lines(runs / f"one-{name.split('-')[1]}", "step"), lines(runs / name, "step")
-    assert len(one) == 12 and {line["attempt"] for line in moved} == {1, 2, 3}
+    assert len(one) == MOVED[name].get("optim", {}).get("max_steps", 12) and {line["attempt"] for line in moved} == {
+        1,
+        2,
+        3,
+    }
     for key in ("batch_digest", "num_tokens", "num_loss_tokens", "lr"):
         assert [line[key] for line in moved] == [line[key] for line in one], key
     assert len({line["batch_digest"] for line in one}) > 6

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_run import lines, train, trajectory, write_recipe
+from tiny_run import command, lines, train, trajectory, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sft_dist.checkpoint.catalog import folders
+from sft_dist.checkpoint.manifest import read_manifest, write_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -106,6 +111,39 @@ def test_early_stopping_exports_the_best_checkpoint(tmp_path: Path) -> None:
     assert len(scored) < 12
 
 
+def test_a_best_checkpoint_that_was_spoiled_is_not_exported(tmp_path: Path) -> None:
+    changes = {
+        "eval": {"every_steps": 1, "early_stopping": 99},
+        "optim": {"lr": 2.0, "schedule": "constant"},
+        "checkpoint": {"keep": 99},
+    }
+    recipe = write_recipe(tmp_path, **changes)
+    train(recipe, "optim.stop_after_step=11", code=75)
+    scored = {record["step"]: record["eval_loss"] for record in lines(tmp_path / "run", "eval") if record["step"]}
+    best, second = sorted(scored, key=scored.__getitem__)[:2]
+    assert best < 11
+    shard = next((tmp_path / "run" / "checkpoints" / f"step-{best:08d}").glob("shard-*"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 0x40
+    shard.write_bytes(content)
+    printed = train(recipe)
+    assert f"checkpoint of step {best} is bad: {shard.name}: altered" in printed
+    assert f"exporting step {second}," in printed
+
+
+def test_a_checkpoint_of_another_run_is_not_continued(tmp_path: Path) -> None:
+    """Both of one recipe but for the learning rate, which the checkpoint alone would not show."""
+    for name, lr in (("one", 1e-3), ("other", 1e-2)):
+        train(write_recipe(tmp_path, name, optim={"lr": lr}), "optim.stop_after_step=6", code=75)
+    ours, theirs = (tmp_path / name / "checkpoints" / "step-00000006" for name in ("one", "other"))
+    shutil.rmtree(ours)
+    shutil.copytree(theirs, ours)
+    assert "00000006: manifest.json: of another run" in command("checkpoint", "verify", str(tmp_path / "one"), code=65)
+    printed = train(tmp_path / "one.yaml")
+    assert "checkpoint of step 6 is bad: manifest.json: of another run" in printed
+    assert "resuming after step 3" in printed
+
+
 def test_never_resuming_starts_anew_and_puts_the_earlier_run_aside(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     train(recipe, "optim.stop_after_step=6", code=75)
@@ -162,3 +200,19 @@ def test_tokens_and_losses_are_accounted_to_their_sources(tmp_path: Path) -> Non
         low, high = sorted(line["by_source"].values())
         assert low <= line["eval_loss"] <= high
     assert "<h3>Mix</h3>" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_resume_elsewhere_is_told_and_not_refused(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, checkpoint={"every_steps": 1})
+    train(recipe, "optim.stop_after_step=1", code=75)
+    (newest,) = folders(tmp_path / "run")
+    manifest = read_manifest(newest)
+    kept = dict(manifest.versions)
+    assert kept["torch"] == torch.__version__ and kept["attention kernel"] == "sdpa" and int(kept["threads"]) > 0
+    assert "bits may differ" not in train(recipe, "optim.stop_after_step=2", code=75)
+    newest = folders(tmp_path / "run")[-1]
+    older = replace(read_manifest(newest), versions=kept | {"numpy": "1.0", "head kernel": "another"})
+    (newest / "manifest.json").unlink()
+    write_manifest(newest, older)
+    printed = train(recipe, "optim.stop_after_step=3", code=75)
+    assert f"numpy 1.0 -> {kept['numpy']}, head kernel another -> {kept['head kernel']}; bits may differ" in printed

@@ -1,5 +1,6 @@
 """One writer: `python races.py FOLDER`. Two jobs race for a folder 50 times; a late one is told who holds it; a holder
-that was stopped past its lease and taken over from another machine commits nothing more. Prints one line per case."""
+that was stopped past its lease and taken over from another machine commits and writes nothing more. Prints one line per
+case."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import forked
 from security import at_step
 from tiny_run import lines, write_recipe
 
+from sft_dist import job
 from sft_dist.checkpoint.catalog import folders
 from sft_dist.checkpoint.manifest import fault
 from sft_dist.errors import LockedError
@@ -88,8 +90,12 @@ def late(folder: Path) -> str:
     return f"the second launcher left with 73 after {took:.1f} s"
 
 
-def fenced(folder: Path) -> str:
-    """The launcher and its rank are stopped in step 5 for longer than the lease, and another machine takes over."""
+def fenced(folder: Path, *, looks_each_step: bool = False) -> str:
+    """The launcher and its rank are stopped in step 5 for longer than the lease, and another machine takes over.
+
+    They are not stopped for so long here. So rank 0 finds it at the next commit, or, where it `looks_each_step`, as it
+    does after 30 seconds, before it writes a line.
+    """
     path, reached = recipe(folder, "run"), folder / "reached"
 
     def wait_to_be_stopped() -> None:
@@ -97,7 +103,12 @@ def fenced(folder: Path) -> str:
         while reached.exists():
             time.sleep(0.001)
 
-    run = forked.Forked(path, 1, folder / "log.txt", at_step(5, 0, wait_to_be_stopped))
+    def child(rank: int, attempt: int) -> None:
+        at_step(5, 0, wait_to_be_stopped)(rank, attempt)
+        if looks_each_step:
+            job.REFRESH_SECONDS = 0.0
+
+    run = forked.Forked(path, 1, folder / "log.txt", child)
     holder = run.start()
     while not reached.exists() or not reached.read_text():
         time.sleep(0.001)
@@ -107,7 +118,7 @@ def fenced(folder: Path) -> str:
     lease = folder / "run" / LEASE_NAME
     os.utime(lease, (lease.stat().st_mtime - STALE_SECONDS - 1,) * 2)
     taken = Lease.take(folder / "run", machine="another machine")
-    before = [path.name for path in folders(folder / "run")]
+    before, written = [path.name for path in folders(folder / "run")], (folder / "run/metrics.jsonl").read_bytes()
     reached.unlink()
     for pid in reversed(pids):
         os.kill(pid, signal.SIGCONT)
@@ -115,15 +126,22 @@ def fenced(folder: Path) -> str:
     said = (folder / "log.txt").read_text()
     assert "taken over by process" in said and "Traceback" not in said, said
     assert [path.name for path in folders(folder / "run")] == before and "step-00000002" in before, before
+    wrote = (folder / "run/metrics.jsonl").read_bytes() != written
+    assert wrote != looks_each_step
     assert all(fault(path) is None for path in folders(folder / "run"))
     taken.release()
     assert forked.Forked(path, 1, folder / "log.txt").run() == 0, (folder / "log.txt").read_text()
     assert len(lines(folder / "run", "step")) == 12
-    return "a holder stopped past its lease committed nothing and left with 73"
+    return f"a holder stopped past its lease committed {'and wrote ' * looks_each_step}nothing and left with 73"
+
+
+def fenced_before_a_line(folder: Path) -> str:
+    """The same, where too long has passed since rank 0 looked."""
+    return fenced(folder, looks_each_step=True)
 
 
 def main(folder: Path) -> int:
-    for case in (race, late, fenced):
+    for case in (race, late, fenced, fenced_before_a_line):
         place = folder / case.__name__
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)

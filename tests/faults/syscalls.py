@@ -135,6 +135,7 @@ def kill_at_each(folder: Path, call: str, limit: int) -> str:
         found.append(step)
         if number == limit:
             break
+    assert found, f"{call}: nothing was injected"
     return f"killed at {call} 1 to {len(found)}: step 2 {found.count(2)} times, step 3 {found.count(3)} times"
 
 
@@ -156,6 +157,7 @@ def fail_at_each(folder: Path, call: str, error: str, limit: int) -> str:
         shutil.rmtree(run_dir)
         if (code == SAVED and not said) or number == limit:
             break
+    assert refused or call == "unlinkat", f"{call}: nothing was injected"  # what cannot be deleted stays
     return f"{error} at {call} 1 to {number - 1}: refused {refused} times, each with the room, and the next save worked"
 
 

@@ -8,14 +8,16 @@ import re
 import shutil
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from sft_dist.checkpoint import background
 from sft_dist.checkpoint.background import BackgroundSaver
 from sft_dist.checkpoint.catalog import folders
 from sft_dist.checkpoint.host_copy import HostCopy
@@ -63,6 +65,30 @@ def test_the_state_at_the_save_is_committed_whatever_training_does_meanwhile(tmp
     loaded = tensors(0.0)
     assert CheckpointManager(tmp_path).load(folders(tmp_path)[0], loaded) == {"step": 1}
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(1.0).items())
+
+
+def test_a_save_takes_as_long_as_writing_and_committing_it_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the steps between them, of which the cadence of saves and the time limit would learn wrongly."""
+    now = 0.0
+
+    def write_for(seconds: float) -> Callable[[str], None]:
+        def spend(name: str) -> None:
+            nonlocal now
+            now += seconds * (name == "before write") + 0.5 * (name == "before rename")
+
+        return spend
+
+    monkeypatch.setattr(background, "time", SimpleNamespace(monotonic=lambda: now))
+    saver = BackgroundSaver(CheckpointManager(tmp_path, fail_point=write_for(3.0)))
+    saver.begin(1, tensors(1.0), {})
+    while not saver.is_written:
+        threading.Event().wait(0.01)
+    now += 100.0  # a long step
+    saver.commit()
+    assert saver.slowest_seconds == 3.5
+    waiting = BackgroundSaver(CheckpointManager(tmp_path, fail_point=write_for(7.0)))
+    waiting.try_save(2, tensors(2.0), {})
+    assert waiting.slowest_seconds == 7.5
 
 
 def test_what_is_not_copied_yet_is_not_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

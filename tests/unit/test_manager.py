@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sft_dist.checkpoint import disk
 from sft_dist.checkpoint.catalog import find, folders, list_checkpoints
 from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.checkpoint.shards import spread
@@ -81,6 +82,66 @@ def test_a_bad_step_is_set_aside_and_written_again(tmp_path: Path) -> None:
     assert [notice.partition(" (")[0] for notice in notices] == [
         "checkpoint of step 1 is bad: manifest.json: cannot be read"
     ]
+
+
+def test_what_this_manager_has_committed_itself_is_proven_before_it_is_read(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    path = manager.save(1, tensors(1), {})
+    for _ in range(2):  # what was proven is proven once more the next time
+        assert manager.newest_good() == path
+        manager.load(path, tensors(0))
+    shard = next(path.glob("shard-*"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 0x40
+    shard.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{shard.name}: altered"):
+        manager.load(path, tensors(0))
+
+
+def test_a_checkpoint_of_another_run_is_bad(tmp_path: Path) -> None:
+    notices: list[str] = []
+    for step, run in enumerate(("one", "other", None), 1):
+        path = CheckpointManager(tmp_path / str(run), run=run).save(step, tensors(step), {})
+        if run != "one":
+            shutil.copytree(path, tmp_path / "one/checkpoints" / path.name)
+    manager = CheckpointManager(tmp_path / "one", run="one", notice=notices.append)
+    assert manager.newest_good() == tmp_path / "one/checkpoints/step-00000001"
+    assert "step 3 is bad: manifest.json: of another run (None, this one is one)" in notices[0]
+    assert "step 2 is bad: manifest.json: of another run (other, this one is one)" in notices[1]
+    before_names = CheckpointManager(tmp_path / "other", notice=notices.append)
+    assert before_names.newest_good() and len(notices) == 2  # such a run cannot tell
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints", "checkpoints/step-00000001"])
+def test_the_sticky_bit_does_not_close_a_folder_to_others(tmp_path: Path, place: str) -> None:
+    """Who may not replace a checkpoint may add one."""
+    CheckpointManager(tmp_path).save(1, tensors(1), {})
+    (tmp_path / place).chmod(0o1777)
+    with pytest.raises(CheckpointError, match="anyone on this machine may change it"):
+        CheckpointManager(tmp_path).newest_good()
+
+
+def test_a_checkpoint_that_this_machine_does_not_see_yet_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a rank on another node than rank 0, which sees it: the folder gets its name after the third look."""
+    path = CheckpointManager(tmp_path).save(1, tensors(1), {})
+    hidden, looks = path.rename(path.with_name("not-yet")), []
+
+    def pause(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            hidden.rename(path)
+
+    manager = CheckpointManager(tmp_path)
+    monkeypatch.setattr(manager.ranks, "from_main", lambda value: [path.name] if value == [] else True)
+    monkeypatch.setattr(disk.wait_to_see, "__defaults__", (pause,))
+    assert manager.newest_good() == path and len(looks) == 3
+
+
+def test_one_that_never_comes_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "VISIBLE_SECONDS", 0.0)
+    disk.wait_to_see(tmp_path / "step" / "manifest.json", lambda seconds: pytest.fail("waits on"))
 
 
 def test_what_killed_saves_left_behind_is_cleared(tmp_path: Path) -> None:
@@ -151,7 +212,7 @@ def test_catalog_lists_proves_and_finds_without_changing_anything(tmp_path: Path
     (shard,) = (folders(tmp_path)[2]).glob("shard-*")
     shard.unlink()
     assert [c.fault for c in list_checkpoints(tmp_path)] == [None, None, None]
-    assert [c.fault for c in list_checkpoints(tmp_path, prove=True)] == [None, None, f"{shard.name}: missing"]
+    assert [c.fault for c in list_checkpoints(tmp_path, proven=True)] == [None, None, f"{shard.name}: missing"]
     assert find(tmp_path).name == "step-00000002"
     assert find(tmp_path, 1).name == "step-00000001"
     with pytest.raises(CheckpointError, match=r"shard-.*missing"):
