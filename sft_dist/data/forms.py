@@ -165,20 +165,22 @@ def _compile(text: Any, where: str, key: str) -> jinja2.Template:
         return _environment().from_string(text)
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(f"{where}: {key}, line {error.lineno}: {error.message}") from error
+    except (RecursionError, MemoryError, SyntaxError) as error:  # Python's own compiler has no better words for it
+        raise ConfigError(f"{where}: {key}: its statements or expressions are nested too deeply") from error
 
 
 @lru_cache(maxsize=1)
 def _environment() -> jinja2.Environment:
     environment = TracingEnvironment(undefined=jinja2.StrictUndefined)
     environment.globals["zip"] = _zip
-    filters = {"choice": _choice, "random": _choice, "most_frequent": _most_frequent}
+    filters: dict[str, Callable[..., Any]] = {"choice": _choice, "random": _choice, "most_frequent": _most_frequent}
     environment.filters |= {name: metered(name, function) for name, function in filters.items()}
     return environment
 
 
 def _zip(*columns: Iterable[Any]) -> list[tuple[Any, ...]]:
     """A list: iterators inside iterators without end would overflow the C stack."""
-    return list(BUDGET.counted(zip(*columns)))
+    return list(BUDGET.counted(zip(*columns, strict=False)))
 
 
 @jinja2.pass_context

@@ -393,7 +393,8 @@ def runs(text: str) -> list[Run]:
     """The whole text as maximal runs, in order."""
     found = []
     for match in _RUN.finditer(origin_of(text)):
-        found.append(Run(*match.span(), *_named(match[1])))
+        message, slot, is_tagged = _named(match[1])
+        found.append(Run(*match.span(), message, slot, is_tagged))
     return found
 
 

@@ -10,6 +10,7 @@ wraps goes through that function of the environment.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from jinja2 import nodes
@@ -50,8 +51,8 @@ class MeteredCode(CodeGenerator):
     """Compiles constants into traced literals, joins strings with their shadows, counts what the template does."""
 
     def visit_Template(self, node: nodes.Template, frame: Frame | None = None) -> None:
-        for part in [*node.find_all(_BODIES)]:
-            steps = 1 + sum(map(_ticks, part.body)) // _TICKS_A_STEP
+        for part in [*_bodies(node)]:
+            steps = 1 + sum(_ticks(statement) for statement in part.body) // _TICKS_A_STEP
             part.body.insert(0, nodes.ExprStmt(nodes.EnvironmentAttribute(f"step({steps})")).set_lineno(part.lineno))
         super().visit_Template(node, frame)
 
@@ -120,7 +121,7 @@ class MeteredCode(CodeGenerator):
                 pair.key = _through("hashed", pair.key)
         super().visit_Dict(node, frame)
 
-    def visit_MarkSafeIfAutoescape(self, node: nodes.MarkSafeIfAutoescape, frame: Frame) -> None:
+    def visit_MarkSafeIfAutoescape(self, node: Any, frame: Frame) -> None:
         self.write(f"environment.{node.through}(")
         self.visit(node.expr, frame)
         self.write(")")
@@ -133,7 +134,11 @@ class MeteredCode(CodeGenerator):
         self.write(")))")
 
 
-def _through(name: str, expression: nodes.Expr) -> nodes.Expr:
+def _bodies(node: nodes.Template) -> Iterator[Any]:
+    return node.find_all(_BODIES)
+
+
+def _through(name: str, expression: Any) -> nodes.Expr:
     node: Any = _Through(expression).set_lineno(expression.lineno)
     node.through, node.as_const = name, _not_now
     return node
@@ -155,7 +160,7 @@ def _ticks(node: nodes.Node) -> int:
     """What `node` takes each time it runs, without the bodies that count by themselves; of branches the dearest."""
     own = _TICKS.get(type(node), 1)
     if isinstance(node, nodes.If):
-        branches = [node.body, *([part] for part in node.elif_), node.else_]
-        return own + _ticks(node.test) + max(sum(map(_ticks, branch)) for branch in branches)
+        branches: list[list[Any]] = [node.body, *([part] for part in node.elif_), node.else_]
+        return own + _ticks(node.test) + max(sum(_ticks(part) for part in branch) for branch in branches)
     skipped = ("body",) if isinstance(node, _BODIES) else ()
-    return own + sum(map(_ticks, node.iter_child_nodes(exclude=skipped)))
+    return own + sum(_ticks(child) for child in node.iter_child_nodes(exclude=skipped))

@@ -47,6 +47,27 @@ def test_prepare_as_json_is_the_report_and_the_folder(recipe, capsys):
     assert ".sft-cache" in value["folder"]
 
 
+def test_ids_beyond_the_embedding_are_refused_before_anything_is_prepared(recipe, capsys, tmp_path):
+    (tmp_path / "r.yaml").write_text((tmp_path / "r.yaml").read_text().replace("vocab_size: 300", "vocab_size: 50"))
+    assert main(["data", "prepare", recipe]) == 2
+    size = len(byte_tokenizer())
+    told = f"model: the tokenizer has {size} ids but the embedding only 50 rows: use the model's own tokenizer"
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / ".sft-cache").exists()
+
+
+def test_ids_beyond_the_embedding_are_found_in_config_json_alone(recipe, capsys, tmp_path):
+    """A folder without weights, as it is on a login node."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama", "vocab_size": 50}')
+    (tmp_path / "r.yaml").write_text(
+        "model: {path: model, tokenizer: tokenizer}\n"
+        "data: {sources: [{path: a.jsonl}], chat_template: chatml, seq_len: 256}\n"
+    )
+    assert main(["data", "prepare", recipe]) == 2
+    assert "the embedding only 50 rows: use the model's own tokenizer" in capsys.readouterr().err
+
+
 def test_inspect_shows_the_asked_rows(recipe, capsys):
     views = json.loads(run(capsys, "inspect", recipe, "--row", "3", "--row", "0", "--json"))
     assert [view["row"] for view in views] == [3, 0]
