@@ -14,7 +14,7 @@ Memory is counted when something is made and not given back when it is dropped: 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import GeneratorType
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ POINTER_BYTES, ITEM_BYTES = 8, 100  # an item of a copied list; one that is made
 _WIDE = re.compile(r"\d{7}")
 _WIDTHS = re.compile(r"[%{][^%{}a-zA-Z]*?(\d+)")
 _CHARACTERS_A_STEP = 64
-_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+_UNORDERED: tuple[type[Collection[Any]], ...] = (set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
 
 
 class TooExpensive(jinja2.TemplateError):
@@ -153,7 +153,7 @@ def _inside(value: Any) -> Sequence[Any] | None:
         return value
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
-    if isinstance(value, (set, frozenset, *_VIEWS)):
+    if isinstance(value, _UNORDERED):
         return list(value)
     if isinstance(value, jinja2.utils.Namespace):
         return [object.__getattribute__(value, "_Namespace__attrs")]
