@@ -106,7 +106,7 @@ BOMBS = {
     "method join": "{% set s = 'a' * 8000000 %}{{ ''.join([s] * 1000) | length }}",
     "join with long": "{% set s = 'a' * 8000000 %}{{ s.join(['b'] * 1000) | length }}",
     "safe join": "{% set s = 'a' * 8000000 %}{{ ('' | safe).join([s] * 1000) | length }}",
-    "safe join lazily": "{% set s = 'a' * 8000000 %}{{ ('' | safe).join([s] * 1000 | map('default')) | length }}",
+    "safe join lazily": "{% set s = 'a' * 8000000 %}{{ ('' | safe).join(([s] * 1000) | map('default')) | length }}",
     "replace nothing": "{{ ('a' * 8000000).replace('', 'bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb') | length }}",
     "replace filter": "{{ ('a' * 1000000) | replace('a', 'b' * 1000) | length }}",
     "safe replace": "{{ (('a' * 1000000) | safe) | replace('a', 'b' * 1000) | length }}",
@@ -169,7 +169,7 @@ BOMBS = {
     "trim": "{% set s = ' ' * 8000000 %}" + loop(90000, "{% set x = s | trim %}"),
     "strip": "{% set s = ' ' * 8000000 %}" + loop(90000, "{% set x = s.strip() %}"),
     "reverse": "{% set s = 'a' * 8000000 %}" + loop(90000, "{% set x = s | reverse %}"),
-    "last of lazy": loop(90000, "{% set x = (range(100000) | map('string')) | last %}"),
+    "last of lazy": loop(90000, "{% set x = range(100000) | map('string') | list | last %}"),
     "loop over lazy": loop(90000, "{% for x in range(100000) | map('string') %}{% endfor %}"),
     "loop with condition": loop(90000, "{% for x in range(100000) if false %}{% endfor %}"),
     "star arguments": "{% macro f() %}{{ varargs | length }}{% endmacro %}{% set l = [0] * 1000000 %}"
