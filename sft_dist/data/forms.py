@@ -180,6 +180,8 @@ def _compile(text: Any, where: str, key: str) -> jinja2.Template:
         return _environment().from_string(text)
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(f"{where}: {key}, line {error.lineno}: {error.message}") from error
+    except (RecursionError, MemoryError, SyntaxError) as error:  # Python's own compiler has no better words for it
+        raise ConfigError(f"{where}: {key}: its statements or expressions are nested too deeply") from error
 
 
 @lru_cache(maxsize=1)

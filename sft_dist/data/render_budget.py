@@ -14,7 +14,7 @@ Memory is counted when something is made and not given back when it is dropped: 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import GeneratorType
 from typing import Any, NamedTuple
 
@@ -29,14 +29,16 @@ MAX_TEXT_CHARACTERS = 8 << 20  # of any one string
 MAX_BYTES = 320 << 20  # of all strings and lists, together
 MAX_ITEMS = 1_000_000  # of any one list
 MAX_NUMBER = 10**18  # of a result of `**`
-MAX_BITS = 1 << 14  # of any one integer: longer than any that Python prints
+MAX_BITS = 60  # of any computed integer: from 61 on, dictionaries can be filled with numbers that all hash alike
+MAX_PATH = 64  # names in `attribute='a.b,c'` of a filter: each item is asked for all of them
+MAX_DEPTH = 500  # of lists in lists: Python hashes tuples in tuples on the C stack, without end
 SHORT_CHARACTERS = 64
 SHORT_BYTES = 400  # a string of up to so many characters with its shadow, at the most
 POINTER_BYTES, ITEM_BYTES = 8, 100  # an item of a copied list; one that is made as well
 _WIDE = re.compile(r"\d{7}")
 _WIDTHS = re.compile(r"[%{][^%{}a-zA-Z]*?(\d+)")
 _CHARACTERS_A_STEP = 64
-_UNORDERED: tuple[Any, ...] = (set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
+_UNORDERED: tuple[type[Collection[Any]], ...] = (set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
 
 
 class TooExpensive(jinja2.TemplateError):
@@ -124,6 +126,8 @@ def _measure_items(level: Sequence[Any]) -> Measure:
     BUDGET.step(len(level))
     while level:
         items, depth = items + len(level), depth + 1
+        if depth > MAX_DEPTH:
+            raise TooExpensive(f"it nests lists more than {MAX_DEPTH} deep")
         if isinstance(level, range):
             return Measure(items, 8 * items, depth)
         deeper: list[Any] = []
@@ -133,7 +137,7 @@ def _measure_items(level: Sequence[Any]) -> Measure:
             elif isinstance(item, int):
                 characters += item.bit_length() // 3 + 4
             elif (inside := _inside(item)) is not None:
-                BUDGET.step(len(inside))
+                BUDGET.step(1 + len(inside))
                 characters += 4
                 deeper.extend(inside)
             else:
@@ -148,7 +152,6 @@ def _inside(value: Any) -> Sequence[Any] | None:
     if isinstance(value, (list, tuple, range)):
         return value
     if isinstance(value, dict):
-        BUDGET.step(PIECE)
         return [*value.keys(), *value.values()]
     if isinstance(value, _UNORDERED):
         return list(value)
@@ -184,12 +187,19 @@ def check_bits(size: int) -> None:
         raise TooExpensive(f"it computes a number of {size:,} bits, at most {MAX_BITS:,}")
 
 
+def check_path(attribute: Any) -> None:
+    """Refuse an attribute of more names than one may have."""
+    if isinstance(attribute, str) and str.count(attribute, ".") + str.count(attribute, ",") >= MAX_PATH:
+        raise TooExpensive(f"it asks for an attribute of more than {MAX_PATH} names: {attribute[:40]!r}")
+
+
 def check_binary(operator: str, left: Any, right: Any) -> None:
     """Refuse `left operator right` when its result would be too large to begin with; a list is counted."""
     if isinstance(left, int) and isinstance(right, int):
         if operator == "**" and _bits_of_power(left, right) >= MAX_NUMBER.bit_length():
             raise TooExpensive(f"it computes {left} ** {right}")
-        check_bits(left.bit_length() + right.bit_length() if operator == "*" else left.bit_length())
+        bits = left.bit_length(), right.bit_length()
+        check_bits(sum(bits) if operator == "*" else max(bits))
     elif operator == "*":
         for many, times in ((left, right), (right, left)):
             if isinstance(times, int) and isinstance(many, (str, list, tuple)):
@@ -238,6 +248,12 @@ def check_replace(text: str, old: Any, new: Any, *count: Any) -> None:
         check_characters(len(text) + added * str.count(text, str(old)))
 
 
+def check_strip(text: str, chars: Any = None) -> None:
+    """Each end of the text is looked up in `chars`, character by character."""
+    if isinstance(chars, str):
+        BUDGET.step(str.__len__(text) * str.__len__(chars) >> 10)
+
+
 def _check_expand(text: str, size: Any = 8) -> None:
     if isinstance(size, int):
         check_characters(len(text) + size * str.count(text, "\t"))
@@ -257,19 +273,20 @@ def _check_join(text: str, parts: Any) -> None:
         raise TooExpensive("it joins to a safe text what is not counted")
 
 
-_GROWING: dict[str, Callable[..., None]] = {
+_METHODS: dict[str, Callable[..., None]] = {
     "replace": check_replace,
     "expandtabs": _check_expand,
     "translate": _check_translate,
     "join": _check_join,
+    **dict.fromkeys(("strip", "lstrip", "rstrip"), check_strip),
 }
 
 
 def check_method(text: str, name: str, args: Sequence[Any]) -> None:
     """Count what a method of a text looks at; refuse one whose result would be too long."""
     count(text)
-    if name in _GROWING:
-        _GROWING[name](text, *args)
+    if name in _METHODS:
+        _METHODS[name](text, *args)
 
 
 def _bits_of_power(base: int, exponent: int) -> int:

@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import lru_cache, wraps
+from types import GeneratorType
 from typing import Any
 
 import jinja2
@@ -44,7 +45,7 @@ from sft_dist.data.render_budget import (
     made,
 )
 from sft_dist.data.template_code import MeteredCode
-from sft_dist.data.template_filters import CHECKS, COSTS, FREE, FREE_TESTS, Cost
+from sft_dist.data.template_filters import CHECKS, COSTS, FREE, FREE_TESTS, LAZY, Cost
 from sft_dist.errors import ConfigError
 
 
@@ -58,6 +59,8 @@ def compile_template(text: str) -> jinja2.Template:
         return environment.from_string(text)
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(f"data.chat_template: line {error.lineno}: {error.message}") from error
+    except (RecursionError, MemoryError, SyntaxError) as error:  # Python's own compiler has no better words for it
+        raise ConfigError("data.chat_template: its statements or expressions are nested too deeply") from error
 
 
 class _GenerationTag(Extension):
@@ -116,7 +119,8 @@ class TracingEnvironment(ImmutableSandboxedEnvironment):
         return made(result) if isinstance(result, str) and type(result) is not Traced else result
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        BUDGET.step(CALL + (4 * len(args) if len(args) > 8 else 0))
+        given = len(args) + len(kwargs)
+        BUDGET.step(CALL if given <= 8 else CALL + 4 * given)
         if args or kwargs:
             check_arguments((*args, *kwargs.values()))
         if isinstance(__obj, _OWN_CODE) or __obj is _Namespace:
@@ -249,7 +253,7 @@ def metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     It refuses opaque texts, too, unless it is known not to look at them.
     """
-    is_blind, is_free = name in _BLIND_FILTERS, name in FREE
+    is_blind, is_free, is_lazy = name in _BLIND_FILTERS, name in FREE, name in LAZY
     cost, check = COSTS.get(name, Cost()), CHECKS.get(name)
 
     @wraps(function)
@@ -263,12 +267,23 @@ def metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
                 cost.count(value)
         for value in kwargs.values():
             cost.count(value)
+        if is_lazy:
+            args = tuple(map(_settled, args))
         if check is not None:
             check(*args, **kwargs)
         result = function(*args, **kwargs)
         return result if type(result) is Traced else made(result)
 
     return filtered
+
+
+def _settled(value: Any) -> Any:
+    """What one lazy filter hands to another, as a list: an endless chain of them would overflow the C stack."""
+    if type(value) is not GeneratorType:
+        return value
+    items = list(value)
+    BUDGET.copy(len(items))
+    return items
 
 
 def _metered_test(name: str, function: Any) -> Callable[..., Any]:
@@ -336,6 +351,7 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(form: str) -> Traced:
+    BUDGET.step(4 * CALL)
     check_form(form * 16, ())  # a field may become that much longer, and may state its width
     return provenance.literal(datetime.now().strftime(form))
 

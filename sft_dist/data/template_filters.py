@@ -13,9 +13,10 @@ from sft_dist.data.render_budget import (
     BUDGET,
     ITEM_BYTES,
     TooExpensive,
-    check_bits,
     check_characters,
+    check_path,
     check_replace,
+    check_strip,
     measure,
 )
 
@@ -51,13 +52,14 @@ class Cost:
             BUDGET.step(extra)
 
 
-_LAZY = ("list", "map", "select", "reject", "selectattr", "rejectattr", "batch", "slice", "reverse")
+LAZY = frozenset(["map", "select", "reject", "selectattr", "rejectattr", "batch", "slice", "unique"])
 _ORDER = ("sort", "groupby", "unique", "dictsort", "min", "max", "sum")
 COSTS: dict[str, Cost] = {
-    **dict.fromkeys(_LAZY, Cost(is_shallow=True)),
+    **dict.fromkeys((*LAZY, "list", "reverse"), Cost(is_shallow=True)),
     **dict.fromkeys(_ORDER, Cost(an_item=8, a_character=0.25)),
     **dict.fromkeys(("striptags", "urlize", "wordwrap"), Cost(an_item=1, a_character=1, is_quadratic=True)),
     "pprint": Cost(an_item=60, a_character=1, is_quadratic=True),
+    "filesizeformat": Cost(an_item=20),
     "title": Cost(a_character=1),
     "urlencode": Cost(a_character=1),
     "wordcount": Cost(a_character=0.25),
@@ -86,12 +88,6 @@ def _check_round(value: Any, precision: Any = 0, *_: Any, **__: Any) -> None:
         raise TooExpensive(f"it rounds to {precision} digits")
 
 
-def _check_int(value: Any, *_: Any, **__: Any) -> None:
-    """Python limits decimal numbers by itself."""
-    if isinstance(value, str):
-        check_bits(3 * len(value))
-
-
 def _check_replace(context: Any, text: Any, old: Any, new: Any, *_: Any, **__: Any) -> None:
     if isinstance(text, str):
         check_replace(text, old, new)
@@ -108,11 +104,38 @@ def _check_batch(value: Any, linecount: Any = 0, fill_with: Any = None) -> None:
         BUDGET.copy(2 * max(linecount, 0))
 
 
+def _check_paths(_: Any, value: Any, *args: Any, attribute: Any = None, **__: Any) -> None:
+    """`attribute` has another place in each filter, and none of its neighbours is a long text."""
+    for path in (*args, attribute):
+        check_path(path)
+
+
+def _check_map(_: Any, value: Any, *args: Any, attribute: Any = None, **__: Any) -> None:
+    check_path(attribute)
+
+
+def _check_selected(_: Any, value: Any, attribute: Any = None, *args: Any, **__: Any) -> None:
+    check_path(attribute)
+
+
+def _check_join(_: Any, value: Any, d: Any = "", attribute: Any = None) -> None:
+    check_path(attribute)
+
+
+def _check_trim(value: Any, chars: Any = None) -> None:
+    if isinstance(value, str):
+        check_strip(value, chars)
+
+
 CHECKS: dict[str, Callable[..., None]] = {
+    **dict.fromkeys(("sort", "groupby", "unique", "min", "max", "sum"), _check_paths),
+    **dict.fromkeys(("selectattr", "rejectattr"), _check_selected),
+    "map": _check_map,
+    "trim": _check_trim,
+    "join": _check_join,
     "tojson": _check_json,
     "indent": _check_indent,
     "round": _check_round,
-    "int": _check_int,
     "replace": _check_replace,
     "slice": _check_slices,
     "batch": _check_batch,

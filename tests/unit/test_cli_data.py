@@ -57,6 +57,51 @@ def test_prepare_as_json_is_the_report_and_the_folder(recipe, capsys):
     assert ".sft-cache" in value["folder"]
 
 
+def test_ids_beyond_the_embedding_are_refused_before_anything_is_prepared(recipe, capsys, tmp_path):
+    (tmp_path / "r.yaml").write_text((tmp_path / "r.yaml").read_text().replace("vocab_size: 300", "vocab_size: 50"))
+    assert main(["data", "prepare", recipe]) == 2
+    size = len(byte_tokenizer())
+    told = f"model: the tokenizer has {size} ids but the embedding only 50 rows: use the model's own tokenizer"
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / ".sft-cache").exists()
+
+
+def test_ids_beyond_the_embedding_are_found_in_config_json_alone(recipe, capsys, tmp_path):
+    """A folder without weights, as it is on a login node."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama", "vocab_size": 50}')
+    (tmp_path / "r.yaml").write_text(
+        "model: {path: model, tokenizer: tokenizer}\n"
+        "data: {sources: [{path: a.jsonl}], chat_template: chatml, seq_len: 256}\n"
+    )
+    assert main(["data", "prepare", recipe]) == 2
+    assert "the embedding only 50 rows: use the model's own tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "dry_run_code", "told"),
+    [
+        ("optim.lrr=1", 2, "unknown key: did you mean 'optim.lr'?"),
+        ("batch.tokens_per_step=1000", 2, "must be a multiple of batch.tokens_per_micro_batch"),
+        ("data.sources=[{path: missing.jsonl}]", 2, "missing.jsonl: no such file"),
+        ("data.chat_template=none.jinja", 2, "none.jinja: "),
+        ("data.sources=[{path: broken.jsonl}]", 0, "broken.jsonl:1 (byte 0): invalid JSON"),
+        ("data.sources=[{path: odd.jsonl}]", 0, "odd.jsonl:1 (byte 0): fields (foo) fit no known format"),
+        ("data.sources=[{path: empty.jsonl}]", 0, "empty.jsonl:1 (byte 0): field 'output' is empty"),
+        ("model.config.vocab_size=50", 0, "use the model's own tokenizer"),
+    ],
+)
+def test_what_the_two_dry_runs_find(recipe, capsys, tmp_path, override, dry_run_code, told):
+    """`train --dry-run` reads the recipe and looks for its files; `data prepare` reads them, and the tokenizer."""
+    (tmp_path / "broken.jsonl").write_text("nope\n")
+    (tmp_path / "odd.jsonl").write_text('{"foo": 1}\n')
+    (tmp_path / "empty.jsonl").write_text('{"instruction": "x", "output": ""}\n')
+    assert main(["train", recipe, "--dry-run", override]) == dry_run_code
+    assert (told in capsys.readouterr().err) == (dry_run_code != 0)
+    assert main(["data", "prepare", recipe, override]) != 0
+    assert told.split(" no such")[0].strip() in capsys.readouterr().err
+
+
 def test_inspect_shows_the_asked_rows(recipe, capsys):
     views = json.loads(run(capsys, "inspect", recipe, "--row", "3", "--row", "0", "--json"))
     assert [view["row"] for view in views] == [3, 0]

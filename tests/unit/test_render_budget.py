@@ -18,13 +18,13 @@ from sft_dist.errors import BadRecord
 from sft_dist.types import Conversation, Message
 
 TALK = Conversation((Message("user", "hello"), Message("assistant", "world")))
-SECONDS = 20.0  # a busy machine; on a quiet one the dearest take less than three
-MIB = 512  # what a rendering may take
+SECONDS, MIB = 6.0, 600  # at most three seconds on a quiet machine
+QUICK = ("text times", "doubled text", "doubled tuple", "power", "percent fields", "json indent", "attribute path")
 
 
 @pytest.fixture(scope="module")
 def children() -> Iterator[subprocess.Popen[str]]:
-    """A small process that renders what it is told to, each in a child with limits."""
+    """A small process that renders the bombs it is told, each in a child with limits."""
     command = [sys.executable, template_bombs.__file__]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         yield process
@@ -32,10 +32,12 @@ def children() -> Iterator[subprocess.Popen[str]]:
         process.stdin.close()
 
 
-@pytest.mark.parametrize("name", template_bombs.BOMBS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in template_bombs.BOMBS]
+)
 def test_a_bomb_is_refused_soon_and_in_little_memory(name: str, children: subprocess.Popen[str]) -> None:
     assert children.stdin is not None and children.stdout is not None
-    print(json.dumps(template_bombs.BOMBS[name]), file=children.stdin, flush=True)
+    print(name, file=children.stdin, flush=True)
     seconds, mib, refusal = json.loads(children.stdout.readline())
     assert refusal is not None, "accepted"
     assert refusal.startswith(("the chat template refuses the conversation: ", "data.chat_template: ")), refusal
@@ -78,25 +80,13 @@ def test_a_long_conversation_fits() -> None:
     assert len(render(compile_template(text), Conversation(turns), {}).text) > 500_000
 
 
-def test_what_real_templates_do_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loop body as they have it leaves most of the budget, for about the longest conversation there may be."""
-    text = (
-        "{% for m in messages %}{% if m.role == 'user' and 'hello' in m.content %}{{ '<' + m.role + '>' }}"
-        "{% elif m.tool_calls is defined %}{% for c in m.tool_calls %}{{ c | tojson }}{% endfor %}"
-        "{% else %}{{ m.content | trim }}{% endif %}{% endfor %}"
-    )
-    turns = tuple(Message("assistant" if n % 2 else "user", f"hello {n}") for n in range(8000))
-    monkeypatch.setattr(render_budget, "MAX_STEPS", render_budget.MAX_STEPS // 8)
-    assert "hello 7998" not in render(compile_template(text), Conversation(turns), {}).text
-
-
 def test_lists_keep_what_they_were() -> None:
     """Counted filters and operators give what Jinja's own do."""
     text = (
         "{{ [3, 1, 2] | sort | list }}{{ [[1], [2, 3]] | sum(start=[]) }}{{ [1, 2] | sum }}{{ (1, 2) + (3,) }}"
         "{{ [1, 1, 2] | unique | list }}{{ [1, 2, 3] | batch(2, 0) | list }}{{ [1, 2, 3] | slice(2) | list }}"
         "{{ 2 in [1, 2] }}{{ [1] == [1] }}{{ [1] < [2] < [3] }}{{ [1, 2, 3][1:] }}{{ 7 - 2 * 2 }}"
-        "{{ (1, 2) in {(1, 2): 1} }}"
-        "{{ ['a', 'b'] | map('upper') | join('-') }}{{ 'x\ny' | indent(2) }}{{ {'b': 1, 'a': 2} | dictsort }}"
+        "{{ (1, 2) in {(1, 2): 1} }}{{ ['a', 'b'] | map('upper') | select | join('-') }}{{ 'x\ny' | indent(2) }}"
+        "{{ {'b': 1, 'a': 2} | dictsort }}{{ [{'a': {'b': 1}}] | map(attribute='a.b') | first }}{{ 'xax'.strip('x') }}"
     )
     assert render(compile_template(text), TALK, {}).text == jinja2.Environment().from_string(text).render()
