@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sft_dist.checkpoint.export_certificate import Words
 from sft_dist.config.schema import Recipe
+from sft_dist.data.inspect import sample_rows, short_line, view_example
 from sft_dist.data.prepare import PreparedData, prepare
 from sft_dist.data.store import TokenStore
 from sft_dist.errors import ConfigError
@@ -18,6 +19,8 @@ from sft_dist.models.load import load_tokenizer
 from sft_dist.observe.progress_lines import ProgressLines
 from sft_dist.parallel.runtime import read_place
 from sft_dist.resilience.heartbeat import heart
+
+_EXAMPLES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +42,36 @@ def read_inputs(recipe: Recipe, notice: Callable[[str], None]) -> Inputs:
         heart().stay("prepare")
         lines(done, total)
 
+    def alive() -> None:
+        heart().stay("prepare")
+        lines.stay()
+
     def streaming(records: int) -> None:
         heart().stay("prepare")
         lines.stream(records)
 
     data = prepare(
-        recipe, tokenizer, notice=notice, progress=progress, streaming=streaming, reads_streams=is_first_here
+        recipe,
+        tokenizer,
+        notice=notice,
+        progress=progress,
+        streaming=streaming,
+        alive=alive,
+        reads_streams=is_first_here,
     )
+    for line in _guessed_examples(recipe, tokenizer, data):
+        notice(line)
     return Inputs(recipe, tokenizer, data)
+
+
+def _guessed_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> list[str]:
+    """A wrong guess of a format is seen at once: three examples, when the data were prepared for this run."""
+    if not (data.is_new and any(source.guessed for source in data.report_now().sources)):
+        return []
+    rows = sample_rows(len(data.train), _EXAMPLES, recipe.run.seed)
+    views = [view_example(data.train.example(row), row=row, tokenizer=tokenizer) for row in rows]
+    title = f"{len(rows)} examples, learned text in ⟦⟧ (whole ones: sft-dist data inspect):"
+    return [title, *(f"  {short_line(view)}" for view in views)]
 
 
 def _say(line: str) -> None:

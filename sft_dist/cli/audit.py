@@ -24,9 +24,9 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit 0 when the run is proven; 65 with one line per fault when it is not."""
     from sft_dist.audit import as_json, audit
-    from sft_dist.cli.progress import bar
+    from sft_dist.cli.progress import shown_progress
 
-    with bar("auditing", "steps") as progress:
+    with shown_progress("auditing", "steps") as progress:
         found = audit(args.run_dir, lambda text: None, progress)
     print(as_json(found) if args.json else describe(found))
     for fault in found.faults:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_dist.cli.arguments import add_recipe_arguments, read_recipe
-from sft_dist.cli.progress import bar
+from sft_dist.cli.progress import shown_progress, tell
 from sft_dist.config.schema import Recipe
 from sft_dist.errors import EXIT_DONE, ConfigError, StorageError
 
@@ -62,6 +62,7 @@ def add_parser(subparsers: Any) -> None:
 def prepare_them(args: argparse.Namespace) -> int:
     """Fill the cache and say what became of every source."""
     from sft_dist.cli.data_views import show_examples, views_of
+    from sft_dist.data.inspect import sample_rows
 
     recipe, tokenizer, data = _prepared(args)
     if args.json:
@@ -70,7 +71,7 @@ def prepare_them(args: argparse.Namespace) -> int:
     console = _console()
     for line in data.report_now().lines():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    rows = _sample(len(data.train), _EXAMPLES_AFTER_PREPARE, recipe.run.seed)
+    rows = sample_rows(len(data.train), _EXAMPLES_AFTER_PREPARE, recipe.run.seed)
     show_examples(console, views_of(data.train, rows, tokenizer))
     console.print(f"store: {data.folder}", markup=False, highlight=False, soft_wrap=True)
     return EXIT_DONE
@@ -81,6 +82,7 @@ def inspect_them(args: argparse.Namespace) -> int:
     from sft_dist.cli.data_views import show_examples, show_packs, views_of
 
     recipe, tokenizer, data = _prepared(args)
+    _tell_all(data.report.notices)
     store = getattr(data, args.split)
     if store is None:
         raise ConfigError(f"--split {args.split}: this recipe has no such split; raise data.{args.split}_fraction")
@@ -114,7 +116,7 @@ def count_them(args: argparse.Namespace) -> int:
             "`data prepare` counts what was read so far"
         )
     stores = {name: getattr(data, name) for name in data.report.splits}
-    with bar("looking", "rows") as progress:
+    with shown_progress("looking", "rows") as progress:
         found = survey(stores, data.template, tokenizer, seed=recipe.run.seed, progress=progress)
     if args.json:
         print(as_json(data.report, found))
@@ -133,6 +135,7 @@ def plan_them(args: argparse.Namespace) -> int:
     from sft_dist.data.planning import train_plan
 
     recipe, _, data = _prepared(args)
+    _tell_all(data.report.notices)
     if data.indexed is None:
         raise ConfigError(
             "data.sources are streamed and planned as they are read: `data inspect --step N` shows a step, and the "
@@ -169,14 +172,29 @@ def plan_them(args: argparse.Namespace) -> int:
 
 
 def _prepared(args: argparse.Namespace) -> tuple[Recipe, PreTrainedTokenizerFast, PreparedData]:
-    """Recipe, tokenizer and data; progress goes to stderr, so that stdout is the answer alone."""
+    """Recipe, tokenizer and data. Progress and notices go to stderr, so that stdout is the answer alone; the report is
+    the caller's to show."""
     from sft_dist.data.prepare import prepare
     from sft_dist.models.load import load_tokenizer
 
     recipe = read_recipe(args.items)
     tokenizer = load_tokenizer(recipe.model)
-    with bar("preparing", "bytes") as progress:
-        return recipe, tokenizer, prepare(recipe, tokenizer, notice=lambda text: None, progress=progress)
+    with shown_progress("preparing", "bytes") as progress:
+        data = prepare(
+            recipe,
+            tokenizer,
+            notice=tell,
+            progress=progress,
+            streaming=progress.stream,
+            alive=progress.stay,
+            counts=lambda line: None,
+        )
+    return recipe, tokenizer, data
+
+
+def _tell_all(lines: Iterable[str]) -> None:
+    for line in lines:
+        tell(line)
 
 
 def _choices(recipe: Recipe, store: AnyStore, world_size: int) -> Choices:
@@ -214,7 +232,7 @@ def _asked_rows(
     """The rows of `--row`; else of those that `--source` and `--grep` leave the longest, the first or a sample."""
     import numpy as np
 
-    from sft_dist.data.inspect import find_rows
+    from sft_dist.data.inspect import find_rows, sample_rows
 
     for row in args.row or []:
         if not 0 <= row < len(store):
@@ -223,7 +241,7 @@ def _asked_rows(
         return list(args.row)
     if args.source is None and args.grep is None:
         longest = np.argsort(-np.asarray(store.lengths), kind="stable")[: args.n].tolist() if args.longest else None
-        return longest or _sample(len(store), args.n, recipe.run.seed)
+        return longest or sample_rows(len(store), args.n, recipe.run.seed)
     found = find_rows(store, tokenizer, source=args.source, grep=args.grep)
     rows = sorted(found, key=lambda row: -store.lengths[row])[: args.n] if args.longest else list(islice(found, args.n))
     if not rows:
@@ -272,15 +290,6 @@ def _write(path: Path, page: str) -> None:
     except OSError as error:
         raise StorageError(f"--html {path}: cannot be written ({error.strerror}); name another file") from error
     print(path)
-
-
-def _sample(num_rows: int, n: int, seed: int) -> list[int]:
-    """`n` different rows, the same for the same seed."""
-    import numpy as np
-
-    from sft_dist.data.permutation import derive_key, permute
-
-    return permute(np.arange(min(n, num_rows)), num_rows, derive_key("inspect", seed)).tolist()
 
 
 def _console() -> Console:

@@ -1,29 +1,32 @@
-"""A bar with rate and time left on a terminal, nothing elsewhere; on stderr, so that stdout is the answer alone."""
+"""How far a command is: on a terminal a line that changes, elsewhere one in ten seconds; with rate and time left.
+
+On stderr, so that stdout is the answer alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
+
+from sft_dist.observe.progress_lines import ProgressLines
+
+_SECONDS_BETWEEN = 0.2  # on a terminal
 
 
 @contextmanager
-def bar(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+def shown_progress(title: str, unit: str) -> Iterator[ProgressLines]:
     """Yields `progress(done, total)`; `unit` is `bytes`, or the name of what is counted."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
 
-    of_bytes, of_things = (DownloadColumn(), TransferSpeedColumn()), (MofNCompleteColumn(), TextColumn(unit))
-    counters = of_bytes if unit == "bytes" else of_things
     console = Console(stderr=True)
-    columns = TextColumn(title), BarColumn(), *counters, TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
-        task = shown.add_task(title, total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total)
+    if not console.is_terminal:
+        yield ProgressLines(tell, title=title, unit=unit)
+        return
+    with console.status(title) as status:
+        yield ProgressLines(status.update, title=title, unit=unit, seconds_between=_SECONDS_BETWEEN)
+
+
+def tell(line: str) -> None:
+    """A line beside the answer."""
+    print(line, file=sys.stderr, flush=True)

@@ -12,11 +12,13 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from sft_dist.config.schema import Recipe
 from sft_dist.errors import StorageError
@@ -24,6 +26,7 @@ from sft_dist.errors import StorageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_FIRST_LOOK_SECONDS, _LOOK_SECONDS = 0.05, 1.0  # at a lock that another process holds; ever more rarely
 _NAME_DIGITS = 32  # hex digits of a cache entry's name: 128 bits
 _PLANNERS = ("packing", "layout", "plan", "stream_plan", "planning", "ledger")
 _READERS_OF_THE_STORE = frozenset((*_PLANNERS, "collate", "loader", "inspect", "survey", "coverage", "workers"))
@@ -110,9 +113,13 @@ def _version(package: str) -> str | None:
 
 
 @contextmanager
-def only_one(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+def only_one(
+    path: Path, waiting: Callable[[], None], alive: Callable[[], None] = lambda: None
+) -> Iterator[Callable[[], None]]:
     """Hold the lock file `path`; calls `waiting` once when another process has it, then waits.
 
+    Who holds it calls what this yields as often as it likes, to say that its work goes on. Who waits learns it from the
+    file's time and calls `alive`: its own sign of life is the holder's, so where the holder hangs, all are silent.
     The kernel drops the lock with its process, however that ends. Raises StorageError when the file cannot be made.
     """
     try:
@@ -121,9 +128,39 @@ def only_one(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error}); set data.cache_dir to a folder that can") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _is_ours(file):
             waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            _wait(file, alive)
+        yield _Sign(file)
+
+
+class _Sign:
+    """Called by who holds a lock file: dates it anew, once a second at most."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._given = file, -_LOOK_SECONDS
+
+    def __call__(self) -> None:
+        if time.monotonic() - self._given >= _LOOK_SECONDS:
+            self._given = time.monotonic()
+            os.utime(self._file.fileno())
+
+
+def _wait(file: IO[bytes], alive: Callable[[], None]) -> None:
+    """Until the lock is ours; `alive` is called whenever its holder has given a sign."""
+    seen, pause = os.fstat(file.fileno()).st_mtime_ns, _FIRST_LOOK_SECONDS
+    while not _is_ours(file):
+        time.sleep(pause)
+        pause = min(2 * pause, _LOOK_SECONDS)
+        before, seen = seen, os.fstat(file.fileno()).st_mtime_ns
+        if seen != before:
+            alive()
+
+
+def _is_ours(file: IO[bytes]) -> bool:
+    """Take the lock of `file` if nobody else has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -6,6 +6,8 @@
     html_page([view], title)            one self-contained file
     view.as_dict()                      the same as JSON
 
+    short_line(view)                    where it begins to be learned, in one line
+    sample_rows(len(store), 3, seed)                     some rows, always the same
     find_rows(store, tokenizer, source=..., grep=...)    the rows to look at
     view_pack(plan.step(3), 0, 1, ...)                   a pack of a planned step: the documents that share a sequence
 
@@ -17,13 +19,14 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, takewhile
 from os.path import basename
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.text import Text
 
+from sft_dist.data.permutation import derive_key, permute
 from sft_dist.data.stream_store import AnyStore, Lengths
 from sft_dist.data.templates import spans
 from sft_dist.types import StepPlan, TokenizedExample
@@ -157,6 +160,11 @@ def view_packs(plan: StepPlan, lengths: np.ndarray | Lengths, seq_len: int) -> l
     ]
 
 
+def sample_rows(num_rows: int, n: int, seed: int) -> list[int]:
+    """`n` different rows, the same for the same seed."""
+    return permute(np.arange(min(n, num_rows)), num_rows, derive_key("inspect", seed)).tolist()
+
+
 def find_rows(
     store: AnyStore, tokenizer: PreTrainedTokenizerFast, *, source: str | None = None, grep: str | None = None
 ) -> Iterator[int]:
@@ -202,6 +210,14 @@ def terminal_text(view: ExampleView, marks: bool = False) -> Text:
     return text
 
 
+def short_line(view: ExampleView) -> str:
+    """The first learned text in its brackets, with what stands before it; both cut, about a hundred columns in all."""
+    before = "".join(piece.text for piece in takewhile(lambda piece: not piece.weight, view.pieces))
+    more = f" and {len(view.learned) - 1} more" if view.learned[1:] else ""
+    place = basename(view.source) + view.id.removeprefix(view.source)
+    return f"{place}  {_middle_cut(before, 0, 36)}⟦{_middle_cut(view.learned[0], 30, 18)}⟧{more}"
+
+
 def html_page(views: Iterable[ExampleView], title: str, packs: Sequence[PackView] = ()) -> str:
     """One HTML file without outside parts: packs as bars of their documents, then the examples."""
     body = "\n".join([*map(_html_pack, packs), *map(_html_example, views)])
@@ -228,6 +244,12 @@ def _pieces(
 
 def _decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _middle_cut(text: str, head: int, tail: int) -> str:
+    """On one line; of a longer text its first `head` and last `tail` characters."""
+    flat = visible(text).replace("\n", "⏎").replace("\t", " ")
+    return flat if len(flat) <= head + tail + 1 else f"{flat[:head]}…{flat[-tail:]}"
 
 
 def _shown(piece: Piece) -> str:

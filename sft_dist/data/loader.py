@@ -52,6 +52,13 @@ class Plan(Protocol):
     def reach(self, n: int) -> object: ...  # waits until the examples of step `n` are there
 
 
+def dealt(num_micro_batches: int, rank: int, world_size: int) -> range:
+    """Global numbers of the micro-batches that `rank` trains of a step, one per round; the empty ones that fill the
+    last round count on beyond the step's own."""
+    num_rounds = -(-num_micro_batches // world_size)
+    return range(rank, num_rounds * world_size, world_size)
+
+
 class Loader:
     """Turns a plan and a store into one rank's batches on the CPU, pinned when `device` is a CUDA device."""
 
@@ -114,12 +121,11 @@ class Loader:
         Every example that is used is compared with its digest: a bit that fell over on the disk must not be trained.
         """
         step = self._plan.step(n)
-        own = (pack for micro_batch in step.micro_batches[self._rank :: self._world_size] for pack in micro_batch)
+        indices = tuple(dealt(len(step.micro_batches), self._rank, self._world_size))
+        own = (pack for index in indices for pack in _micro_batch(step, index))
         for pack in step.packs if self._reads_all else own:
             for example in pack.example_ids:
                 self._store.verify(example)
-        num_rounds = -(-len(step.micro_batches) // self._world_size)
-        indices = tuple(number * self._world_size + self._rank for number in range(num_rounds))
         batches = tuple(self._batch(step, index) for index in indices)
         digest = batch_digest(step, self._store) if self._reads_all else ""
         return LoadedStep(step=step, batches=batches, indices=indices, digest=digest)
@@ -129,7 +135,7 @@ class Loader:
         return self._batch(self._plan.step(n), index)
 
     def _batch(self, step: StepPlan, index: int) -> PackedBatch:
-        return self.batch_of(step.micro_batches[index] if index < len(step.micro_batches) else ())
+        return self.batch_of(_micro_batch(step, index))
 
     def batch_of(self, micro_batch: tuple[Pack, ...]) -> PackedBatch:
         """These packs as one micro-batch of this rank."""
@@ -163,6 +169,11 @@ class Loader:
                 self._ready.put((n, self.build(n)))
             except BaseException as error:  # handed to the caller, who asked for this step
                 self._ready.put((n, error))
+
+
+def _micro_batch(step: StepPlan, index: int) -> tuple[Pack, ...]:
+    """Packs of micro-batch `index`; none of one that fills the last round."""
+    return step.micro_batches[index] if index < len(step.micro_batches) else ()
 
 
 def _pin(batch: PackedBatch) -> PackedBatch:

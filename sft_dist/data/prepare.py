@@ -57,6 +57,7 @@ BYTES_PER_WORKER = 16 << 20  # of source files: less is tokenised before another
 
 Notice = Callable[[str], None]
 Progress = Callable[[int, int], None]  # bytes of source files read so far, bytes in all
+Alive = Callable[[], None]
 Streaming = Callable[[int], None]  # records of streamed sources read so far, while they are waited for
 
 
@@ -70,12 +71,13 @@ class PreparedData:
     template: ChatTemplate
     report: PrepareReport
     folder: Path  # the cache entry
+    is_new: bool = False  # made since this process first looked, whoever made it
     stream: StreamStore | None = None
 
     @property
     def train(self) -> TokenStore | StreamStore:
         """The examples to train on: all of them, or a stream of them."""
-        store = self.stream or self.indexed
+        store = self.stream if self.stream is not None else self.indexed
         assert store is not None
         return store
 
@@ -96,11 +98,15 @@ def prepare(
     notice: Notice,
     progress: Progress = lambda done, total: None,
     streaming: Streaming = lambda records: None,
+    alive: Alive = lambda: None,
+    counts: Notice | None = None,
     reads_streams: bool = True,
 ) -> PreparedData:
     """Tokenise the recipe's sources into stores, or find them in the cache. Of streamed sources the first window.
 
-    `notice` gets one line of text at a time. `reads_streams`: another process of this machine does where it is False.
+    `notice` gets one line of text at a time; those of the report go to `counts` where that is given. `alive` is called
+    while the work goes on without a byte being read: here, or in the process that is waited for. `reads_streams`:
+    another process of this machine does where it is False.
     Raises ConfigError (no template), BadRecord (on_bad_record: stop),
     DataError (nothing trainable, or too many bad records) and StorageError.
     """
@@ -112,17 +118,19 @@ def prepare(
     prepared = _find(folder, template)
     if prepared is None:
         waiting = f"another process is preparing this data; waiting for it ({folder})"
-        with only_one(folder.with_suffix(".lock"), lambda: notice(waiting)):
-            prepared = _find(folder, template) or _make(
-                folder, recipe, tokenizer, template, notice, _Meter(sources, progress)
-            )
+        with only_one(folder.with_suffix(".lock"), lambda: notice(waiting), alive) as goes_on:
+            meter = _Meter(sources, progress, alive, goes_on)
+            found = _find(folder, template) or _make(folder, recipe, tokenizer, template, notice, meter)
+            prepared = replace(found, is_new=True)
     if recipe.data.streams:
         rules = rules_of(recipe, tokenizer, template)
         stream = open_stream(recipe, rules, rules_digest(recipe, tokenizer, template.text), streaming, reads_streams)
-        prepared = replace(prepared, stream=stream)
+        prepared = replace(prepared, stream=stream, is_new=stream.is_new)
     told = [*pin_notices(sources), *bos_notices(template.text, tokenizer)]
     told += [*template.prompt_notices(tokenizer), *template.stop_notices(tokenizer)]
-    for line in [*prepared.report_now().lines(), *told]:
+    for line in prepared.report_now().lines():
+        (counts or notice)(line)
+    for line in told:
         notice(line)
     return prepared
 
@@ -225,7 +233,7 @@ class _Preparation:
         self._report.check_bad_fraction(self._recipe.data.max_bad_fraction)
         corpus = Corpus(self._folder / CORPUS)
         with open(self._folder / DROPPED_FILE, "a", encoding="utf-8") as dropped:
-            said = Said(corpus, self._template, self._tokenizer)
+            said = Said(corpus, self._template, self._tokenizer, self._meter.stay)
             routes = self._routes(corpus, said, dropped)
         for name, rows in routes.items():
             if len(rows):
@@ -321,14 +329,21 @@ class _Preparation:
 class _Meter:
     """Turns the place of a record into bytes read of all bytes."""
 
-    def __init__(self, sources: Iterable[SourceSection], progress: Progress) -> None:
+    def __init__(self, sources: Iterable[SourceSection], progress: Progress, alive: Alive, goes_on: Alive) -> None:
+        """`goes_on` tells the processes that wait for this one."""
         self._sizes = {name: size for source in sources for name, size in source_sizes(source).items()}
         self.total = sum(self._sizes.values())
-        self._progress = progress
+        self._progress, self._alive, self._goes_on = progress, alive, goes_on
         self._done, self._file = 0, ""
 
     def __call__(self, file: str, byte: int) -> None:
         if file != self._file:
             self._done += self._sizes.get(self._file, 0)
             self._file = file
+        self._goes_on()
         self._progress(min(self._done + byte, self.total), self.total)
+
+    def stay(self) -> None:
+        """All is read, and its rows are looked at."""
+        self._goes_on()
+        self._alive()

@@ -9,7 +9,7 @@ leave out (`data.filters`, near-duplicates) is left out before anything is held 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -59,12 +59,23 @@ class Selection:
 
 
 class Said:
-    """What the rows of a corpus say: questions and answers, read again from their tokens when asked for."""
+    """What the rows of a corpus say: questions and answers, read again from their tokens when asked for.
 
-    def __init__(self, corpus: Corpus, template: ChatTemplate, tokenizer: PreTrainedTokenizerFast) -> None:
+    `alive` is called each time: who looks at all rows of a large corpus is long at it.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        template: ChatTemplate,
+        tokenizer: PreTrainedTokenizerFast,
+        alive: Callable[[], None] = lambda: None,
+    ) -> None:
         self._corpus, self._tokenizer, self._frame = corpus, tokenizer, find_frame(template, tokenizer)
+        self._alive = alive
 
     def of(self, rows: Iterable[int]) -> list[Sequence[Exchange]]:
+        self._alive()
         return list(exchanges(map(self._corpus.example, rows), self._tokenizer, self._frame))
 
     def row(self, row: int) -> Sequence[Exchange]:

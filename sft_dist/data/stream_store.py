@@ -99,6 +99,7 @@ class StreamStore:
         self._known: list[_Known] = []
         self._lock = threading.Lock()
         self._corpus = lru_cache(_SEGMENTS_MAPPED)(self._map)
+        self.is_new = not segment_folder(folder, 0).exists()  # its first window is read now
         first = self.numbers(0, WINDOW_EXAMPLES)
         self._first_window = len(first.lengths)
         self.num_tokens = int(first.lengths.sum(dtype=np.int64))

@@ -14,11 +14,12 @@ from collections.abc import Callable
 from sft_dist.config.schema import Recipe
 from sft_dist.data.cache import cache_root
 from sft_dist.data.files import file_digest
+from sft_dist.data.report import PrepareReport
 from sft_dist.data.sources import stream_versions
 from sft_dist.data.stream_store import StreamStore
 from sft_dist.data.stream_writer import StreamJob, StreamWriter
 from sft_dist.data.tokenise import Rules
-from sft_dist.errors import StorageError
+from sft_dist.errors import DataError, StorageError
 
 STREAMS = "streams"
 _CORES_PER_WORKER = 4  # ranks and the writer itself compute too
@@ -31,11 +32,27 @@ def open_stream(
 
     `alive` is called with the records read while that is waited for, here and later. `reads`: this process has the
     writer.
-    Raises what reading raises.
+    Raises what reading raises, and DataError when the sources have ended without an example.
     """
     job = stream_job(recipe, rules, rules_digest)
     writer = StreamWriter(job) if reads else None
-    return StreamStore(job.folder, [source.path for source in job.sources], writer, alive)
+    store = StreamStore(job.folder, [source.path for source in job.sources], writer, alive)
+    if not len(store):
+        store.close()
+        raise DataError(_nothing_to_train(store, recipe))
+    return store
+
+
+def _nothing_to_train(store: StreamStore, recipe: Recipe) -> str:
+    sources = PrepareReport.from_dict(store.report()).sources
+    if not any(source.records for source in sources):
+        return f"data.sources: 0 records in {', '.join(source.path for source in sources)}: the files are empty"
+    score, counts = recipe.data.filters.score, "; ".join(source.describe() for source in sources)
+    lower = f"lower data.filters.score.min={score.min:g}, " if score else ""
+    return (
+        f"data.sources: 0 trainable examples ({counts}): {lower}raise data.seq_len={recipe.data.seq_len}, set "
+        "data.long_examples=truncate or check data.loss_on"
+    )
 
 
 def stream_job(recipe: Recipe, rules: Rules, rules_digest: str) -> StreamJob:

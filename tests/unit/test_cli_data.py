@@ -2,10 +2,19 @@
 
 import json
 import re
+import shutil
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from sft_dist.cli import progress
 from sft_dist.cli.main import main
+from sft_dist.data import cache
+from sft_dist.data.stream_store import StreamStore
+from sft_dist.observe.progress_lines import ProgressLines
 from tests.preparing import byte_tokenizer, records, write_lines
 
 ARCHITECTURE = (
@@ -161,3 +170,63 @@ def test_plan_reports_steps_efficiency_and_balance(recipe, capsys):
 def test_nothing_to_train_exits_65_with_the_counts(recipe, capsys):
     assert main(["data", "stats", recipe, "data.seq_len=8", "batch.tokens_per_step=auto"]) == 65
     assert "0 trainable examples of 40 records (40 longer than data.seq_len=8" in capsys.readouterr().err
+
+
+VERBS = ["prepare", "inspect", "stats", "plan"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_notices_go_to_stderr_and_what_the_report_holds_does_not_come_twice(recipe, capsys, verb):
+    """phi3 stops at a text that is several of these tokens; near-duplicates are told by the report."""
+    assert main(["data", verb, recipe, "data.chat_template=phi3"]) == 0
+    out, err = capsys.readouterr()
+    assert err.count("several tokens") == 1 and "several tokens" not in out
+    assert (out + err).count("near-duplicates of held-out") == 1
+    assert ("near-duplicates of held-out" in out) == (verb in ("prepare", "stats"))
+    assert main(["data", verb, recipe, "data.chat_template=phi3", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) and err.count("several tokens") == 1
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_who_waits_for_another_process_says_so(recipe, capsys, monkeypatch, verb):
+    entry = Path(json.loads(run(capsys, "prepare", recipe, "--json"))["folder"])
+    shutil.rmtree(entry)
+    with ExitStack() as holder:
+        holder.enter_context(cache.only_one(entry.with_suffix(".lock"), lambda: None))
+        clock = SimpleNamespace(sleep=lambda seconds: holder.close(), monotonic=lambda: 0.0)
+        monkeypatch.setattr(cache, "time", clock)
+        assert main(["data", verb, recipe]) == 0
+    out, err = capsys.readouterr()
+    assert err.count(f"another process is preparing this data; waiting for it ({entry})") == 1
+    assert out and "another process" not in out
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Eleven seconds pass between any two looks at the clock."""
+    seconds = count(step=11)
+    clocked = lambda say, **more: ProgressLines(say, lambda: float(next(seconds)), **more)  # noqa: E731
+    monkeypatch.setattr(progress, "ProgressLines", clocked)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_where_there_is_no_terminal_lines_tell_how_far_it_is(recipe, capsys, slow, verb):
+    assert main(["data", verb, recipe, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) and "preparing: 0.00 of 0.00 MB (9" in err
+    assert "preparing: all is read; choosing the rows of each split" in err
+    assert ("looking: 40 of 40 rows (100 %), " in err) == (verb == "stats")
+    assert main(["data", verb, recipe, "--json"]) == 0
+    again, err = capsys.readouterr()
+    assert again == out and "preparing: " not in err
+
+
+def test_the_first_window_of_a_stream_is_told_as_it_is_read(recipe, capsys, slow, monkeypatch):
+    chunks = count()
+    monkeypatch.setattr(StreamStore, "_progress", lambda self: b"1 %d %d" % ((n := next(chunks)), 1000 * n))
+    streamed = ["data.sources.0.streaming=true", "data.eval_fraction=0", "optim.max_steps=2", "data.workers=0"]
+    assert main(["data", "prepare", recipe, "--json", *streamed]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["sources"][0]["records"] == 40
+    assert "reading the stream: 1,000 records, " in err

@@ -59,7 +59,7 @@ def content(batch: PackedBatch) -> list[list]:
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "none", "padded"])
-@pytest.mark.parametrize("world_size", [2, 3, 4, 7])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 6, 7, 8, 16])
 def test_the_ranks_together_hold_the_step_of_one_rank(store, packing, world_size):
     plan = make_plan(store, packing)
     with make_loader(store, plan) as alone:

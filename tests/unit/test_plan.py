@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from sft_dist.data import layout
 from sft_dist.data import plan as plan_module
+from sft_dist.data.loader import dealt
 from sft_dist.data.plan import PackPlan, build_plan, eval_plan
 from sft_dist.errors import DataError
 
@@ -270,7 +271,7 @@ def test_slots_of_padded_rows_are_those_of_the_rectangles():
 def test_a_run_killed_ten_thousand_times_under_any_world_size_trains_everything_once():
     """Random (seed, size, world, kill) tuples: whatever a checkpoint covers has been trained once per epoch, in order.
 
-    Each attempt goes on from the last checkpoint with another number of ranks, each rank taking its micro-batches;
+    Each attempt goes on from the last checkpoint with another number of ranks, dealt to as the loader deals;
     steps after the last checkpoint are lost and trained again. What the checkpoints keep must be exactly the plan.
     """
     random = np.random.default_rng(0)
@@ -298,8 +299,8 @@ def test_a_run_killed_ten_thousand_times_under_any_world_size_trains_everything_
             checkpoint_at = num_steps if killed_after == num_steps else int(random.integers(saved, killed_after + 1))
             for number in range(saved + 1, checkpoint_at + 1):
                 micro_batches = plan.step(number).micro_batches
-                num_rounds = -(-len(micro_batches) // world_size)
-                shares = [range(rank, num_rounds * world_size, world_size) for rank in range(world_size)]
+                shares = [dealt(len(micro_batches), rank, world_size) for rank in range(world_size)]
+                assert len({len(share) for share in shares}) == 1, case
                 trained = [index for share in shares for index in share if index < len(micro_batches)]
                 kept += [row for index in trained for pack in micro_batches[index] for row in pack.example_ids]
             saved = checkpoint_at

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import template_cases
@@ -12,6 +15,7 @@ from preparing import byte_tokenizer, make_recipe, records, said, write_lines
 from transformers import PreTrainedTokenizerFast
 
 from sft_dist.data import prepare as preparation
+from sft_dist.data import selection
 from sft_dist.data.builtin_templates import BUILTIN
 from sft_dist.data.prepare import prepare
 from sft_dist.data.templates import resolve_template
@@ -68,3 +72,41 @@ def test_shards_that_killed_writers_left_half_written_go_after_a_day(tmp_path: P
         os.utime(file, (then, then))
     prepare(make_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", records(3))), byte_tokenizer(), notice=said)
     assert [file.exists() for file in (old, new, shard)] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"near_duplicates": "together"}, {"near_duplicates": "drop"}, {"filters": {"drop_refusals": True}}],
+    ids=["together", "drop", "filters"],
+)
+def test_looking_through_the_rows_gives_signs_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]
+) -> None:
+    """One for each batch of rows, after all was read; the plain recipe's languages have theirs, too."""
+    monkeypatch.setattr(selection, "_ROWS_AT_ONCE", 10)
+    source, signs = write_lines(tmp_path / "a.jsonl", records(50)), dict[bool, list[str]]()
+    for plain in (True, False):
+        given = make_recipe(tmp_path, source, **({} if plain else asked))
+        seen = signs[plain] = list[str]()
+        prepare(
+            given,
+            byte_tokenizer(),
+            notice=said,
+            progress=lambda done, total, seen=seen: seen.append("bytes"),  # type: ignore[misc]
+            alive=lambda seen=seen: seen.append("rows"),  # type: ignore[misc]
+        )
+        assert seen == sorted(seen)
+    assert signs[False].count("rows") >= signs[True].count("rows") + 5
+
+
+def test_a_preparation_dates_its_lock_for_those_who_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = make_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", records(50)))
+    signs: list[str] = []
+
+    @contextmanager
+    def lock(*_: object) -> Iterator[Callable[[], None]]:
+        yield lambda: signs.append("held")
+
+    monkeypatch.setattr(preparation, "only_one", lock)
+    prepare(given, byte_tokenizer(), notice=said, progress=lambda *_: signs.append("read"), alive=lambda: None)
+    assert signs[:2] == ["held", "read"] and signs.count("held") > signs.count("read")

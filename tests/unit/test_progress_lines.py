@@ -37,6 +37,18 @@ def test_a_small_file_and_what_is_not_known() -> None:
     ]
 
 
+def test_rows_have_a_count_and_what_follows_reading_a_time() -> None:
+    seconds, told = count(step=20), list[str]()
+    lines = ProgressLines(told.append, lambda: float(next(seconds)), title="looking", unit="rows")
+    lines.stay()  # another process reads
+    lines(80_000, 200_000)
+    lines.stay()
+    assert told == [
+        "looking: 80,000 of 200,000 rows (40 %), 2,000 rows/s, about 0:01:00 left",
+        "looking: all is read; choosing the rows of each split, 0:01:00 so far",
+    ]
+
+
 def test_a_stream_has_a_count_and_a_rate_since_the_line_before() -> None:
     seconds, told = iter([0, 5, 10, 12, 20, 120, 121]), list[str]()
     lines = ProgressLines(told.append, lambda: float(next(seconds)))
@@ -60,5 +72,25 @@ def test_training_says_how_far_its_preparation_is(
     for _ in range(2):  # the second time there is nothing to prepare, and nothing to say
         inputs.read_inputs(make_recipe(tmp_path, source), told.append)
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and said[0].startswith("preparing: 0.00 of 0.00 MB (9")
+    assert said[0].startswith("preparing: 0.00 of 0.00 MB (9") and all("choosing" in line for line in said[1:])
     assert not any(line.startswith("preparing") for line in told)
+    assert len({line.partition(" of each split, ")[2] for line in said[1:]}) == len(said) - 1 > 0
+
+
+@pytest.mark.parametrize("given", ["auto", "alpaca"])
+def test_training_shows_three_examples_of_a_format_that_it_guessed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.setattr(inputs, "load_tokenizer", lambda model: byte_tokenizer())
+    path = write_lines(tmp_path / "a.jsonl", records(40, "answer " + "long\n" * 20 + "number {}"))
+    shown = []
+    for _ in range(2):
+        told: list[str] = []
+        inputs.read_inputs(make_recipe(tmp_path, {"path": str(path), "format": given}), told.append)
+        shown.append([line for line in told if "⟦" in line])
+    assert [len(lines) for lines in shown] == [4 if given == "auto" else 0, 0]  # known now, they are not shown again
+    for line in shown[0][1:]:
+        number = int(line.partition("a.jsonl:")[2].split()[0]) - 1
+        before = f"question {number}<|im_end|>⏎<|im_start|>assistant⏎"
+        learned = f"answer long⏎long⏎long⏎long⏎lon…number {number}<|im_end|>"
+        assert line.endswith(f"…{before[-36:]}⟦{learned.partition('…')[0]}…{learned[-18:]}⟧") and len(line) < 110

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from preparing import byte_tokenizer, records, write_lines
+from preparing import byte_tokenizer, records, said, write_lines
 
 from sft_dist.audit import prove
 from sft_dist.config.loader import load_recipe
@@ -296,6 +296,24 @@ def test_segments_are_stores_with_proven_rows(tmp_path: Path) -> None:
     assert store.lengths[3] == len(store.token_ids(3))
     assert store.lengths[np.array([0, len(corpus)])].tolist() == [len(store.token_ids(i)) for i in (0, len(corpus))]
     assert np.asarray(store.lengths).sum() == store.num_tokens
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([row | {"score": 1.0} for row in records(40)], r"0 trainable .*0 of 40 records used, 40 below .*: lower data"),
+        ([], r"0 records in \S+a\.jsonl: the files are empty"),
+    ],
+    ids=["score", "empty"],
+)
+def test_a_stream_without_an_example_is_a_data_error_with_its_counts(
+    tmp_path: Path, rows: list[dict[str, Any]], message: str
+) -> None:
+    source = write_lines(tmp_path / "a.jsonl", rows)
+    recipe = stream_recipe(tmp_path, source, filters={"score": {"column": "score", "min": 2.0}}, workers=0)
+    for _ in range(2):  # read now, and found as it was read
+        with pytest.raises(DataError, match=message):
+            prepare(recipe, TOKENIZER, notice=said)
 
 
 BASE = ["optim.max_steps=5", "batch.tokens_per_step=2048", "data.eval_fraction=0", "data.sources.0.streaming=true"]
