@@ -24,6 +24,7 @@ from sft_dist import milestones
 from sft_dist.checkpoint.background import BackgroundSaver
 from sft_dist.checkpoint.hub_push import push
 from sft_dist.checkpoint.manager import CheckpointManager
+from sft_dist.checkpoint.manifest import read_manifest
 from sft_dist.config.auto import FEW_STEPS, cadence
 from sft_dist.config.identity import read_fingerprint
 from sft_dist.data.ledger import fold
@@ -48,6 +49,7 @@ from sft_dist.resilience.run_folder import append_event, attempt_dir
 from sft_dist.resilience.unsaved import Unsaved
 from sft_dist.run_header import header_rows
 from sft_dist.step_metrics import measure
+from sft_dist.surroundings import surroundings, warning_of_changes
 from sft_dist.types import StepResult
 
 
@@ -75,6 +77,7 @@ def train_step(
     loss_sum = verdict[: len(loaded.step.micro_batches)].sum()  # in the plan's order, whoever computed them
     loss, stops, writes, asks, norms = torch.cat([loss_sum[None], verdict[-4:]]).tolist()  # one wait for the device
     result = StepResult(
+        losses=losses,
         loss=loss / loaded.step.loss_weight_sum,
         grad_norm=norms / dist.get_world_size(),  # equal on all ranks: exact
         stop=stops > 0,
@@ -184,6 +187,7 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
             ready=job.settle,
             fence=job.check_lease,
             trusts_all=wished.trust_world_writable,
+            versions=surroundings(parts),
         )
         rows = [*header_rows(parts, job.attempt), ("layout", prove_layout(parts)), ("rehearsal", fitted.told)]
         done = resume(parts, job, manager)
@@ -254,6 +258,8 @@ def resume(parts: Parts, job: Job, manager: CheckpointManager) -> Position:
     if newest is not None:
         done = milestones.load(parts, manager, newest)
         job.console.say(f"resuming after step {done.step} from {newest}")
+        if told := warning_of_changes(read_manifest(newest).versions, manager.versions):
+            job.console.say(told)
     elif read_fingerprint(job.run_dir) is not None:
         job.console.say("an earlier attempt left no checkpoint: starting at step 0")
     if parts.place.is_main:

@@ -129,8 +129,9 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step found out, equal on every rank."""
+    """What one step found out, equal on every rank but for `losses`."""
 
+    losses: torch.Tensor  # float64 [micro-batches]: loss sums of those this rank computed, zeros elsewhere
     loss: float
     grad_norm: float
     stop: bool  # some rank was asked to

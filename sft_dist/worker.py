@@ -87,7 +87,7 @@ def run_worker(argv: Sequence[str]) -> tuple[int, Path | None]:
     heart().beat(0, "build")
     with ExitStack() as stack:
         stack.callback(inputs.data.close)
-        place = stack.enter_context(runtime(num_threads=1 if elastic else None))
+        place = stack.enter_context(runtime(1 if elastic else None, deterministic=bool(recipe.run.deterministic)))
         attempt = broadcast_json(take_attempt(run_dir, stack) if place.is_main else None)
         if anew and place.is_main and (aside := put_aside(run_dir, attempt)):
             notice(f"checkpoint.resume=never: what earlier attempts left is in {aside}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sft_dist.errors import StorageError
@@ -14,6 +16,7 @@ from sft_dist.errors import StorageError
 STORAGE_ERRNOS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE, errno.ENODEV, errno.ENXIO}
 )
+VISIBLE_SECONDS = 120.0  # for what one machine has renamed to be seen by the others of a shared file system
 SPACE_MARGIN = 1.1  # free space wanted, as a multiple of the data's bytes
 
 
@@ -29,6 +32,17 @@ def rename_fresh(source: Path, target: Path) -> None:
     if target.exists():
         raise StorageError(f"{target}: exists already and is never overwritten")
     source.rename(target)
+
+
+def wait_to_see(path: Path, pause: Callable[[float], None] = time.sleep) -> None:
+    """Until `path`, which another machine sees, is seen here too, or VISIBLE_SECONDS are over. Looking into its folders
+    makes the clients of network file systems ask the server again."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not path.exists() and time.monotonic() < deadline:
+        for folder in (path.parent.parent, path.parent):
+            with suppress(OSError):
+                os.listdir(folder)
+        pause(0.2)
 
 
 def free_name(path: Path) -> Path:

@@ -24,15 +24,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
 from sft_dist.checkpoint.catalog import FOLDER_NAME, folders, open_to_all, set_aside
-from sft_dist.checkpoint.disk import check_space, free_name, rename_fresh, storage_errors
+from sft_dist.checkpoint.disk import check_space, free_name, rename_fresh, storage_errors, wait_to_see
 from sft_dist.checkpoint.manifest import (
+    MANIFEST_NAME,
     RUN_KEY,
     FileEntry,
     Manifest,
@@ -84,7 +85,8 @@ class CheckpointManager:
     `notice` gets each line that a user should see (rank 0 only). `ready` is called on rank 0 before each commit, and an
     OSError of it fails the save: what a checkpoint stands for has to be written before it.
     `fence` is called on rank 0 right before the rename and raises LockedError when the folder has another owner by now.
-    `trusts_all` reads checkpoints that anyone on the machine may have changed, sums and all.
+    `trusts_all` reads checkpoints that anyone on the machine may have changed, sums and all. `versions` is what the
+    manifests keep of the machine that they were written on.
     `fail_point` is called with each name of FAIL_POINTS as the commit passes it: tests kill the process there.
     """
 
@@ -98,13 +100,14 @@ class CheckpointManager:
         ready: Callable[[], None] = lambda: None,
         fence: Callable[[], None] = lambda: None,
         trusts_all: bool = False,
+        versions: Mapping[str, str] = MappingProxyType({}),
         fail_point: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.run_dir, self.keep = Path(run_dir), keep
         self.folder = self.run_dir / FOLDER_NAME
         self.ranks = Ranks()
         self._notice, self._fail_point, self._ready, self._fence = notice, fail_point, ready, fence
-        self._trusts_all = trusts_all
+        self._trusts_all, self.versions = trusts_all, versions
         self._failures = 0  # in a row
         self._run = run
         self._proven: Path | None = None  # whose files were proven last, until it is read
@@ -175,7 +178,7 @@ class CheckpointManager:
             files=self._hash_written(partial, num_bytes(tensors)),
             tensors=describe_tensors(tensors),
             meta={**meta, **({RUN_KEY: self._run} if self._run else {})},
-            versions=_versions(),
+            versions=dict(self.versions),
             world_size=self.ranks.world_size,
             written=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
@@ -304,6 +307,8 @@ class CheckpointManager:
     def _fault(self, path: Path) -> str | None:
         """The first fault of a checkpoint, the same on all ranks; each rank hashes its share of the files."""
         found: str | None = None
+        if self.ranks.from_main((path / MANIFEST_NAME).exists()):
+            wait_to_see(path / MANIFEST_NAME)
         with self.ranks.together():
             try:
                 manifest = read_manifest(path)
@@ -343,14 +348,3 @@ class CheckpointManager:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(f"{PARTIAL_PREFIX}*"):
             shutil.rmtree(leftover)
-
-
-def _versions() -> dict[str, str]:
-    """Versions of the libraries that shape the numbers; those that are not installed are left out."""
-    found = {}
-    for name in ("torch", "transformers", "peft", "safetensors", "sft_dist"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -136,7 +136,13 @@ def _duplicates(console: Console, title: str, found: Duplicates) -> None:
 
 def _places(console: Console, places: Sequence[Place]) -> None:
     for place in places[:_MOST_PLACES]:
-        _say(console, f"{'':11}{place.split} row {place.row} · {basename(place.id)} · {place.text}", cut=True)
+        _say(console, f"{'':11}{place.split} row {place.row} · {_short(place.id)} · {place.text}", cut=True)
+
+
+def _short(place: str) -> str:
+    """An id without the folders of its file; the slashes behind the line count the pieces of a conversation."""
+    file, line, behind = place.rpartition(":")
+    return f"{basename(file)}{line}{behind}"
 
 
 def _title(console: Console, text: str) -> None:

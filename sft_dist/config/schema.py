@@ -22,7 +22,9 @@ class RunSection(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     dir: str = "runs/run"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    deterministic: bool | Literal["elastic"] = False  # elastic: the same bits on 1, 2, 4, 8 ... processes
+    deterministic: bool | Literal["elastic"] = (
+        False  # the same bits each time; elastic: on 1, 2, 4, 8 ... processes too
+    )
 
 
 class ModelSection(Section):

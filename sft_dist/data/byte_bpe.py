@@ -217,10 +217,10 @@ def _merging(backend: Any, model: Mapping[str, Any]) -> Any:
 
 
 def _byte_of() -> dict[str, int]:
-    """Letter of a byte-level vocabulary -> byte."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return {letter: byte for byte, letter in bytes_to_unicode().items()}
+    """Letter of a byte-level vocabulary -> byte: itself where Latin-1 can print it, the others are numbered behind."""
+    printed = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
+    others = sorted({*range(256)}.difference(printed))
+    return {chr(byte): byte for byte in printed} | {chr(256 + number): byte for number, byte in enumerate(others)}
 
 
 def _reachable(

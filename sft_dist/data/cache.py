@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 _FIRST_LOOK_SECONDS, _LOOK_SECONDS = 0.05, 1.0  # at a lock that another process holds; ever more rarely
 _NAME_DIGITS = 32  # hex digits of a cache entry's name: 128 bits
 _PLANNERS = ("packing", "layout", "plan", "stream_plan", "planning", "ledger")
-_READERS_OF_THE_STORE = frozenset((*_PLANNERS, "collate", "loader", "inspect", "survey", "coverage", "workers"))
+_HELPERS = ("workers", "fork_server")
+_READERS_OF_THE_STORE = frozenset(
+    (*_PLANNERS, "collate", "loader", "inspect", "survey", "coverage", "workers", "fork_server")
+)
 _TOKEN_SETTINGS = ("seq_len", "long_examples", "loss_on", "prompt_loss_weight")
 _SETTINGS = (
     *_TOKEN_SETTINGS,

@@ -1,6 +1,6 @@
 """Near-duplicates among many texts: MinHash sketches find the candidates, exact Jaccard similarity decides.
 
-    sketches = sketch(texts)                              uint32[N, 128], 512 bytes a text, made in batches
+    sketches = sketches_of(batches, N)                    uint32[N, 128], 512 bytes a text, made in batches
     pairs = near_pairs(sketches, texts.__getitem__)       (i, j, similarity) with similarity at or above the threshold
     clusters(pairs)                                       sets of rows that hang together
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,8 @@ _PIECE = 5  # characters
 _NUM_HASHES, _BANDS, _BAND_ROWS = 128, 25, 5  # rensa is fastest at powers of two; the last three values vote only
 _SLACK = 0.15  # a sketch is off by more once in 10,000 times
 _SEED = 0
+_SKETCHED_AT_ONCE = 100  # the library gives numbers of Python, forty bytes each
+_COMPARED_AT_ONCE = 1 << 11
 _TEXTS_KEPT = 4096  # piece sets of candidates, kept for the next comparison
 
 
@@ -59,17 +62,30 @@ def sketch(texts: Iterable[str]) -> np.ndarray:
     return np.array(matrix.to_rows(), dtype=np.uint32)
 
 
+def sketches_of(batches: Iterable[Iterable[str]], num: int) -> np.ndarray:
+    """The sketches of `num` texts that come some at a time: uint32[num, 128]."""
+    sketches = np.zeros((num, _NUM_HASHES), np.uint32)
+    at = 0
+    for batch in batches:
+        texts = iter(batch)
+        while len(some := sketch(islice(texts, _SKETCHED_AT_ONCE))):
+            sketches[at : at + len(some)] = some
+            at += len(some)
+    return sketches
+
+
 def near_pairs(sketches: np.ndarray, text_of: Callable[[int], str], threshold: float = NEAR) -> list[Pair]:
     """Pairs that join every cluster of near-duplicates, in order. `text_of(i)` gives text i again, to be compared."""
-    candidates = _candidates(sketches)
-    first, second = candidates[:, 0], candidates[:, 1]
-    likely = np.zeros(len(candidates), dtype=bool)
-    for at in range(0, len(candidates), 1 << 16):
-        some = slice(at, at + (1 << 16))
-        likely[some] = (sketches[first[some]] == sketches[second[some]]).mean(axis=1) >= threshold - _SLACK
+    candidates = _likely(sketches, _candidates(sketches), threshold - _SLACK)
+    del sketches
     pieces_of = lru_cache(maxsize=_TEXTS_KEPT)(lambda row: pieces(text_of(row)))
-    compared = (Pair(i, j, jaccard(pieces_of(i), pieces_of(j))) for i, j in candidates[likely].tolist())
-    return [pair for pair in compared if pair.similarity >= threshold]
+    found = []
+    for at in range(0, len(candidates), _COMPARED_AT_ONCE):
+        for i, j in candidates[at : at + _COMPARED_AT_ONCE].tolist():
+            similarity = jaccard(pieces_of(i), pieces_of(j))
+            if similarity >= threshold:
+                found.append(Pair(i, j, similarity))
+    return found
 
 
 def jaccard(one: np.ndarray, other: np.ndarray) -> float:
@@ -100,18 +116,39 @@ def groups_of_equal(keys: Sequence[int] | np.ndarray) -> list[list[int]]:
 
 
 def _candidates(sketches: np.ndarray) -> np.ndarray:
-    """Pairs (first < second) that share a band, each once: int64[C, 2]."""
-    found = [np.zeros((0, 2), np.int64)]
+    """Pairs (first < second) that share a band, each once and in order: int64[C, 2].
+
+    A pair is held as one number, and those of a band are merged at once: near-duplicates share most of their bands.
+    """
+    num = len(sketches)
+    found = np.zeros(0, np.int64)
     for band in range(_BANDS):
-        keys = np.ascontiguousarray(sketches[:, band * _BAND_ROWS : (band + 1) * _BAND_ROWS])
-        _, bucket = np.unique(keys.view(f"V{keys.itemsize * _BAND_ROWS}").ravel(), return_inverse=True)
-        order = np.argsort(bucket, kind="stable")
-        is_first = np.diff(bucket[order], prepend=-1) != 0
-        leader = order[np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))]
-        rest = np.flatnonzero(~is_first)
-        found.append(np.stack([leader[rest], order[rest]], axis=1))
-        found.append(np.stack([order[rest - 1], order[rest]], axis=1))
-    return np.unique(np.concatenate(found), axis=0)
+        keys = _band_keys(sketches[:, band * _BAND_ROWS : (band + 1) * _BAND_ROWS])
+        order = np.argsort(keys, kind="stable")
+        rest = np.flatnonzero(keys[order[1:]] == keys[order[:-1]]) + 1  # those that are not the first of their bucket
+        del keys
+        begins = np.diff(rest, prepend=-1) != 1
+        leader = order[(rest - 1)[begins]][np.cumsum(begins) - 1]
+        found = np.union1d(found, np.concatenate([leader, order[rest - 1]]) * num + np.tile(order[rest], 2))
+    return np.stack(np.divmod(found, max(num, 1)), axis=1)
+
+
+def _band_keys(values: np.ndarray) -> np.ndarray:
+    """One number for each row of uint32[N, 5]: uint64[N]. Rows that have one by accident are compared in full later."""
+    keys = np.zeros(len(values), np.uint64)
+    for column in values.T:
+        keys = (keys ^ column) * np.uint64(0x9E3779B97F4A7C15)
+        keys ^= keys >> np.uint64(29)
+    return keys
+
+
+def _likely(sketches: np.ndarray, pairs: np.ndarray, least: float) -> np.ndarray:
+    """Those of `pairs` int64[C, 2] whose sketches agree in a share of `least`."""
+    likely = np.zeros(len(pairs), dtype=bool)
+    for at in range(0, len(pairs), _COMPARED_AT_ONCE):
+        first, second = pairs[at : at + _COMPARED_AT_ONCE].T
+        likely[at : at + _COMPARED_AT_ONCE] = (sketches[first] == sketches[second]).mean(axis=1) >= least
+    return pairs[likely]
 
 
 def _root(parent: dict[int, int], row: int) -> int:

@@ -8,12 +8,12 @@ second to set up, so it begins when the first has worked about as long.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from sft_dist.data.byte_bpe import ByteBpe, byte_bpe_of
+from sft_dist.data.plain_tokenizer import PlainTokenizer
 from sft_dist.data.supervision import Span
 from sft_dist.data.token_masks import token_ranges
 from sft_dist.errors import DataError
@@ -34,11 +34,15 @@ class Encoded(NamedTuple):
 class Encoder:
     """One tokenizer at work."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast | PlainTokenizer) -> None:
         self._backend: Any = tokenizer.backend_tokenizer
         self._fast: ByteBpe | None = None
         self._until_fast = _WORTH * len(tokenizer)
         self._num_batches = 0
+
+    def expect_many(self) -> None:
+        """Set up the second library now."""
+        self._until_fast, self._fast = 0, byte_bpe_of(self._backend)
 
     def encode(self, texts: Sequence[str], masks: Sequence[Sequence[Span]]) -> list[Encoded]:
         """Each text with its spans. Native: another thread can go on meanwhile.
@@ -48,7 +52,7 @@ class Encoder:
         if self._until_fast > 0:
             self._until_fast -= sum(map(len, texts))
             if self._until_fast <= 0:
-                self._fast = byte_bpe_of(self._backend)
+                self.expect_many()
         if self._fast is None or not texts:
             return self._slowly(texts, masks)
         return self._quickly(self._fast, texts, masks)
@@ -81,12 +85,6 @@ class Encoder:
                     "slower), delete the cache and run again"
                 )
         return [sure[number] if number in sure else slow[number] for number in range(len(texts))]
-
-
-@lru_cache(maxsize=4)
-def encoder_of(tokenizer: PreTrainedTokenizerFast, vocabulary_size: int) -> Encoder:
-    """The one encoder of a tokenizer; `vocabulary_size` because tokens can be added to it."""
-    return Encoder(tokenizer)
 
 
 def _are_same(one: Encoded, other: Encoded) -> bool:

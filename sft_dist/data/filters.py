@@ -1,9 +1,10 @@
-"""Rows that a recipe asks to leave out: rules over stored rows, and a score that stands in the record.
+"""What a recipe asks to leave out: rules over stored conversations, and a score that stands in the record.
 
     drops(batches, said_of, Filters(drop_refusals=True), protected) -> [Drop(row, kind, reason), ...]
     score_too_low(record, column="score", minimum=4.5)              -> reason, or None to keep it
 
-Nothing is dropped unless a key asks for it. Each dropped row has one kind, the first that fits, and a reason with its
+Nothing is dropped unless a key asks for it. Rows are conversations here: one that was cut into pieces is judged whole,
+and goes or stays with all of them. Each dropped row has one kind, the first that fits, and a reason with its
 value. Protected rows, those of evaluation sources, are the yardstick: they always stay, and a training row that is a
 near-duplicate of one goes. Of other near-duplicates the first stays, whatever its splits will be.
 """
@@ -13,15 +14,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from difflib import get_close_matches
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sft_dist.data.duplicates import clusters, near_pairs, sketch
+from sft_dist.config.schema import ScoreSection
+from sft_dist.data.duplicates import clusters, near_pairs, sketches_of
 from sft_dist.data.exchanges import Exchange, text_of
 from sft_dist.data.quality import repetition
 from sft_dist.data.refusals import is_refusal
 
+_MOST_COLUMNS, _SHOWN_COLUMNS = 1000, 12
 Said = Sequence[Exchange]
 
 
@@ -53,28 +59,79 @@ def drops(
     `protected` bool[N]: rows that stay.
     """
     found: dict[int, Drop] = {}
-    sketches, num_rows = [], 0
-    for batch in batches:
-        for row, said in enumerate(batch, num_rows):
-            broken = None if protected[row] else _broken_rule(said, filters)
-            if broken:
-                found[row] = Drop(row, *broken)
-        if filters.drop_near_duplicates:
-            sketches.append(sketch(map(text_of, batch)))
-        num_rows += len(batch)
-    if sketches:
-        pairs = near_pairs(np.concatenate(sketches), lambda row: text_of(said_of(row)))
+    judged = _judged(batches, filters, protected, found)
+    if filters.drop_near_duplicates:
+        texts = (map(text_of, batch) for batch in judged)
+        pairs = near_pairs(sketches_of(texts, len(protected)), lambda row: text_of(said_of(row)))
         kept_pairs = (pair for pair in pairs if pair.first not in found and pair.second not in found)
         found |= {drop.row: drop for cluster in clusters(kept_pairs) for drop in _all_but_one(cluster, protected)}
+    for _ in judged:
+        pass
     return [found[row] for row in sorted(found)]
 
 
+def _judged(
+    batches: Iterable[Sequence[Said]], filters: Filters, protected: np.ndarray, found: dict[int, Drop]
+) -> Iterator[Sequence[Said]]:
+    """The same batches; `found` gets the rows that break a rule."""
+    rows = count()
+    for batch in batches:
+        for said, row in zip(batch, rows, strict=False):
+            broken = None if protected[row] else _broken_rule(said, filters)
+            if broken:
+                found[row] = Drop(row, *broken)
+        yield batch
+
+
 def score_too_low(record: Mapping[str, Any], column: str, minimum: float) -> str | None:
-    """Why a record's score does not let it in; None when it does. A missing score is no score."""
-    score = record.get(column)
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        return f"{column}={score!r} is no number, so it cannot be held against data.filters.score.min={minimum:g}"
+    """Why a record's score does not let it in; None when it does. A missing score is no score.
+
+    Cells of CSV are text, and decimals of Parquet a type of their own: both are read as numbers.
+    """
+    given = record.get(column)
+    score = _number(given)
+    if score is None:
+        return f"{column}={given!r} is no number, so it cannot be held against data.filters.score.min={minimum:g}"
     return f"{column}={score:g} is below data.filters.score.min={minimum:g}" if score < minimum else None
+
+
+class ScoreColumn:
+    """Whether the records of each source have the column that the score is read from."""
+
+    def __init__(self, score: ScoreSection) -> None:
+        self._score = score
+        self._names: dict[str, dict[str, None]] = {}  # path of a source -> names of its columns, as far as looked at
+
+    def look(self, source: str, records: Iterable[Mapping[str, Any]]) -> None:
+        """Note the columns of some records, until one has the score."""
+        names = self._names.setdefault(source, {})
+        for record in records:
+            if self._score.column in names:
+                return
+            names |= dict.fromkeys(islice(record, _MOST_COLUMNS))
+            if self._score.column in record:
+                names[self._score.column] = None
+
+    def notices(self) -> Iterator[str]:
+        """One for each source without the column, all of whose records are left out."""
+        column = self._score.column
+        for source, names in self._names.items():
+            if names and column not in names:
+                close = get_close_matches(column, names, n=1)
+                mean = f", did you mean {close[0]!r}?" if close else ""
+                shown = ", ".join(list(names)[:_SHOWN_COLUMNS])
+                yield f"data.filters.score.column={column}: no record of {source} has it{mean} (there are {shown})"
+
+
+def _number(value: Any) -> float | None:
+    """None for what is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _broken_rule(said: Said, filters: Filters) -> tuple[str, str] | None:

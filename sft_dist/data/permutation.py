@@ -41,7 +41,7 @@ def permute(indices: np.ndarray, n: int, key: int) -> np.ndarray:
     if values.size and int(values.max()) >= n:
         raise ValueError(f"index {int(values.max())} is outside [0, {n})")
     if n <= _SMALL:
-        return np.argsort(_hash(np.arange(n, dtype=np.uint64), key), kind="stable")[values.astype(np.int64)]
+        return np.argsort(mix64(np.arange(n, dtype=np.uint64), key), kind="stable")[values.astype(np.int64)]
     walk = walk_reference if values.size <= _FEW else walk_compiled
     return walk(values, n, key).astype(np.int64)
 
@@ -96,8 +96,8 @@ def _mix(values: np.ndarray, key: np.uint32) -> np.ndarray:
     return mixed ^ (mixed >> np.uint32(16))
 
 
-def _hash(values: np.ndarray, key: int) -> np.ndarray:
-    """64 bits for each of a few `values`: the finaliser of splitmix64 (Steele, Lea and Flood, 2014), twice."""
+def mix64(values: np.ndarray, key: int) -> np.ndarray:
+    """64 bits for each of uint64[K] `values`: the finaliser of splitmix64 (Steele, Lea and Flood, 2014), twice."""
     mixed = values
     for number in range(2):
         mixed = mixed + np.uint64(derive_key("round", key, number))

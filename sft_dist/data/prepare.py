@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import threading
 import time
 from bisect import bisect_right
 from collections import Counter
@@ -33,13 +34,16 @@ from sft_dist.data.cache import cache_name, cache_root, only_one, rules_digest
 from sft_dist.data.coverage import language_of
 from sft_dist.data.exchanges import text_of
 from sft_dist.data.files import file_digest
+from sft_dist.data.filters import ScoreColumn
 from sft_dist.data.folder import atomic_folder, remove_forgotten, remove_unfinished
 from sft_dist.data.permutation import derive_key
+from sft_dist.data.plain_tokenizer import PlainTokenizer
 from sft_dist.data.report import LANGUAGE_ROWS, PrepareReport, SourceReport, SplitReport
 from sft_dist.data.selection import ROLES, Origin, Said, select
 from sft_dist.data.shards import MOST_REJECTS, Chunk, ShardCache, bad_records, chunks, placed
 from sft_dist.data.sources import Rejects, pin_notices, source_digests, source_sizes
 from sft_dist.data.store import CORPUS, Corpus, TokenStore, open_store, write_corpus, write_split
+from sft_dist.data.stream_duplicates import overlap_notice
 from sft_dist.data.stream_store import StreamStore
 from sft_dist.data.streams import open_stream
 from sft_dist.data.survey import sampled_rows
@@ -83,7 +87,14 @@ class PreparedData:
 
     def report_now(self) -> PrepareReport:
         """The report, with the counts of what has been read of a stream so far."""
-        return self.report if self.stream is None else self.report.behind(PrepareReport.from_dict(self.stream.report()))
+        if self.stream is None:
+            return self.report
+        report = self.report.behind(PrepareReport.from_dict(self.stream.report()))
+        for name, store in (("eval", self.eval), ("test", self.test)):
+            if store is not None:
+                contents = store.corpus.column("content")[store.rows]
+                report.notices.append(overlap_notice(self.stream.folder, name, contents))
+        return report
 
     def close(self) -> None:
         """End what reads ahead."""
@@ -144,7 +155,7 @@ def rules_of(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, template: ChatT
     """What decides the rows of the recipe's records."""
     data = recipe.data
     return Rules(
-        tokenizer=tokenizer,
+        tokenizer=PlainTokenizer.of(tokenizer),
         template=template,
         loss_on=data.loss_on,
         prompt_loss_weight=data.prompt_loss_weight,
@@ -218,12 +229,15 @@ class _Preparation:
         rules = rules_of(recipe, tokenizer, template)
         self._cache = ShardCache(cache_root(recipe) / SHARDS, rules, rules_digest(recipe, tokenizer, template.text))
         self._rejects = Rejects(data.on_bad_record, MOST_REJECTS)
+        self._score_column = ScoreColumn(rules.score) if rules.score else None
         self._origins: list[Origin] = []
         self._num_rows = 0
 
     def write(self) -> None:
         """Fill the folder with the corpus, one store per split, the report and the lists of what was not used."""
         started = time.monotonic()
+        model = threading.Thread(target=language_of, args=("",), name="sft-languages", daemon=True)
+        model.start()  # it takes half a second to read: meanwhile rows are made
         files: dict[str, int] = {}
         with (
             open(self._folder / REJECTS_FILE, "w", encoding="utf-8") as rejects,
@@ -235,6 +249,7 @@ class _Preparation:
         with open(self._folder / DROPPED_FILE, "a", encoding="utf-8") as dropped:
             said = Said(corpus, self._template, self._tokenizer, self._meter.stay)
             routes = self._routes(corpus, said, dropped)
+        model.join()
         for name, rows in routes.items():
             if len(rows):
                 write_split(self._folder / name, corpus, rows, {"split": name} | self._sources())
@@ -245,13 +260,13 @@ class _Preparation:
 
     def _tables(self, files: dict[str, int], rejects: IO[str], dropped: IO[str]) -> Iterator[pa.Table]:
         """The rows of all sources, counted in the report. Shards that are missing are made on the way."""
-        with Workers(self._cache.make, self._num_workers()) as workers:
+        with Workers(self._cache.make, self._num_workers(), self._cache.expect_many) as workers:
             for role in ROLES:
                 for source in indexed(self._recipe.data, role):
                     counts, first = SourceReport(source.path, role, weight=source.weight), self._num_rows
                     self._report.sources.append(counts)
-                    tasks = ((chunk, self._cache.task(chunk)) for chunk in chunks(source, self._rejects))
-                    for chunk, _ in workers.map(tasks):
+                    found = chunks(source, self._rejects, is_trained=role == "sources")
+                    for chunk, _ in workers.map((chunk, self._cache.task(chunk)) for chunk in found):
                         yield self._merge(chunk, counts, files, rejects, dropped)
                     self._origins.append(Origin(role, source, first, self._num_rows))
 
@@ -268,6 +283,8 @@ class _Preparation:
         for event in shard.events:
             self._report.count(event, chunk.records[event.record], counts, dropped)
         counts.add(chunk, shard)
+        if self._score_column and chunk.is_trained:
+            self._score_column.look(chunk.source.path, (record.value for record in chunk.records))
         if chunk.records:
             self._meter(chunk.file, chunk.records[-1].byte)
         self._num_rows += len(shard.table)
@@ -302,28 +319,13 @@ class _Preparation:
             self._report.leave_out(corpus.example(drop.row).id, drop.kind, drop.reason + like, counts, dropped)
         for counts, copies, repeated in zip(self._report.sources, found.copies, found.repeated, strict=True):
             counts.copies, counts.repeated = copies, repeated
-        self._report.notices += found.notices
+        self._report.notices += [*self._score_notices(), *found.notices]
         if not len(found.rows["train"]) and indexed(self._recipe.data, "sources"):
-            raise DataError(self._nothing_to_train())
+            raise DataError("; ".join([self._report.nothing_to_train(), *self._score_notices()]))
         return found.rows
 
-    def _nothing_to_train(self) -> str:
-        counts = [source for source in self._report.sources if source.role == "sources"]
-        total = {
-            name: sum(getattr(c, name) for c in counts) for name in ("records", "rejected", "too_long", "no_target")
-        }
-        if not total["records"]:
-            return f"data.sources: 0 records in {', '.join(c.path for c in counts)}: the files are empty"
-        if any(c.accepted > sum(c.filtered.values()) for c in counts):
-            return (
-                f"data.sources: 0 of {sum(c.accepted for c in counts):,} usable examples are trained per epoch: raise "
-                "weight of the sources, or lower data.eval_fraction and data.test_fraction"
-            )
-        return (
-            f"data.sources: 0 trainable examples of {total['records']:,} records ({total['too_long']:,} longer than "
-            f"data.seq_len={self._recipe.data.seq_len}, {total['no_target']:,} without a supervised token, "
-            f"{total['rejected']:,} bad); raise data.seq_len, set data.long_examples=truncate or check data.loss_on"
-        )
+    def _score_notices(self) -> Iterator[str]:
+        return self._score_column.notices() if self._score_column else iter(())
 
 
 class _Meter:

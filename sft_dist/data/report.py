@@ -8,6 +8,8 @@ Kept in the cache entry beside the stores, so that a cached run tells the same s
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from sft_dist.data.store import TokenStore
+from sft_dist.data.wholes import LATER_PIECE
 from sft_dist.errors import BadRecord, DataError
 
 if TYPE_CHECKING:
@@ -28,7 +31,6 @@ _MAX_LISTED = 100
 _NUM_LONGEST = 5
 LANGUAGE_ROWS = 500  # of a split: enough to tell a share of one in a hundred, and soon done
 _DERIVED = ("supervised_share", "duplicates")
-_LATER_PIECE = "/([2-9]|[1-9][0-9]+)$"  # how `tokenise.fit` names them
 
 
 @dataclass(slots=True)
@@ -75,7 +77,7 @@ class SourceReport:
         self.records += len(chunk.records) + len(chunk.bad)
         self.accepted += len(shard.table)
         if any(event.kind == "split" for event in shard.events):
-            self.pieces += pc.sum(pc.match_substring_regex(shard.table["part"], _LATER_PIECE)).as_py() or 0
+            self.pieces += pc.sum(pc.match_substring_regex(shard.table["part"], LATER_PIECE)).as_py() or 0
         self.tokens += pc.sum(shard.table["lengths"]).as_py() or 0
         self.loss_tokens += pc.sum(shard.table["num_loss_tokens"]).as_py() or 0
 
@@ -182,6 +184,37 @@ class PrepareReport:
                 f"{num_bad:,} of {num_all:,} records are bad ({num_bad / max(num_all, 1):.1%}), more than "
                 f"data.max_bad_fraction={allowed}; the first: {first}"
             )
+
+    def nothing_to_train(self) -> str:
+        """Why no example of `data.sources` is left, with what would help."""
+        counts = [source for source in self.sources if source.role == "sources"]
+        num_records = sum(c.records for c in counts)
+        if not num_records:
+            return f"data.sources: 0 records in {', '.join(c.path for c in counts)}: the files are empty"
+        if any(c.accepted > sum(c.filtered.values()) for c in counts):
+            return (
+                f"data.sources: 0 of {sum(c.accepted for c in counts):,} usable examples are trained per epoch: raise "
+                "weight of the sources, or lower data.eval_fraction and data.test_fraction"
+            )
+        lost, remedies = (", ".join(words) for words in zip(*self._losses(counts), strict=True))
+        return f"data.sources: 0 trainable examples of {num_records:,} records ({lost}); {remedies}"
+
+    def _losses(self, counts: list[SourceReport]) -> Iterator[tuple[str, str]]:
+        """What became of examples that are not trained, and what would help."""
+        longer = f"longer than data.seq_len={self.seq_len}"
+        for name, what, remedy in (
+            ("too_long", longer, "raise data.seq_len or set data.long_examples=truncate"),
+            ("no_target", "without a supervised token", "check data.loss_on"),
+            ("form_skipped", "left out by a form", "check the template of the source"),
+            ("score", "left out by data.filters.score", "lower its min or check its column"),
+            ("rejected", "bad", "mend them"),
+        ):
+            if num := sum(getattr(c, name) for c in counts):
+                yield f"{num:,} {what}", remedy
+        filtered = sum((Counter(c.filtered) for c in counts), Counter[str]())
+        for kind, num in filtered.items():
+            key = "data.near_duplicates" if kind == "drop_near_duplicates" else f"data.filters.{kind}"
+            yield f"{num:,} left out by {key}", f"relax {key}"
 
     def behind(self, streamed: PrepareReport) -> PrepareReport:
         """This report behind the one of the streamed sources."""

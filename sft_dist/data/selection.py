@@ -12,18 +12,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sft_dist.config.schema import DataSection, SourceSection
-from sft_dist.data.duplicates import clusters, near_pairs, sketch
+from sft_dist.data.duplicates import near_pairs, sketches_of
 from sft_dist.data.exchanges import Exchange, exchanges, find_frame, text_of
 from sft_dist.data.filters import Drop, Filters, drops
 from sft_dist.data.permutation import derive_key, permute
-from sft_dist.data.splits import EVAL, TEST, TRAIN, draw_splits
+from sft_dist.data.splits import EVAL, TEST, TRAIN, draw_splits, hang_together
 from sft_dist.data.store import Corpus
 from sft_dist.data.templates import ChatTemplate
+from sft_dist.data.wholes import Wholes
+from sft_dist.types import TokenizedExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -61,7 +64,8 @@ class Selection:
 class Said:
     """What the rows of a corpus say: questions and answers, read again from their tokens when asked for.
 
-    `alive` is called each time: who looks at all rows of a large corpus is long at it.
+    Pieces of one conversation are read as one where whole conversations are asked for. `alive` is called each time: who
+    looks at all rows of a large corpus is long at it.
     """
 
     def __init__(
@@ -75,16 +79,27 @@ class Said:
         self._alive = alive
 
     def of(self, rows: Iterable[int]) -> list[Sequence[Exchange]]:
+        return self._read(map(self._corpus.example, rows))
+
+    @cached_property
+    def wholes(self) -> Wholes:
+        return Wholes(self._corpus)
+
+    def whole(self, row: int) -> Sequence[Exchange]:
+        """The conversation that begins with `row`."""
+        return self._wholes([row])[0]
+
+    def batches(self, rows: np.ndarray) -> Iterator[list[Sequence[Exchange]]]:
+        """The conversations that begin with `rows`, some at a time."""
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            yield self._wholes(rows[start : start + _ROWS_AT_ONCE].tolist())
+
+    def _wholes(self, rows: Iterable[int]) -> list[Sequence[Exchange]]:
+        return self._read(map(self.wholes.example, rows))
+
+    def _read(self, examples: Iterable[TokenizedExample]) -> list[Sequence[Exchange]]:
         self._alive()
-        return list(exchanges(map(self._corpus.example, rows), self._tokenizer, self._frame))
-
-    def row(self, row: int) -> Sequence[Exchange]:
-        return self.of([row])[0]
-
-    def batches(self) -> Iterator[list[Sequence[Exchange]]]:
-        """All rows in order, some at a time."""
-        for start in range(0, len(self._corpus), _ROWS_AT_ONCE):
-            yield self.of(range(start, min(start + _ROWS_AT_ONCE, len(self._corpus))))
+        return list(exchanges(examples, self._tokenizer, self._frame))
 
 
 def select(corpus: Corpus, origins: Sequence[Origin], data: DataSection, said: Said, seed: int) -> Selection:
@@ -93,10 +108,12 @@ def select(corpus: Corpus, origins: Sequence[Origin], data: DataSection, said: S
     left_out = _left_out(origins, data, said)
     stays = np.ones(len(contents), dtype=bool)
     stays[[drop.row for drop in left_out]] = False
-    groups = _together(contents, said) if data.near_duplicates == "together" else contents
-    split_of = _split_of_rows(groups, stays, origins, data, seed)
+    near = _near(said) if data.near_duplicates == "together" else None
+    groups = hang_together(contents, corpus.column("unit"), near)
+    split_of = _split_of_rows(contents, groups, stays, origins, data, seed)
     rows = {name: np.flatnonzero(stays & (split_of == split)) for name, split in SPLITS.items()}
-    notices = [*_missing_split(rows, origins, data), *_near_unknown(rows, origins, data), *_overlap(groups, rows)]
+    notices = [*_unusable(origins), *_missing_split(rows, groups, origins, data)]
+    notices += [*_near_unknown(rows, origins, data), *_overlap(groups, rows)]
     weights, rows["train"] = _mixed(rows["train"], origins, data, seed)
     return Selection(rows, weights, _repeated(contents, origins), left_out, notices)
 
@@ -137,21 +154,33 @@ def _left_out(origins: Sequence[Origin], data: DataSection, said: Said) -> list[
     protected = np.zeros(origins[-1].last if origins else 0, dtype=bool)
     for origin in origins:
         protected[origin.first : origin.last] = ROLES[origin.role] is not None
-    return drops(said.batches(), said.row, filters, protected)
+    rows = said.wholes.first_rows()
+    found = drops(said.batches(rows), lambda number: said.whole(int(rows[number])), filters, protected[rows])
+    return [piece for drop in found for piece in _pieces(drop, rows, said.wholes)]
 
 
-def _together(contents: np.ndarray, said: Said) -> np.ndarray:
-    """`contents` in which near-duplicates have one key, so that all of them fall on one side: uint64[N]."""
-    sketches = [sketch(map(text_of, batch)) for batch in said.batches()]
-    pairs = near_pairs(np.concatenate(sketches), lambda row: text_of(said.row(row))) if sketches else []
-    found = clusters(pairs)
-    keys = {int(contents[row]): int(contents[cluster[0]]) for cluster in found for row in cluster}
-    unique, place = np.unique(contents, return_inverse=True)
-    return np.array([keys.get(key, key) for key in unique.tolist()], dtype=np.uint64)[place]
+def _pieces(drop: Drop, rows: np.ndarray, wholes: Wholes) -> Iterator[Drop]:
+    """What is left out of the corpus with a conversation: `drop` has its number, `rows` where each begins."""
+    like = None if drop.like is None else int(rows[drop.like])
+    for row in wholes.rows_from(int(rows[drop.row])):
+        yield drop._replace(row=row, like=like)
+
+
+def _near(said: Said) -> np.ndarray:
+    """Rows with which near-duplicates begin, in pairs: int64[P, 2]."""
+    rows = said.wholes.first_rows()
+    texts = (map(text_of, batch) for batch in said.batches(rows))
+    pairs = near_pairs(sketches_of(texts, len(rows)), lambda number: text_of(said.whole(int(rows[number]))))
+    return rows[np.array([pair[:2] for pair in pairs], dtype=np.int64).reshape(-1, 2)]
 
 
 def _split_of_rows(
-    contents: np.ndarray, stays: np.ndarray, origins: Sequence[Origin], data: DataSection, seed: int
+    contents: np.ndarray,
+    groups: np.ndarray,
+    stays: np.ndarray,
+    origins: Sequence[Origin],
+    data: DataSection,
+    seed: int,
 ) -> np.ndarray:
     """The split of each row: int8[N]."""
     given = np.full(len(contents), -1, dtype=np.int8)
@@ -161,13 +190,14 @@ def _split_of_rows(
         split = ROLES[origin.role]
         given[origin.first : origin.last] = -1 if split is None else split
     drawn = (given < 0) & stays
-    given[drawn] = draw_splits(contents[drawn], sources[drawn], data.eval_fraction, data.test_fraction, seed)
+    fractions = data.eval_fraction, data.test_fraction
+    given[drawn] = draw_splits(contents[drawn], groups[drawn], sources[drawn], *fractions, seed)
     return given
 
 
 def _mixed(rows: np.ndarray, origins: Sequence[Origin], data: DataSection, seed: int) -> tuple[list[float], np.ndarray]:
     """Copies per epoch of each origin's trained rows, and the rows, each as often as it comes: int64."""
-    parts = [rows[(rows >= origin.first) & (rows < origin.last)] for origin in origins]
+    parts = [_inside(rows, origin) for origin in origins]
     heated = [origin for origin in origins if origin.source.repeat is None]
     sizes = [len(part) for origin, part in zip(origins, parts, strict=True) if origin.source.repeat is None]
     weights = iter(temperate([origin.source.weight for origin in heated], sizes, data.mixture_temperature))
@@ -186,16 +216,50 @@ def _repeated(contents: np.ndarray, origins: Sequence[Origin]) -> list[int]:
     return [int(np.count_nonzero(~is_first[origin.first : origin.last])) for origin in origins]
 
 
-def _missing_split(rows: dict[str, np.ndarray], origins: Sequence[Origin], data: DataSection) -> Iterator[str]:
-    drawn = any(origin.num_rows for origin in origins if ROLES[origin.role] is None)
-    if data.eval_fraction and drawn and not len(rows["eval"]):
-        yield "fewer than 2 different examples: no validation split"
+def _unusable(origins: Sequence[Origin]) -> Iterator[str]:
+    """Evaluation sources that somebody named and that hold nothing."""
+    for origin in origins:
+        if ROLES[origin.role] is not None and not origin.num_rows:
+            yield f"warning: data.{origin.role} path={origin.source.path}: no usable example, nothing of it is measured"
+
+
+def _missing_split(
+    rows: dict[str, np.ndarray], groups: np.ndarray, origins: Sequence[Origin], data: DataSection
+) -> Iterator[str]:
+    """Splits that a fraction asks for and that stay empty, of all sources or of one that is large enough."""
+    drawn = [origin for origin in origins if ROLES[origin.role] is None and origin.num_rows]
+    asked = {name: fraction for name in ("eval", "test") if (fraction := getattr(data, f"{name}_fraction"))}
+    for name, fraction in asked.items() if drawn else ():
+        bare = [origin for origin in drawn if not len(_inside(rows[name], origin))]
+        if bare == drawn:
+            split = "validation" if name == "eval" else name
+            yield f"data.{name}_fraction={fraction:g}: no {split} split, {_hang_together(drawn, rows, groups)}"
+            continue
+        for origin in bare:
+            if round(fraction * len(_inside(rows["train"], origin))):
+                what = _hang_together([origin], rows, groups)
+                yield f"data.{name}_fraction={fraction:g}: nothing of {origin.source.path} is held out, {what}"
+
+
+def _hang_together(origins: Sequence[Origin], rows: dict[str, np.ndarray], groups: np.ndarray) -> str:
+    used = np.concatenate([_inside(rows[name], origin) for name in SPLITS for origin in origins])
+    num = len(np.unique(groups[used]))
+    if num == len(used):
+        return f"{num} example{'s' if num != 1 else ''} cannot be shared out"
+    return (
+        f"{len(used):,} examples make {num:,} group{'s' if num != 1 else ''} that no split may tear apart (equal ones, "
+        "those of one record, near-duplicates)"
+    )
+
+
+def _inside(rows: np.ndarray, origin: Origin) -> np.ndarray:
+    return rows[(rows >= origin.first) & (rows < origin.last)]
 
 
 def _near_unknown(rows: dict[str, np.ndarray], origins: Sequence[Origin], data: DataSection) -> Iterator[str]:
     held_out = np.concatenate([rows["eval"], rows["test"]])
     mixed = (origin for origin in origins if ROLES[origin.role] is None)
-    is_drawn = any(np.any((held_out >= origin.first) & (held_out < origin.last)) for origin in mixed)
+    is_drawn = any(len(_inside(held_out, origin)) for origin in mixed)
     if is_drawn and data.near_duplicates == "ignore":
         yield (
             "near-duplicates of held-out examples may be in train, they are not looked for: "

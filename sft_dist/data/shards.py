@@ -20,7 +20,7 @@ import os
 import secrets
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class Chunk:
     digests: list[bytes] = field(default_factory=list)
     bad: list[BadRecord] = field(default_factory=list)
     num_held: int = 0
+    is_trained: bool = True  # rows of evaluation sources are no matter of data.filters
 
     def add(self, record: Record) -> None:
         self.records.append(record)
@@ -72,12 +73,14 @@ class Chunk:
         return len(self.records) >= (_MIN_RECORDS if chosen else _MAX_RECORDS)
 
 
-def chunks(source: SourceSection, rejects: Rejects) -> Iterator[Chunk]:
+def chunks(source: SourceSection, rejects: Rejects, is_trained: bool = True) -> Iterator[Chunk]:
     """All records of a source in order. What `rejects` lists while reading goes to the chunk it stands in, or before.
 
     Under `on_bad_record: stop` the records before a bad one come out first: an earlier one of them may be bad too.
     """
-    yield from cut(source, read_records(source, rejects), {}, rejects)
+    for chunk in cut(source, read_records(source, rejects), {}, rejects):
+        chunk.is_trained = is_trained
+        yield chunk
 
 
 def cut(source: SourceSection, records: Iterable[Record], formats: dict[str, str], rejects: Rejects) -> Iterator[Chunk]:
@@ -130,7 +133,15 @@ def placed(chunk: Chunk, shard: Shard, files: dict[str, int]) -> pa.Table:
     owners, parts = shard.table["record"].to_pylist(), shard.table["part"].to_pylist()
     places = [suffixes[owner] + part for owner, part in zip(owners, parts, strict=True)]
     source = files.setdefault(chunk.file, len(files))
-    return with_places(shard.table.drop_columns(["record", "part"]), [source] * len(places), places)
+    table = shard.table.drop_columns(["record", "part", "instance"])
+    return with_places(table, [source] * len(places), places, _units(chunk, shard))
+
+
+def _units(chunk: Chunk, shard: Shard) -> np.ndarray:
+    """What no split may tear apart, for each row: its record, or the instance of a task file: uint64[N]."""
+    records = np.array([int.from_bytes(digest[:8], "little") for digest in chunk.digests], np.uint64)
+    instances = shard.table["instance"].to_numpy()
+    return np.where(instances, instances, records[shard.table["record"].to_numpy()])
 
 
 def _start_of(file: str) -> str:
@@ -190,7 +201,7 @@ class ShardCache:
     def shard(self, chunk: Chunk) -> Shard:
         """The rows of `chunk`, made here if its file is damaged or gone."""
         if not chunk.records:
-            return tokenise((), chunk.source, chunk.format, self._rules)
+            return tokenise((), chunk.source, chunk.format, self._rules_of(chunk))
         name = self.name(chunk)
         found = self.read(name)
         if found is None:
@@ -212,13 +223,22 @@ class ShardCache:
         source = chunk.source
         forms = file_digest(source.template) if source.template else None
         columns = sorted((ours, str(theirs)) for ours, theirs in source.columns.items())
-        reading = [self._rules_digest, source.format == "auto", chunk.format, columns, forms]
+        is_scored = chunk.is_trained and self._rules.score is not None
+        reading = [self._rules_digest, source.format == "auto", chunk.format, columns, forms, is_scored]
         return hashlib.sha256(json.dumps(reading).encode()).hexdigest()[: DIGEST_BYTES * 2]
+
+    def expect_many(self) -> None:
+        """Make ready to make many shards."""
+        self._rules.expect_many()
 
     def make(self, task: Task) -> None:
         """Write the shard of `task`. Called in whatever process; writing it twice is harmless."""
         old = self.read(task.neighbour) if task.neighbour else None
-        self._write(task.name, _reuse(task.chunk, old, self._rules), task.chunk)
+        self._write(task.name, _reuse(task.chunk, old, self._rules_of(task.chunk)), task.chunk)
+
+    def _rules_of(self, chunk: Chunk) -> Rules:
+        """The score is asked of what is trained: rows of evaluation sources always stay."""
+        return self._rules if chunk.is_trained else replace(self._rules, score=None)
 
     def read(self, name: str) -> tuple[Shard, list[bytes]] | None:
         """A shard and its records' digests; None when the file is not there or not whole."""

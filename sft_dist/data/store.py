@@ -6,7 +6,7 @@
     store.lengths                                        int32[N], mapped: what the plan needs
     store.token_ids(7), store.example(7)                 what collate needs, straight from the page cache
 
-A row costs its tokens and some 60 bytes. Loss weights are kept as runs (how many tokens, which weight): a 0/1 mask
+A row costs its tokens and some 70 bytes. Loss weights are kept as runs (how many tokens, which weight): a 0/1 mask
 costs a few bytes per turn instead of four per token. A split that repeats a row stores its number again, not its
 tokens. Every rank of a machine maps the same pages, so memory does not grow with the number of ranks.
 """
@@ -23,10 +23,8 @@ from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
-from datasets.arrow_writer import ArrowWriter
 
 from sft_dist.data.folder import atomic_folder
 from sft_dist.errors import DataError
@@ -38,36 +36,45 @@ CORPUS = "corpus"  # the folder beside the splits
 ROWS_PER_CHUNK = 16_384  # rows per Arrow record batch: bounds a writer's memory and the number of pieces of a reader
 GATHERED = ("lengths", "num_loss_tokens", "loss_weight_sums")
 
-FEATURES = datasets.Features(
-    {
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "run_lengths": datasets.List(datasets.Value("int32")),
-        "run_weights": datasets.List(datasets.Value("float32")),
-        "answer_edges": datasets.List(datasets.Value("int32")),  # start, end of each answer
-        "lengths": datasets.Value("int32"),
-        "num_loss_tokens": datasets.Value("int32"),
-        "loss_weight_sums": datasets.Value("float64"),
-        "digest": datasets.Value("uint64"),  # of tokens and weights
-        "content": datasets.Value("uint64"),  # of what is said, whatever template and tokenizer
-        "source": datasets.Value("int32"),  # place in the header's list of files
-        "place": datasets.Value("string"),  # what follows the file's name in the example's id
-    }
-)
+_COLUMNS = {
+    "input_ids": pa.list_(pa.int32()),
+    "run_lengths": pa.list_(pa.int32()),
+    "run_weights": pa.list_(pa.float32()),
+    "answer_edges": pa.list_(pa.int32()),  # start, end of each answer
+    "lengths": pa.int32(),
+    "num_loss_tokens": pa.int32(),
+    "loss_weight_sums": pa.float64(),
+    "digest": pa.uint64(),  # of tokens and weights
+    "content": pa.uint64(),  # of what is said, whatever template and tokenizer
+    "source": pa.int32(),  # place in the header's list of files
+    "place": pa.string(),  # what follows the file's name in the example's id
+    "unit": pa.uint64(),  # equal for rows that no split may tear apart: those of one record
+}
+
+
+def _feature(kind: pa.DataType) -> dict[str, Any]:
+    """How the `datasets` library names a type. It is not imported: it takes longer than all the rest of a worker."""
+    if pa.types.is_list(kind):
+        return {"feature": _feature(kind.value_type), "_type": "List"}
+    return {"dtype": {pa.float32(): "float32", pa.float64(): "float64"}.get(kind, str(kind)), "_type": "Value"}
+
+
+_FEATURES = {"info": {"features": {name: _feature(kind) for name, kind in _COLUMNS.items()}}}
+SCHEMA = pa.schema(_COLUMNS, {"huggingface": json.dumps(_FEATURES)})  # `datasets.Dataset.from_file` reads the file too
 
 
 def write_corpus(folder: Path, tables: Iterable[pa.Table], files: Iterable[str]) -> None:
-    """Write `tables` (columns of `FEATURES`) one after another as `folder`, which must not exist yet.
+    """Write `tables` (columns of `SCHEMA`) one after another as `folder`, which must not exist yet.
 
     `files` may grow while the tables are drawn; a row's `source` is its place in it. Memory stays bounded whatever the
     number of rows. Raises StorageError when the disk does.
     """
     with atomic_folder(folder) as temporary:
         path, num_rows = temporary / EXAMPLES_FILE, 0
-        with ArrowWriter(path=str(path), features=FEATURES) as writer:
+        with open(path, "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
             for table in _in_chunks(tables):
-                writer.write_table(table, len(table))  # else in batches of a thousand rows
+                writer.write_table(table)
                 num_rows += len(table)
-            writer.finalize()
         _write_header(temporary, {"num_rows": num_rows, "num_bytes": path.stat().st_size, "files": list(files)})
 
 
@@ -133,6 +140,7 @@ class Corpus:
             raise _damaged(folder, error) from error
         self._folder = folder
         self._files: list[str] = header["files"]
+        self._digests = _Numbers(self._table["digest"])
         self._tokens, self._run_lengths, self._run_weights, self._answer_edges = (
             _Ragged(self._table[name]) for name in ("input_ids", "run_lengths", "run_weights", "answer_edges")
         )
@@ -144,18 +152,22 @@ class Corpus:
         """A numeric column: [num rows]."""
         return self._table[name].to_numpy()
 
+    def texts(self, name: str) -> pa.ChunkedArray:
+        """A column of text, mapped: [num rows]."""
+        return self._table[name]
+
     def token_ids(self, row: int) -> np.ndarray:
         """int32[L], a read-only view of the file."""
         return self._tokens[row]
 
     def loss_weights(self, row: int) -> np.ndarray:
         """float32[L]."""
-        return np.repeat(self._run_weights[row], self._run_lengths[row])
+        return self._run_weights[row].repeat(self._run_lengths[row])
 
     def verify(self, row: int) -> None:
         """Raise DataError when the tokens or weights of `row` are not those that were written."""
         digest = _digest(self.token_ids(row), self._run_lengths[row], self._run_weights[row])
-        if digest != self._table["digest"][row].as_py():
+        if digest != self._digests[row]:
             raise DataError(
                 f"{self._folder / EXAMPLES_FILE}: row {row} was altered on the disk; "
                 f"delete {self._folder.parent} to prepare the data again"
@@ -258,18 +270,37 @@ def _fingerprint(corpus: Corpus, rows: np.ndarray) -> str:
     return hashlib.sha256(corpus.column("digest")[rows].astype("<u8").tobytes()).hexdigest()
 
 
-class _Ragged:
-    """A column of lists as numpy views: one (offsets, values) pair per Arrow chunk, nothing copied."""
+class _Numbers:
+    """A column of numbers as views, nothing copied: one per Arrow chunk. Memory views give numbers of Python's own, in
+    half of numpy's time."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
-        self._chunks = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in column.chunks]
-        self._starts = list(accumulate((len(chunk) for chunk in column.chunks), initial=0))
+        self._chunks = [memoryview(chunk.to_numpy()) for chunk in column.chunks]
+        self._starts = _starts(column)
+
+    def __getitem__(self, index: int) -> int:
+        number = bisect_right(self._starts, index) - 1
+        value: int = self._chunks[number][index - self._starts[number]]
+        return value
+
+
+class _Ragged:
+    """A column of lists as views, nothing copied: one (offsets, values) pair per Arrow chunk."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._chunks = [(memoryview(chunk.offsets.to_numpy()), chunk.values.to_numpy()) for chunk in column.chunks]
+        self._starts = _starts(column)
 
     def __getitem__(self, index: int) -> np.ndarray:
         number = bisect_right(self._starts, index) - 1
         offsets, values = self._chunks[number]
         row = index - self._starts[number]
         return values[offsets[row] : offsets[row + 1]]
+
+
+def _starts(column: pa.ChunkedArray) -> list[int]:
+    """The first row of each chunk, and where the last ends."""
+    return list(accumulate(map(len, column.chunks), initial=0))
 
 
 def count_targets(loss_weights: np.ndarray) -> tuple[int, float]:
@@ -279,7 +310,7 @@ def count_targets(loss_weights: np.ndarray) -> tuple[int, float]:
 
 
 def to_table(examples: Sequence[TokenizedExample], contents: Sequence[int] | None = None) -> pa.Table:
-    """Examples as rows without a place yet: the columns of `FEATURES` up to `content`."""
+    """Examples as rows without a place yet: the columns of `SCHEMA` up to `content`."""
     runs = _runs([example.loss_weights for example in examples])
     counts = [count_targets(example.loss_weights) for example in examples]
     columns = [
@@ -293,7 +324,7 @@ def to_table(examples: Sequence[TokenizedExample], contents: Sequence[int] | Non
         pa.array([_digest(example.input_ids, *run) for example, run in zip(examples, runs, strict=True)], pa.uint64()),
         pa.array(contents or [0] * len(examples), pa.uint64()),
     ]
-    return pa.Table.from_arrays(columns, names=list(FEATURES)[: len(columns)])
+    return pa.Table.from_arrays(columns, names=SCHEMA.names[: len(columns)])
 
 
 def located(table: pa.Table, examples: Sequence[TokenizedExample], files: dict[str, int]) -> pa.Table:
@@ -303,10 +334,14 @@ def located(table: pa.Table, examples: Sequence[TokenizedExample], files: dict[s
     return with_places(table, sources, places)
 
 
-def with_places(table: pa.Table, sources: Sequence[int], places: Sequence[str]) -> pa.Table:
-    """`table` with its last two columns."""
+def with_places(
+    table: pa.Table, sources: Sequence[int], places: Sequence[str], units: np.ndarray | None = None
+) -> pa.Table:
+    """`table` with its last three columns. `units` uint64[N]; without them each row stands for itself."""
     with_source = table.append_column("source", pa.array(sources, pa.int32()))
-    return with_source.append_column("place", pa.array(places, pa.string())).cast(FEATURES.arrow_schema)
+    with_place = with_source.append_column("place", pa.array(places, pa.string()))
+    unit = table["content"] if units is None else pa.array(units, pa.uint64())
+    return with_place.append_column("unit", unit).cast(SCHEMA)
 
 
 def _in_chunks(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -353,15 +388,14 @@ def _lists(arrays: list[np.ndarray], dtype: type) -> pa.ListArray:
 
 def _map_table(path: Path, num_rows: int) -> pa.Table:
     if not num_rows:  # a file of zero bytes of data cannot be mapped
-        return FEATURES.arrow_schema.empty_table()
-    return datasets.Dataset.from_file(str(path)).data.table
+        return SCHEMA.empty_table()
+    return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
 
 
 def _map_array(path: Path, checksum: int) -> np.ndarray:
     if _checksum(path) != checksum:
         raise ValueError(f"{path.name} was altered")
-    array: np.ndarray = np.load(path, mmap_mode="r")
-    return array
+    return np.asarray(np.load(path, mmap_mode="r"))  # a plain view: numpy's own class for mapped files is slow to index
 
 
 def _checksum(path: Path) -> int:

@@ -1,4 +1,7 @@
-"""How much of a stream repeats what came before, counted against the last million examples of it.
+"""How much of a stream repeats what came before, or what is held out.
+
+    Repetitions(folder, number).count(...)     against the last million examples of it
+    overlap_notice(folder, "eval", contents)   held-out examples among all that was read so far
 
 All of a stream cannot be remembered; eight bytes of each of the last `SEGMENTS` segments' examples can. They are on
 disk with the segments, so an interrupted reading counts what an uninterrupted one would.
@@ -7,6 +10,7 @@ disk with the segments, so an interrupted reading counts what an uninterrupted o
 from __future__ import annotations
 
 from collections import deque
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -37,3 +41,20 @@ class Repetitions:
         repeated[first[~known]] = False
         self._contents.append(unique)
         return np.bincount(sources[repeated], minlength=num_sources)
+
+
+def overlap_notice(folder: Path, split: str, contents: np.ndarray) -> str:
+    """How many of the different `contents` uint64[N] of a held-out split stand in the segments that are there."""
+    unique = np.unique(contents)
+    trained, num_read = np.zeros(len(unique), bool), 0
+    for number in count():
+        if not segment_folder(folder, number).exists():
+            break
+        streamed = Corpus(segment_folder(folder, number) / CORPUS).column("content")
+        trained |= np.isin(unique, streamed)
+        num_read += len(streamed)
+    shared = int(trained.sum())
+    return (
+        f"{'warning: ' if shared else ''}{shared:,} of {len(unique):,} {split} examples are among the {num_read:,} "
+        "streamed so far, compared by content"
+    )

@@ -23,6 +23,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -195,8 +196,8 @@ class _Counted:
             yield record
 
 
-def tokenised(job: tuple[Chunk, Rules]) -> Shard:
-    chunk, rules = job
+def tokenised(rules: Rules, chunk: Chunk) -> Shard:
+    """What workers do. The rules come to them once: a tokenizer takes as long to read as a chunk to tokenise."""
     return tokenise(enumerate(chunk.records), chunk.source, chunk.format, rules)
 
 
@@ -238,10 +239,7 @@ class Segments:
             self._digest, self._total = state["digest"], state["total"]
             self._report = PrepareReport.from_dict(state["report"])
         self._repetitions = Repetitions(self._job.folder, number)
-        tasks = (
-            (found, (found[1], self._job.rules) if found[1].records else None)
-            for found in Reading(self._job, self._places).chunks()
-        )
+        tasks = ((found, found[1] if found[1].records else None) for found in Reading(self._job, self._places).chunks())
         self._shards = self._workers.map(tasks)
 
     def _write(self, number: int) -> int:
@@ -328,7 +326,7 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> int:
     wanted: queue.SimpleQueue[int] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(requests, wanted), daemon=True).start()
     try:
-        with Workers(tokenised, job.num_workers) as workers:
+        with Workers(partial(tokenised, job.rules), job.num_workers) as workers:
             segments, there = Segments(job, workers), 0
             while True:
                 number = wanted.get()

@@ -8,7 +8,8 @@
 
 Tokens are all it needs, so it works for every source format and shows what is trained on, not what a file meant. A row
 that a mix repeats is looked at once. Of a split with more than 200,000 rows a seeded sample is looked at, and the
-survey says so; what is kept of a row is its sketch, 512 bytes, and a few numbers.
+survey says so; what is kept of a row is its sketch, 512 bytes, and a few numbers. A conversation that
+`long_examples: split` cut is looked at once and whole, where its first piece stands.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from sft_dist.data.permutation import derive_key, permute
 from sft_dist.data.quality import CHECKS, signs
 from sft_dist.data.store import TokenStore
 from sft_dist.data.templates import ChatTemplate
+from sft_dist.data.wholes import Wholes
+from sft_dist.types import TokenizedExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -118,7 +121,9 @@ def survey(
     """Look at the rows of all splits. `stores`: split -> its store, `train` among them."""
     frame = find_frame(template, tokenizer)
     chosen = {name: sampled_rows(store, most_rows, derive_key("survey", seed)) for name, store in stores.items()}
-    look = _Look(stores, tokenizer, frame)
+    wholes = {name: Wholes(store.corpus) for name, store in stores.items()}
+    chosen = {name: rows[wholes[name].is_first(stores[name].rows[rows])] for name, rows in chosen.items()}
+    look = _Look(stores, wholes, tokenizer, frame)
     total = sum(map(len, chosen.values()))
     for name, rows in chosen.items():
         contents = stores[name].corpus.column("content")[stores[name].rows[rows]]
@@ -149,9 +154,13 @@ class _Look:
     """What has been seen so far."""
 
     def __init__(
-        self, stores: Mapping[str, TokenStore], tokenizer: PreTrainedTokenizerFast, frame: Frame | None
+        self,
+        stores: Mapping[str, TokenStore],
+        wholes: Mapping[str, Wholes],
+        tokenizer: PreTrainedTokenizerFast,
+        frame: Frame | None,
     ) -> None:
-        self._stores, self._tokenizer, self._frame = stores, tokenizer, frame
+        self._stores, self._wholes, self._tokenizer, self._frame = stores, wholes, tokenizer, frame
         self._tasks: Counter[tuple[str, str]] = Counter()
         self._num_instructions = 0
         self._lengths: dict[str, list[int]] = {}
@@ -166,7 +175,7 @@ class _Look:
 
     def add(self, split: str, rows: Sequence[int], contents: Sequence[int], every: int) -> None:
         """Look at some rows of a split with their content keys, and tell the language of one in `every`."""
-        spoken = exchanges((self._stores[split].example(row) for row in rows), self._tokenizer, self._frame)
+        spoken = exchanges((self._whole(split, row) for row in rows), self._tokenizer, self._frame)
         self._sketches.append(sketch(map(text_of, spoken)))
         self._contents += contents
         for row, said in zip(rows, spoken, strict=True):
@@ -243,11 +252,13 @@ class _Look:
         split, row = self.places[number]
         said = self._exchanges(number)
         text = " ".join(next((text for one in said for text in (one.question, one.answer) if text), "").split())
-        return Place(split, row, self._stores[split].example(row).id, text[:_PREVIEW])
+        return Place(split, row, self._whole(split, row).id, text[:_PREVIEW])
 
     def _exchanges(self, number: int) -> tuple[Exchange, ...]:
-        split, row = self.places[number]
-        return exchanges([self._stores[split].example(row)], self._tokenizer, self._frame)[0]
+        return exchanges([self._whole(*self.places[number])], self._tokenizer, self._frame)[0]
+
+    def _whole(self, split: str, row: int) -> TokenizedExample:
+        return self._wholes[split].example(int(self._stores[split].rows[row]))
 
 
 def _lengths(one: Exchange) -> Iterator[tuple[str, int]]:

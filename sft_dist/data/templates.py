@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sft_dist.data.bos import begin_with_bos, begins_with, bos_of_texts
+from sft_dist.data.bos import begin_with_bos, begins_with
 from sft_dist.data.builtin_templates import BUILTIN
-from sft_dist.data.encoder import Encoded, encoder_of
+from sft_dist.data.encoder import Encoded, Encoder
 from sft_dist.data.openings import generation_prompt, opening
+from sft_dist.data.plain_tokenizer import PlainTokenizer
 from sft_dist.data.rendering import THOUGHTS, Rendered, render, render_opaque
 from sft_dist.data.skeleton import CHECKED, FEW, NoSkeleton, Shape, Skeleton, learn, shape_of
 from sft_dist.data.supervision import Span, Stops, Turn, find_turns, header_start, literal_after, supervise
@@ -64,7 +65,7 @@ class ChatTemplate:
         text = PLAIN_TEXT if _is_plain_text(conversation) else self.text
         return render(compile_template(text), conversation, tokens, add_generation_prompt=prompt)
 
-    def bind(self, tokenizer: PreTrainedTokenizerFast) -> BoundTemplate:
+    def bind(self, tokenizer: PreTrainedTokenizerFast | PlainTokenizer) -> BoundTemplate:
         """The template for one tokenizer; kept, so binding again is free."""
         return _bind(self, tokenizer, len(tokenizer))
 
@@ -98,7 +99,7 @@ class ChatTemplate:
     def supervise_batch(
         self,
         conversations: Sequence[Conversation],
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: PreTrainedTokenizerFast | PlainTokenizer,
         *,
         loss_on: str,
         prompt_loss_weight: float = 0.0,
@@ -189,7 +190,9 @@ def spans(loss_weights: np.ndarray) -> list[tuple[int, int]]:
 
 
 @lru_cache(maxsize=8)
-def _bind(template: ChatTemplate, tokenizer: PreTrainedTokenizerFast, vocabulary_size: int) -> BoundTemplate:
+def _bind(
+    template: ChatTemplate, tokenizer: PreTrainedTokenizerFast | PlainTokenizer, vocabulary_size: int
+) -> BoundTemplate:
     """`vocabulary_size` is part of the key because tokens can be added to a tokenizer."""
     return BoundTemplate(template, tokenizer)
 
@@ -228,13 +231,11 @@ def _no_skeleton(turn: Turn) -> int:
 class BoundTemplate:
     """A template together with the tokenizer it writes for: special tokens, stop texts, where headers end."""
 
-    def __init__(self, template: ChatTemplate, tokenizer: PreTrainedTokenizerFast) -> None:
-        if not tokenizer.is_fast:
-            raise ConfigError("model.tokenizer: a fast tokenizer (tokenizer.json) is needed to place the loss mask")
-        self.template, self.tokenizer, self.encoder = template, tokenizer, encoder_of(tokenizer, len(tokenizer))
-        self.special_tokens = {name: str(t) for name, t in tokenizer.special_tokens_map.items() if isinstance(t, str)}
-        self.eos_token: str = tokenizer.eos_token or ""
-        self.bos_to_prepend = bos_of_texts(tokenizer)
+    def __init__(self, template: ChatTemplate, tokenizer: PreTrainedTokenizerFast | PlainTokenizer) -> None:
+        self.template, self.tokenizer = template, PlainTokenizer.of(tokenizer)
+        self.encoder = Encoder(self.tokenizer)
+        self.special_tokens, self.eos_token = self.tokenizer.special_tokens, self.tokenizer.eos_token
+        self.bos_to_prepend = self.tokenizer.bos_of_texts
         self._shapes: dict[tuple[Shape, str, float], _Known] = {}
         self.knows_thoughts = any(name in template.text for name in ("reasoning_content", "thinking"))
 
@@ -246,12 +247,11 @@ class BoundTemplate:
     def stop_ids(self) -> dict[str, list[int]]:
         """Stop text -> its token ids, as the template ends a plain answer in the middle and at the end."""
         texts = [self.template.stop_text] if self.template.stop_text else self._probe_stops()
-        return {text: self.tokenizer.encode(text, add_special_tokens=False) for text in texts}
+        return {text: self.tokenizer.encode(text) for text in texts}
 
     @property
     def _special_texts(self) -> list[str]:
-        added = self.tokenizer.added_tokens_decoder.values()
-        return [self.eos_token, *(token.content for token in added if token.special)]
+        return [self.eos_token, *self.tokenizer.special_texts]
 
     def _probe_stops(self) -> list[str]:
         """What follows the answers of a two-turn conversation. A template that refuses it has no known stop."""

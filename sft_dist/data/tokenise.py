@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,17 +22,16 @@ from sft_dist.data.encoder import Encoded
 from sft_dist.data.filters import score_too_low
 from sft_dist.data.formats import detect_format, fits, rename_columns, to_conversations
 from sft_dist.data.forms import load_forms
+from sft_dist.data.plain_tokenizer import PlainTokenizer
 from sft_dist.data.sources import Record
-from sft_dist.data.splits import content_key
+from sft_dist.data.splits import content_key, question_key
 from sft_dist.data.store import to_table
 from sft_dist.data.templates import ChatTemplate, SupervisedBatch
 from sft_dist.errors import BadRecord
 from sft_dist.types import Conversation, TokenizedExample
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 _BATCH_EXAMPLES = 128  # per native tokenizer call
+_OF_INSTANCES = "natural_instructions"  # its task files are one record of thousands of examples
 
 Given = tuple[int, str, Conversation | TokenizedExample]  # number of the record, which of its examples, the example
 T = TypeVar("T")
@@ -43,13 +42,17 @@ Kind = Literal["rejected", "too_long", "no_target", "truncated", "split", "form_
 class Rules:
     """Everything besides the records that decides the rows."""
 
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PlainTokenizer
     template: ChatTemplate
     loss_on: str
     prompt_loss_weight: float
     seq_len: int
     long_examples: str  # drop | truncate | split
     score: ScoreSection | None = None
+
+    def expect_many(self) -> None:
+        """Set up what pays with many conversations."""
+        self.template.bind(self.tokenizer).encoder.expect_many()
 
     def supervise(self, conversations: Sequence[Conversation]) -> SupervisedBatch:
         """Texts and masks of `conversations`."""
@@ -72,7 +75,8 @@ class Event:
 class Shard:
     """The rows of some numbered records, in order, and what became of the others.
 
-    `table`: the columns of `store.to_table`, `record` int32 (number of the record) and `part` string.
+    `table`: the columns of `store.to_table`, `record` int32 (number of the record), `part` string, and `instance`
+    uint64: what is asked, where the examples of a record are independent of each other, else 0.
     """
 
     table: pa.Table
@@ -83,6 +87,7 @@ def tokenise(records: Iterable[tuple[int, Record]], source: SourceSection, forma
     """Tokenise numbered records of one format. What cannot be used becomes an event, never an exception."""
     rows: list[tuple[int, str, TokenizedExample]] = []
     contents: list[int] = []
+    instances: list[int] = []
     events: list[Event] = []
     for number, part, given, result in _tokens(_read(records, source, format, rules, events), rules):
         if isinstance(result, BadRecord):
@@ -91,12 +96,14 @@ def tokenise(records: Iterable[tuple[int, Record]], source: SourceSection, forma
         fitted, event = fit(result, rules)
         if event:
             events.append(Event(number, part, *event))
-        content = content_key(given)
+        content, instance = content_key(given), question_key(given) if format == _OF_INSTANCES else 0
         rows += [(number, part + piece, example) for piece, example in fitted]
         contents += [content] * len(fitted)
+        instances += [instance] * len(fitted)
     table = to_table([example for _, _, example in rows], contents)
     table = table.append_column("record", pa.array([number for number, _, _ in rows], pa.int32()))
-    return Shard(table.append_column("part", pa.array([part for _, part, _ in rows], pa.string())), events)
+    table = table.append_column("part", pa.array([part for _, part, _ in rows], pa.string()))
+    return Shard(table.append_column("instance", pa.array(instances, pa.uint64())), events)
 
 
 def _read(

@@ -3,38 +3,56 @@
     with Workers(action, num=4) as workers:
         for task, result in workers.map(tasks): ...
 
-Each worker is a fresh interpreter that talks through its own pipes: nothing is forked, whatever threads or libraries
-the caller has started, and a worker ends when its standard input does, which is when the caller ends, however that
-happens. With `num=0` everything is done here.
+The workers are forks of one fresh interpreter (`fork_server`), which imports what `action` needs once for all of them.
+Nothing of the caller is forked, whatever threads or libraries it has started, and workers end when it does, however
+that happens. With `num=0` everything is done here.
 """
 
 from __future__ import annotations
 
-import gc
 import os
 import pickle
+import queue
+import socket
 import subprocess
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, BinaryIO, TypeVar
+from contextlib import suppress
+from typing import Any, TypeVar
 
+from sft_dist.data.fork_server import send
 from sft_dist.errors import DataError, SftError
 
 KeyT = TypeVar("KeyT")
 
 _AHEAD = 2  # tasks per worker that are read before the first of them is finished
 
+ONE_THREAD = {  # libraries that would start more of them: who has several must not fork, and cores go to workers
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",  # of the allocator that pyarrow brings
+}
+
+
+def _nothing() -> None:
+    """What there is to do before workers are forked, if there is nothing."""
+
 
 class Workers:
-    """`num` processes that apply `action`, which must be picklable. They start with their first task."""
+    """`num` processes that apply `action`. They start with the first task.
 
-    def __init__(self, action: Callable[[Any], Any], num: int) -> None:
-        self._action, self._num = action, num
-        self._local = threading.local()
-        self._processes: list[subprocess.Popen[bytes]] = []
+    `before` is called once, in the process that they are forks of: what it sets up, all of them have. Both must be
+    picklable; what they share is one object there too.
+    """
+
+    def __init__(self, action: Callable[[Any], Any], num: int, before: Callable[[], None] = _nothing) -> None:
+        self._action, self._num, self._before = action, num, before
+        self._server: _Server | None = None
+        self._idle: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(max(num, 1), thread_name_prefix="sft-worker")
 
     def __enter__(self) -> Workers:
@@ -42,9 +60,8 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for process in self._processes:
-            process.kill()
-            process.wait()
+        if self._server is not None:
+            self._server.end()
 
     def map(self, tasks: Iterable[tuple[KeyT, Any]]) -> Iterator[tuple[KeyT, Any]]:
         """(key, result) for each (key, task) in order; a task None gives the result None.
@@ -71,66 +88,82 @@ class Workers:
 
     def _start(self, task: Any) -> Future[Any]:
         if self._num and task is not None:
-            return self._threads.submit(self._ask, task)
+            if self._server is None:
+                self._server = _Server(self._action, self._before, self._num)
+                self._threads.submit(self._server.start)
+                for number in range(self._num):
+                    self._idle.put(number)
+            return self._threads.submit(self._ask, self._server, task)
         done: Future[Any] = Future()
         done.set_result(None if task is None else self._action(task))
         return done
 
-    def _ask(self, task: Any) -> Any:
-        """One task through this thread's process."""
-        if not hasattr(self._local, "process"):
-            self._local.process = self._launch()
-        process = self._local.process
+    def _ask(self, server: _Server, task: Any) -> Any:
+        """One task through a worker that has nothing to do: there are as many threads as workers."""
+        number = self._idle.get()
         try:
-            _send(process.stdin, task)
-            kind, value = pickle.load(process.stdout)
-        except (EOFError, BrokenPipeError) as error:
-            code = process.wait()
-            raise DataError(
-                f"a process that prepares data died with exit code {code} (-9: often too little memory); "
-                "lower data.workers and run again: what is done stays done"
-            ) from error
+            kind, value = server.ask(number, task)
+        finally:
+            self._idle.put(number)
         if kind == "error":
             raise value
         return value
 
-    def _launch(self) -> subprocess.Popen[bytes]:
-        env = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "sft_dist.data.workers"]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
-        self._processes.append(process)
-        _send(process.stdin, sys.path)
-        _send(process.stdin, self._action)
-        return process
 
+class _Server:
+    """The process that the workers are forks of, and a pair of files to talk with each of them."""
 
-def serve(requests: BinaryIO, replies: BinaryIO) -> None:
-    """A worker's life: the action first, then tasks until the pipe ends."""
-    sys.path[:] = pickle.load(requests)  # before the action, which is found through it
-    action = pickle.load(requests)
-    gc.freeze()  # what the libraries hold stays: no collection need go through it
-    while True:
+    def __init__(self, action: Callable[[Any], Any], before: Callable[[], None], num: int) -> None:
+        env = os.environ | ONE_THREAD
+        self._sockets, theirs = zip(*(socket.socketpair() for _ in range(num)), strict=True)
+        numbers = [end.fileno() for end in theirs]
+        command = [sys.executable, "-m", "sft_dist.data.fork_server", *map(str, numbers)]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, env=env, pass_fds=numbers, stdin=pipe, stdout=pipe)
+        for end in theirs:
+            end.close()
+        self._files = [(ours.makefile("wb"), ours.makefile("rb")) for ours in self._sockets]
+        self._lock = threading.Lock()  # held by who talks with the server itself
+        self._given = action, before
+
+    def start(self) -> None:
+        """Give it what it needs, which waits while it imports that. If it has died, the first question tells."""
+        with self._lock, suppress(BrokenPipeError):
+            send(self._process.stdin, sys.path)
+            send(self._process.stdin, self._given)
+
+    def ask(self, number: int, task: Any) -> Any:
+        """What worker `number` answers. Raises DataError when it is dead."""
+        tasks, results = self._files[number]
         try:
-            task = pickle.load(requests)
-        except EOFError:
-            return
-        try:
-            reply = "done", action(task)
-        except SftError as error:
-            reply = "error", error
-        _send(replies, reply)
+            send(tasks, task)
+            return pickle.load(results)
+        except (EOFError, pickle.UnpicklingError, BrokenPipeError, ConnectionResetError) as error:
+            raise DataError(
+                f"a process that prepares data died with exit code {self._exit_code(number)} (-9: often too little "
+                "memory); lower data.workers and run again: what is done stays done"
+            ) from error
 
+    def _exit_code(self, number: int) -> int:
+        """Of a worker that has ended; of the server, if that has."""
+        with self._lock:
+            try:
+                send(self._process.stdin, number)
+                code: int = pickle.load(self._process.stdout)  # type: ignore[arg-type]
+            except (EOFError, BrokenPipeError):
+                code = self._process.wait()
+        return code
 
-def _send(pipe: Any, value: Any) -> None:
-    pickle.dump(value, pipe, protocol=pickle.HIGHEST_PROTOCOL)
-    pipe.flush()
+    def end(self) -> None:
+        """Kill the workers, whatever they are at."""
+        with self._lock:
+            with suppress(BrokenPipeError):  # it has ended
+                self._process.stdin.close()  # type: ignore[union-attr]
+            self._process.wait()
+        for one in self._sockets:
+            with suppress(OSError):  # the other end is closed
+                one.shutdown(socket.SHUT_RDWR)  # ends a worker whose server was killed, and whoever waits for an answer
 
 
 def _finished(key: KeyT, future: Future[Any]) -> tuple[KeyT, Any]:
     return key, future.result()
-
-
-if __name__ == "__main__":
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not get between the answers
-    serve(sys.stdin.buffer, answers)

@@ -165,6 +165,7 @@ def flash(
         causal=True,
         window_size=(left, 0),
         softcap=softcap or 0.0,
+        deterministic=torch.are_deterministic_algorithms_enabled(),  # PyTorch's own kernels ask by themselves
     )
     return out.unsqueeze(0)
 

@@ -12,9 +12,10 @@ from sft_dist.config.cluster import SECRET_VARIABLE
 
 def meet(method: str, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     """The store at `method` (`env://`, `tcp://HOST:PORT`, `file://PATH`). Where the launcher has handed over a secret,
-    all keys begin with it: who reaches the port without it cannot meet these ranks or overwrite what they say. It is
-    no authentication: nothing hides it from who reads the network."""
+    all keys at a port begin with it: who reaches the port without it cannot meet these ranks or overwrite what they
+    say. It is no authentication: nothing hides it from who reads the network. A file has its modes, and would keep it.
+    """
     store, _, _ = next(dist.rendezvous(method, rank, world_size, timeout=timeout))
     store.set_timeout(timeout)
-    secret = os.environ.get(SECRET_VARIABLE)
+    secret = None if method.startswith("file:") else os.environ.get(SECRET_VARIABLE)
     return dist.PrefixStore(secret, store) if secret else store

@@ -50,12 +50,14 @@ def read_place() -> tuple[int, int, int, int]:
 
 
 @contextmanager
-def runtime(num_threads: int | None = None) -> Iterator[Runtime]:
+def runtime(num_threads: int | None = None, *, deterministic: bool = False) -> Iterator[Runtime]:
     """Join the process group; leave it at the end. The last reference to a DDP wrapper must be gone before that:
     its reducer would join gloo's thread while holding the interpreter lock and hang.
 
-    `num_threads` None: this process's share of the processors."""
+    `num_threads` None: this process's share of the processors. `deterministic`: only kernels whose bits are the same
+    each time; an operation that has none raises RuntimeError."""
     rank, world_size, local_rank, local_world_size = read_place()
+    _choose_kernels(deterministic)
     device = _device(local_rank)
     num_threads = _fix_threads(local_world_size, num_threads)
     rendezvous = os.environ.get("SFT_RENDEZVOUS")
@@ -91,6 +93,15 @@ def seed_for(*parts: int | str) -> int:
     """A 63-bit seed from its parts, the same in every process and Python version (`hash()` is salted)."""
     digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _choose_kernels(deterministic: bool) -> None:
+    """Before the first call on a GPU, since cuBLAS reads its variable once."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    # A pass over each new tensor, for faults that we do not have.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _device(local_rank: int) -> torch.device:

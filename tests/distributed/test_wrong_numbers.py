@@ -73,6 +73,7 @@ def test_one_infinite_gradient_of_one_rank_stops_all_with_a_bundle(home: Callabl
     report = json.loads((folder / "report.json").read_text())
     assert report["step"] == 5 and report["grad_norm"] in ("inf", "nan")
     bad = [tensor for tensor, norm in report["gradient_norms"].items() if isinstance(norm, str)]
+    assert report["first_nonfinite"] == {"parameter": bad[0]}
     assert len(bad) == 1 and len(report["gradient_norms"]) == len(report["weight_norms"]) > 8
     assert report["config"]["run"]["seed"] == 3 and report["versions"]["torch"] == torch.__version__
     examples = {row for part in report["micro_batches"] for row in part["examples"]}
@@ -90,8 +91,33 @@ def test_the_save_under_way_when_a_run_stops_is_committed(place: Path) -> None:
 def test_what_is_finite_when_done_again_is_the_machines_fault(home: Callable[[str], Path], name: str) -> None:
     place = home(name)
     text = told(place, name)
-    assert "done again both are finite" in text and "a processor or its memory fails" in text
+    assert re.search(r"done again on the same weights the gradient norm is \d\.\d+, computed on \S+: a processor", text)
     assert not list((place / name).rglob("report.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("another-value", [(1, "inf", "nan", 1)]),
+        ("another-rank", [(0, "nan", r"\d+\.\d+", 0), (1, r"\d+\.\d+", "nan", 1)]),
+    ],
+)
+def test_what_is_wrong_otherwise_when_done_again_is_the_fault_of_the_rank_named(
+    place: Path, name: str, changes: list[tuple[int, str, str, int]]
+) -> None:
+    lines = [
+        rf"the loss sum of micro-batch {number} is {second} and not {first} on rank {rank} \(\S+, cpu\)"
+        for number, second, first, rank in changes
+    ]
+    assert re.search(f"done again on the same weights {'; '.join(lines)}: a processor", told(place, name))
+    assert not list((place / name).rglob("report.json"))
+
+
+@pytest.mark.parametrize("name", ["layer", "layer-recomputed", "layer-zero3"])
+def test_the_bundle_names_the_first_layer_that_gave_no_number(place: Path, name: str) -> None:
+    report = json.loads((place / name / "logs/attempt_0001/nonfinite-step-00000005/report.json").read_text())
+    assert report["first_nonfinite"] == {"layer": "model.layers.1.mlp.up_proj", "micro_batch": 1, "rank": 1}
+    assert [part["loss_sum"] == "nan" for part in report["micro_batches"]] == [False, True]
 
 
 @pytest.mark.parametrize("name", SKIPPING)

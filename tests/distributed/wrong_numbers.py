@@ -1,7 +1,7 @@
 """Real runs on 2 or 4 ranks whose numbers go wrong on one of them: `python wrong_numbers.py FOLDER GROUP`.
 
-Each life patches the gradients, the weights or the forward pass of rank 1 at chosen steps and must end with the code
-that belongs to it. What rank 0 printed goes to FOLDER/printed.json, by life; the run folders are there to look into.
+Each life patches gradients, weights, losses or the forward pass of rank 1 at chosen steps and must end with the code of
+it. What rank 0 printed goes to FOLDER/printed.json, by life; the run folders are there to look into.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from sft_dist.parallel.engine import local_part as local
 
 SKIP = {"resilience": {"nonfinite": "skip"}}
 LORA = {"tuning": {"method": "lora", "rank": 3}}
+LAYER = "model.layers.1.mlp.up_proj"
 AUDIT = {"resilience": {"audit_every": 2}}
 Patch = Callable[[], None]
 
@@ -56,6 +58,35 @@ def poison(steps: tuple[int, ...], times: int = 99) -> None:
         return losses
 
     train.sum_gradients = poisoned
+
+
+def mislead(step: int, passes: tuple[tuple[int, float], ...]) -> None:
+    """In `step` the loss of the micro-batch of one rank becomes no number: (rank, value) for each pass over it."""
+    original, left = train.sum_gradients, list(passes)
+
+    def misled(engine: Engine, loaded: LoadedStep, seed: int, device: torch.device) -> Tensor:
+        losses = original(engine, loaded, seed, device)
+        if loaded.step.step == step:
+            rank, value = left.pop(0)
+            if os.environ["RANK"] == str(rank):
+                losses[loaded.indices[0]] = value
+        return losses
+
+    train.sum_gradients = misled
+
+
+def overflow(step: int, layer: str) -> None:
+    """In `step` a layer of rank 1 gives infinities."""
+    original = train.sum_gradients
+
+    def overflowing(engine: Engine, loaded: LoadedStep, seed: int, device: torch.device) -> Tensor:
+        if loaded.step.step != step or os.environ["RANK"] != "1":
+            return original(engine, loaded, seed, device)
+        module = engine.model.get_submodule(layer)
+        with module.register_forward_hook(lambda module, given, output: output / 0, prepend=True):
+            return original(engine, loaded, seed, device)
+
+    train.sum_gradients = overflowing
 
 
 def pieces(engine: Engine) -> list[Tensor]:
@@ -95,6 +126,11 @@ def miscompute(step: int) -> None:
 LIVES: dict[str, tuple[dict[str, Any], list[str], Patch, int]] = {
     "stop": (fsdp(), ["checkpoint.every_steps=4", "checkpoint.async=true"], partial(poison, (5,)), 70),
     "stop-ddp": (LORA, [], partial(poison, (5,)), 70),
+    "layer": (fsdp(), [], partial(overflow, 5, LAYER), 70),
+    "layer-recomputed": ({"memory": {"activation_checkpointing": "selective"}}, [], partial(overflow, 5, LAYER), 70),
+    "layer-zero3": (under("zero3"), [], partial(overflow, 5, LAYER), 70),
+    "another-value": (fsdp(), [], partial(mislead, 5, ((1, nan), (1, inf))), 77),
+    "another-rank": ({}, [], partial(mislead, 5, ((1, nan), (0, nan))), 77),
     "once": (fsdp(), [], partial(poison, (5,), times=1), 77),
     "skip": (fsdp(**SKIP), [], partial(poison, (5, 8)), 0),
     "skip-first": (fsdp(**SKIP), ["optim.stop_after_step=6"], partial(poison, (5, 8)), 0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import command, lines, train, trajectory, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sft_dist.checkpoint.catalog import folders
+from sft_dist.checkpoint.manifest import read_manifest, write_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -196,3 +200,19 @@ def test_tokens_and_losses_are_accounted_to_their_sources(tmp_path: Path) -> Non
         low, high = sorted(line["by_source"].values())
         assert low <= line["eval_loss"] <= high
     assert "<h3>Mix</h3>" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_resume_elsewhere_is_told_and_not_refused(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, checkpoint={"every_steps": 1})
+    train(recipe, "optim.stop_after_step=1", code=75)
+    (newest,) = folders(tmp_path / "run")
+    manifest = read_manifest(newest)
+    kept = dict(manifest.versions)
+    assert kept["torch"] == torch.__version__ and kept["attention kernel"] == "sdpa" and int(kept["threads"]) > 0
+    assert "bits may differ" not in train(recipe, "optim.stop_after_step=2", code=75)
+    newest = folders(tmp_path / "run")[-1]
+    older = replace(read_manifest(newest), versions=kept | {"numpy": "1.0", "head kernel": "another"})
+    (newest / "manifest.json").unlink()
+    write_manifest(newest, older)
+    printed = train(recipe, "optim.stop_after_step=3", code=75)
+    assert f"numpy 1.0 -> {kept['numpy']}, head kernel another -> {kept['head kernel']}; bits may differ" in printed

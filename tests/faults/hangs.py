@@ -1,7 +1,8 @@
 """A rank that no longer moves, in every way it can: `python hangs.py FOLDER [CASE ...]`.
 
-Two ranks of a real run; rank 1 meets its fate in step 5, T is 3 seconds. A hang must be found within T + 5 s, the odd
-rank named, every rank that can show its stack do so, and all be dead within 10 s more with 71. A crash in native code
+Two ranks of a real run; rank 1 meets its fate in step 5, T is 3 seconds. A hang must be found and the stacks of both
+ranks be written within T + 5 s, the odd rank named, the place where it is shown unless it is stopped, and all be dead
+within 10 s more with 71. A crash in native code
 must end the run at once. Afterwards the same command ends with the bits of the run that was left alone.
 """
 
@@ -39,6 +40,10 @@ def recipe(folder: Path, name: str) -> Path:
     )
 
 
+def fall_asleep() -> None:
+    time.sleep(600)
+
+
 def hold_the_interpreter() -> None:
     ctypes.PyDLL(None).sleep(600)
 
@@ -54,12 +59,19 @@ def crash() -> None:
 
 
 HANGS: dict[str, Callable[[], None]] = {
-    "asleep": lambda: time.sleep(600),
+    "asleep": fall_asleep,
     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "holds the interpreter": hold_the_interpreter,
     "in another collective": join_another_collective,
 }
 READER = "stuck reader"
+SHOWN = {  # what the stacks of rank 1 have to show
+    "asleep": " in fall_asleep",
+    "stopped": "no answer: the process was stopped, or stuck in the kernel",
+    "holds the interpreter": " in hold_the_interpreter",
+    "in another collective": " in join_another_collective",
+    READER: " in step_or_wait",
+}
 CRASHES: dict[str, Callable[[], None]] = {"segmentation fault": crash, "abort": os.abort}
 
 
@@ -71,7 +83,7 @@ def meet(fate: Callable[[], None], when: Path, rank: int, attempt: int) -> None:
     def beat_and_meet(heart: Heart, step: int, phase: str) -> None:
         beat(heart, step, phase)
         if (step, phase) == (STEP, "train"):
-            when.write_text(str(time.monotonic()))
+            when.write_text(str(time.time()))  # files carry this clock
             fate()
 
     Heart.beat = beat_and_meet  # type: ignore[method-assign]
@@ -85,7 +97,7 @@ def stick_the_reader(fifo: Path, when: Path, rank: int, attempt: int) -> None:
 
     def step_or_wait(loader: Loader, number: int):  # type: ignore[no-untyped-def]
         if number == STEP:
-            when.write_text(str(time.monotonic()))
+            when.write_text(str(time.time()))
             fifo.open("rb").read()
         return step(loader, number)
 
@@ -96,15 +108,21 @@ def run_case(folder: Path, name: str, before: Callable[[int, int], None], is_han
     place, when = folder / name.replace(" ", "-"), folder / "when"
     path, log = recipe(folder, place.name), folder / f"{place.name}.txt"
     code = forked.Forked(path, 2, log, before).run(60)
-    took = time.monotonic() - float(when.read_text())
+    began = float(when.read_text())
+    took = time.time() - began
     text = log.read_text()
     if is_hang:
         assert code == 71, (name, code, text)
-        assert T_SECONDS < took < T_SECONDS + FOUND_SECONDS + DEAD_SECONDS, (name, took)
+        files = [place / f"logs/attempt_0001/rank_{rank:05d}.stacks.txt" for rank in range(2)]
+        written = max(file.stat().st_mtime for file in files) - began
+        assert T_SECONDS < written < T_SECONDS + FOUND_SECONDS, (name, written)
+        assert written < took < written + DEAD_SECONDS, (name, written, took)
         odd = "rank 1: step 5" if name == "in another collective" else "odd one out is rank 1: "  # of two: either is
         assert odd in text, (name, text)
-        shown = (place / "logs/attempt_0001/rank_00000.stacks.txt").read_text()
-        assert "train_step" in shown or "step" in shown, (name, shown)
+        assert name != "stopped" or "rank 1: step 5, train, gave no stack" in text, text
+        waiting, held = (file.read_text() for file in files)
+        assert " in train_step" in waiting, (name, waiting)
+        assert SHOWN[name] in held, (name, held)
     else:
         assert code == 1 and took < DEAD_SECONDS, (name, code, took, text)
         assert "rank 1 of 2 died of SIG" in text, (name, text)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from architectures import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from sft_dist.errors import ConfigError
 from sft_dist.models.attention import BACKENDS, Segments, choose_backend, sdpa_segments, segment_attention
@@ -66,3 +69,23 @@ def test_the_choice_on_cuda_without_flash_attn(model_type: str, dtype: torch.dty
     """Dispatch only, no device needed: features of the architecture decide."""
     pytest.importorskip("torch.nn.attention.varlen")
     assert choose_backend("auto", tiny_config(model_type), torch.device("cuda"), dtype).name == expected
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_flash_attn_is_asked_for_its_deterministic_backward(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dispatch only: what its function is called with."""
+    asked: dict[str, object] = {}
+
+    def flash_attn_varlen_func(q: Tensor, *_: object, **named: object) -> Tensor:
+        asked.update(named)
+        return q
+
+    module = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", module)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    q = torch.zeros(1, 2, 4, 8)
+    ends = torch.tensor([0, 4], dtype=torch.int32)
+    out = BACKENDS["flash"](q, q, q, cu_seqlens=ends, max_seqlen=4, scale=1.0, window=None, softcap=None, dropout=0.0)
+    assert out.shape == (1, 4, 2, 8) and asked["deterministic"] is deterministic and asked["causal"] is True

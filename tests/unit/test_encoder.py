@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from sft_dist.data import encoder as encoder_module
-from sft_dist.data.byte_bpe import LONGEST, byte_bpe_of
+from sft_dist.data.byte_bpe import LONGEST, _byte_of, byte_bpe_of
 from sft_dist.data.encoder import Encoder
 from sft_dist.data.sources import Rejects, read_records
 from sft_dist.data.supervision import Span
@@ -297,3 +298,7 @@ def test_it_begins_when_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
         assert one.ids.tolist() == reference.ids
         assert one.ranges == ranges_by_offsets(reference.offsets, [Span(4, 11, 1.0)])
         assert (encoder._fast is None) == (len(text) * (number + 1) < 0.1 * len(backend.get_vocab()))
+
+
+def test_letters_stand_for_the_bytes_that_the_field_has_them_stand_for() -> None:
+    assert _byte_of() == {letter: byte for byte, letter in bytes_to_unicode().items()}

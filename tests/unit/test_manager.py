@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sft_dist.checkpoint import disk
 from sft_dist.checkpoint.catalog import find, folders, list_checkpoints
 from sft_dist.checkpoint.manager import CheckpointManager
 from sft_dist.checkpoint.shards import spread
@@ -118,6 +119,29 @@ def test_the_sticky_bit_does_not_close_a_folder_to_others(tmp_path: Path, place:
     (tmp_path / place).chmod(0o1777)
     with pytest.raises(CheckpointError, match="anyone on this machine may change it"):
         CheckpointManager(tmp_path).newest_good()
+
+
+def test_a_checkpoint_that_this_machine_does_not_see_yet_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a rank on another node than rank 0, which sees it: the folder gets its name after the third look."""
+    path = CheckpointManager(tmp_path).save(1, tensors(1), {})
+    hidden, looks = path.rename(path.with_name("not-yet")), []
+
+    def pause(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            hidden.rename(path)
+
+    manager = CheckpointManager(tmp_path)
+    monkeypatch.setattr(manager.ranks, "from_main", lambda value: [path.name] if value == [] else True)
+    monkeypatch.setattr(disk.wait_to_see, "__defaults__", (pause,))
+    assert manager.newest_good() == path and len(looks) == 3
+
+
+def test_one_that_never_comes_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "VISIBLE_SECONDS", 0.0)
+    disk.wait_to_see(tmp_path / "step" / "manifest.json", lambda seconds: pytest.fail("waits on"))
 
 
 def test_what_killed_saves_left_behind_is_cleared(tmp_path: Path) -> None:

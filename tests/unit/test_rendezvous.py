@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -36,6 +37,13 @@ def test_who_does_not_know_the_secret_neither_finds_nor_replaces_a_key(monkeypat
     theirs.set("key", "theirs")
     assert ours.get("key") == b"ours"
     assert theirs.get(f"{SECRET}/key") == b"ours"  # a prefix is no authentication
+
+
+def test_a_file_never_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SECRET_VARIABLE, SECRET)
+    store = meet(f"file://{tmp_path / 'store'}", 0, 1, PATIENCE)  # which deletes its file in the end
+    store.set("key", "ours")
+    assert b"ours" in (tmp_path / "store").read_bytes() and SECRET.encode() not in (tmp_path / "store").read_bytes()
 
 
 def test_the_process_group_of_a_worker_meets_under_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULES = {"pickle", "cloudpickle", "dill", "shelve", "joblib"}
 CALLS = {"eval", "exec", "torch.load", "torch.save", "marshal.load", "marshal.loads"}
 # Between a process and the children it started itself, over their own pipes; nothing of it is ever on disk.
-ALLOWED = {"sft_dist/data/workers.py", "sft_dist/data/stream_writer.py"}
+ALLOWED = {"sft_dist/data/workers.py", "sft_dist/data/fork_server.py", "sft_dist/data/stream_writer.py"}
 
 HOSTILE = (
     "..", ".", "../x", "../../etc/passwd", "a/../../x", "/etc/passwd", "//etc/passwd", "/", "a/b", "a/", "/a", "./a",

@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_dist.data.splits import EVAL, TEST, TRAIN, content_key, draw_splits
+from sft_dist.data.splits import EVAL, TEST, TRAIN, content_key, draw_splits, hang_together
 from sft_dist.types import Conversation, Message, TokenizedExample
 
 
@@ -20,7 +20,8 @@ def draw(contents: list[str], eval_fraction: float, test_fraction: float, seed: 
         for i, text in enumerate(contents)
     ]
     places = np.zeros(len(keys), np.int64) if sources is None else np.array(sources)
-    return draw_splits(np.array(keys, np.uint64), places, eval_fraction, test_fraction, seed).tolist()
+    named = np.array(keys, np.uint64)
+    return draw_splits(named, named, places, eval_fraction, test_fraction, seed).tolist()
 
 
 @given(st.lists(st.tuples(st.sampled_from(["user", 'a"b']), st.text(), st.booleans()), min_size=1, max_size=3))
@@ -108,3 +109,90 @@ def test_content_is_what_is_said() -> None:
         tokens,
     ]
     assert len({content_key(said), *map(content_key, others)}) == 6
+
+
+def connected(num: int, edges) -> list[int]:
+    """The plain way: go on from each row until nothing is new."""
+    names = []
+    for row in range(num):
+        reached = {row}
+        while more := {j for edge in edges for j in edge if set(edge) & reached} - reached:
+            reached |= more
+        names.append(min(reached))
+    return names
+
+
+@given(st.data())
+def test_what_hangs_together_is_what_steps_connect(data) -> None:
+    num = data.draw(st.integers(1, 14))
+    contents, units = (data.draw(st.lists(st.integers(0, 9), min_size=num, max_size=num)) for _ in range(2))
+    pairs = data.draw(st.lists(st.tuples(*[st.integers(0, num - 1)] * 2), max_size=4))
+    rows = range(num)
+    alike = [(i, j) for i in rows for j in rows if contents[i] == contents[j] or units[i] == units[j]]
+    given = [np.array(keys, np.uint64) for keys in (contents, units)]
+    found = hang_together(*given, np.array(pairs, np.int64).reshape(-1, 2))
+    groups = connected(num, [*alike, *pairs])
+    least = {group: min(contents[row] for row in rows if groups[row] == group) for group in groups}
+    assert found.tolist() == [least[group] for group in groups]
+
+
+def test_a_long_chain_hangs_together() -> None:
+    """Each record shares one content with the next: the longest way for the rounds."""
+    num = 5000
+    names = np.random.default_rng(0).permutation(2 * num).astype(np.uint64)
+    contents, units = np.concatenate([names[:num], names[1 : num + 1]]), np.tile(np.arange(num, dtype=np.uint64), 2)
+    assert set(hang_together(contents, units).tolist()) == {int(names[: num + 1].min())}
+
+
+def of_groups(sizes: list[int], eval_fraction: float, test_fraction: float = 0.0, seed: int = 0) -> list[int]:
+    """Contents in each split, drawn from groups of these sizes; each group is on one side."""
+    contents = np.random.default_rng(seed).permutation(sum(sizes)).astype(np.uint64)
+    number = np.repeat(np.arange(len(sizes)), sizes)
+    groups = hang_together(contents, number.astype(np.uint64))
+    splits = draw_splits(contents, groups, np.zeros(len(contents), int), eval_fraction, test_fraction, seed)
+    assert all(len(set(splits[number == group])) == 1 for group in range(len(sizes)))
+    return [int((splits == split).sum()) for split in (TRAIN, EVAL, TEST)]
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=40), st.sampled_from([0.02, 0.1, 0.4]), st.integers(0, 5))
+def test_groups_are_drawn_whole_and_shares_are_rounded_to_them(sizes: list[int], part: float, seed: int) -> None:
+    trained, held, tested = of_groups(sizes, part, part, seed)
+    share = round(part * sum(sizes))
+    assert trained and held
+    assert max(held, tested) <= max(1.5 * share, sorted(sizes)[:3][-1])  # where there is no share: a small group each
+    if max(sizes) <= share / 4:
+        assert abs(held - share) <= max(sizes) / 2
+
+
+def test_a_group_larger_than_its_share_is_never_held_out() -> None:
+    """60 % of all are near-duplicates of each other: two per cent of the seeds would hold all of them out."""
+    held = [of_groups([60, *[1] * 40], 0.1, seed=seed)[1] for seed in range(30)]
+    assert held == [10] * 30
+    assert {of_groups([60, 40], 0.1, seed=seed)[1] for seed in range(5)} == {40}  # one at least: the smallest
+
+
+def test_large_groups_are_drawn_as_often_as_small_ones() -> None:
+    """A group is named by its smallest key: names themselves would put the large ones first."""
+    large = [of_large(seed) for seed in range(40)]
+    assert 0.35 < np.mean(large) < 0.65
+
+
+def of_large(seed: int) -> float:
+    """Share of rows in large groups among those held out; half of all rows are."""
+    sizes = [10] * 40 + [1] * 400
+    number = np.repeat(np.arange(len(sizes)), sizes)
+    contents = np.random.default_rng(seed).integers(0, 2**63, len(number)).astype(np.uint64)
+    groups = hang_together(contents, number.astype(np.uint64))
+    splits = draw_splits(contents, groups, np.zeros(len(contents), int), 0.25, 0.0, seed)
+    return float(np.mean(number[splits == EVAL] < 40))
+
+
+def test_groups_do_not_depend_on_the_order_of_rows() -> None:
+    rng = np.random.default_rng(0)
+    contents, units = rng.permutation(600).astype(np.uint64), np.repeat(np.arange(200), 3).astype(np.uint64)
+    shuffled = rng.permutation(600)
+    forward = draw_splits(contents, hang_together(contents, units), np.zeros(600, int), 0.1, 0.1, 0)
+    other = draw_splits(
+        contents[shuffled], hang_together(contents[shuffled], units[shuffled]), np.zeros(600, int), 0.1, 0.1, 0
+    )
+    assert (forward[shuffled] == other).all() and (forward == EVAL).sum() == 60

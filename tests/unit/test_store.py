@@ -4,6 +4,7 @@ import errno
 import json
 import tracemalloc
 
+import datasets
 import numpy as np
 import pytest
 from hypothesis import given
@@ -158,3 +159,12 @@ def test_an_open_corpus_holds_nothing_of_a_row_but_its_file(tmp_path):
     tracemalloc.stop()
     assert len(corpus) == 200_000 and corpus.example(199_999).id == "f:1"
     assert held < len(corpus) / 2
+
+
+def test_the_library_of_data_sets_reads_the_file(tmp_path):
+    """Column types and metadata are those that it would write itself."""
+    write_store(tmp_path / "store", some_examples(3), {})
+    found = datasets.Dataset.from_file(str(tmp_path / "store" / "corpus" / "examples.arrow"))
+    assert found["input_ids"][1] == [1, 2, 3, 4, 5]
+    assert found.features.arrow_schema == store_module.SCHEMA
+    assert found.features.arrow_schema.metadata == store_module.SCHEMA.metadata

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def job_of(recipe: Recipe, **changes: Any) -> StreamJob:
 def make(job: StreamJob, *times: int) -> StreamStore:
     """The store of `job`, written by one writer after another: each makes so many segments, the last all of them."""
     for most in (*times, 1000):
-        with Workers(tokenised, job.num_workers) as workers:
+        with Workers(partial(tokenised, job.rules), job.num_workers) as workers:
             segments = Segments(job, workers)
             while most and segments.make():
                 most -= 1
@@ -186,7 +187,7 @@ def test_who_waits_is_alive_and_who_has_the_writer_tells_how_far_it_is(
 
 def test_reading_stops_where_nobody_asks_for_more(tmp_path: Path) -> None:
     job = job_of(stream_recipe(tmp_path, write_lines(tmp_path / "x.jsonl", records(9000))), segment_examples=300)
-    with Workers(tokenised, 0) as workers:
+    with Workers(partial(tokenised, job.rules), 0) as workers:
         segments = Segments(job, workers)
         assert [segments.make(), segments.make()] == [1, 2]
     assert not segment_folder(job.folder, 2).exists()
@@ -195,7 +196,7 @@ def test_reading_stops_where_nobody_asks_for_more(tmp_path: Path) -> None:
 def test_two_writers_share_one_stream(tmp_path: Path) -> None:
     recipe = stream_recipe(tmp_path / "a", file := write_lines(tmp_path / "x.jsonl", records(6000)))
     job = job_of(recipe)
-    with Workers(tokenised, 0) as one, Workers(tokenised, 0) as two:
+    with Workers(partial(tokenised, job.rules), 0) as one, Workers(partial(tokenised, job.rules), 0) as two:
         writers = [Segments(job, one), Segments(job, two)]
         while all([one_more.make() for one_more in writers]):  # noqa: C419 (both take their turn)
             pass
@@ -228,7 +229,7 @@ def test_a_source_of_nothing_but_refuse_ends(tmp_path: Path) -> None:
 def test_a_file_that_changes_while_it_is_streamed_is_refused_and_is_another_stream_later(tmp_path: Path) -> None:
     recipe = stream_recipe(tmp_path, file := write_lines(tmp_path / "x.jsonl", records(3000)))
     job = job_of(recipe)
-    with Workers(tokenised, 0) as workers:
+    with Workers(partial(tokenised, job.rules), 0) as workers:
         Segments(job, workers).make()
     with open(file, "a") as more:
         more.write(json.dumps(records(1)[0]) + "\n")
@@ -352,7 +353,7 @@ def test_memory_does_not_grow_with_the_stream(tmp_path: Path) -> None:
     """Of the writer and of a reader, from the first fifth of a stream to its end."""
     job = job_of(stream_recipe(tmp_path, write_lines(tmp_path / "x.jsonl", records(24_000))), segment_examples=500)
     written, read = [], []
-    with Workers(tokenised, 0) as workers:
+    with Workers(partial(tokenised, job.rules), 0) as workers:
         segments = Segments(job, workers)
         while segments.make():
             written.append(resident())
@@ -425,3 +426,18 @@ def test_reading_goes_on_behind_any_chunk_as_if_it_had_not_stopped(
     assert len([1 for ids_, _, _ in whole if ids_]) > 6
     for number, (_, _, behind) in enumerate(whole, 1):
         assert read(behind) == whole[number:]
+
+
+def test_evaluation_examples_that_are_streamed_too_are_told(tmp_path: Path) -> None:
+    rows = records(300)
+    held = write_lines(tmp_path / "e.jsonl", rows[90:110])
+    other = write_lines(tmp_path / "t.jsonl", [rows[0] | {"output": "other"}])
+    given = {"eval_sources": [{"path": str(held)}], "test_sources": [{"path": str(other)}]}
+    recipe = stream_recipe(tmp_path, write_lines(tmp_path / "a.jsonl", rows), **given)
+    lines: list[str] = []
+    data = prepare(recipe, TOKENIZER, notice=lines.append)
+    data.close()
+    told = ["warning: 20 of 20 eval examples are among the 300 streamed so far, compared by content",
+            "0 of 1 test examples are among the 300 streamed so far, compared by content"]  # fmt: skip
+    assert [line for line in lines if "streamed so far" in line] == told == data.report_now().notices[-2:]
+    assert not any("streamed so far" in line for line in data.report.notices)

@@ -1,9 +1,12 @@
 """The survey of prepared data: figures by hand on small sets, real sets as a user has them."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
+from sft_dist.cli.data_stats import show_survey
 from sft_dist.data.prepare import prepare
 from sft_dist.data.survey import survey
 from tests.preparing import byte_tokenizer, make_recipe, said, write_lines
@@ -123,3 +126,10 @@ def test_seventeen_thousand_rows_take_well_under_a_minute(shared, tmp_path):
     assert found.exact.num_rows == 0
     assert found.num_tasks > 3000 and found.num_without_task < 0.02 * found.num_instructions
     assert found.findings["odd_characters"].count == 2
+
+
+def test_a_piece_is_shown_with_its_file_and_line(tmp_path):
+    found = look(tmp_path, [row("Go on.", "again and again and " * 40)], seq_len=256, long_examples="split")
+    console = Console(record=True, width=120, file=io.StringIO())
+    show_survey(console, found)
+    assert "train row 0 · a.jsonl:1/1 · Go on." in console.export_text()
