@@ -70,7 +70,7 @@ def _guessed_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: 
         return []
     rows = sample_rows(len(data.train), _EXAMPLES, recipe.run.seed)
     views = [view_example(data.train.example(row), row=row, tokenizer=tokenizer) for row in rows]
-    title = f"{len(rows)} examples, learned text in ⟦⟧ (whole ones: sft-dist data inspect):"
+    title = f"{len(rows)} examples, learned text in ⟦⟧ (whole ones: sft-dist data inspect --row N):"
     return [title, *(f"  {short_line(view)}" for view in views)]
 
 

@@ -173,12 +173,14 @@ def plan_them(args: argparse.Namespace) -> int:
 
 def _prepared(args: argparse.Namespace) -> tuple[Recipe, PreTrainedTokenizerFast, PreparedData]:
     """Recipe, tokenizer and data. Progress and notices go to stderr, so that stdout is the answer alone; the report is
-    the caller's to show."""
+    the caller's to show. Ids that the model has no rows for are refused as training would, from its config alone."""
     from sft_dist.data.prepare import prepare
-    from sft_dist.models.load import load_tokenizer
+    from sft_dist.models.load import load_config, load_tokenizer
+    from sft_dist.models.vocabulary import check_rows, num_added
 
     recipe = read_recipe(args.items)
     tokenizer = load_tokenizer(recipe.model)
+    check_rows(load_config(recipe.model).get_text_config().vocab_size, len(tokenizer), num_added(tokenizer))
     with shown_progress("preparing", "bytes") as progress:
         data = prepare(
             recipe,

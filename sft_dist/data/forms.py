@@ -9,15 +9,18 @@ A file of forms is one of
 
 Rendering follows promptsource (Bach et al., 2022): parts are stripped, `|||` inside a field separates nothing, and a
 form whose prompt or answer comes out empty is left out for that record, which is how the P3 forms say "not for this
-one". Jinja runs in the sandbox of the chat templates, with its budget of work and memory. A field that a form asks for
-and the record lacks is an error, never an empty text. The random `choice` of a form depends on the record alone.
+one". So is one that asks for a choice that is not there: many sets mark "no gold label" with -1, which would be
+Python's last one. Jinja runs in the sandbox of the chat templates, with its budget of work and memory. A field that a
+form asks for and the record lacks is an error, never an empty text. The random `choice` of a form depends on the record
+alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,8 +33,8 @@ from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from sft_dist.data.fields import Turns, Value
-from sft_dist.data.render_budget import BUDGET
-from sft_dist.data.template_engine import TracingEnvironment
+from sft_dist.data.render_budget import BUDGET, MAX_TEMPLATE_CHARACTERS
+from sft_dist.data.template_engine import TracingEnvironment, metered
 from sft_dist.errors import BadRecord, ConfigError
 from sft_dist.types import Message
 
@@ -64,16 +67,29 @@ class Forms:
         Raises BadRecord when a form fails, or none fits.
         """
         protected = _protect(value) | {_RECORD_KEY: _key_of(value)}
-        num_skipped = 0
+        reasons: list[str] = []
         for form in self.forms:
-            prompt, answer = _render(form, protected)
-            if prompt and answer:
-                yield [Message("user", prompt), Message("assistant", answer)], ()
-            else:
-                num_skipped += 1
-                skipped(f"form {form.name!r} leaves the {'answer' if prompt else 'prompt'} empty")
-        if num_skipped == len(self.forms):
-            raise BadRecord(f"each of the {num_skipped} forms leaves the prompt or the answer empty")
+            try:
+                yield list(_messages(form, protected)), ()
+            except LeftOut as error:
+                reasons.append(f"form {form.name!r} {error}")
+                skipped(reasons[-1])
+        if len(reasons) == len(self.forms):
+            raise BadRecord(f"each of the {len(reasons)} forms leaves it out; {reasons[0]}")
+
+
+class LeftOut(Exception):
+    """A form is not for this record; says why."""
+
+
+class _Choices(list[str]):
+    """Choices by their number, from 0 up."""
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, int) and not 0 <= place < len(self):
+            raise LeftOut(f"asks for choice {int(place)}, it has 0 to {len(self) - 1}")
+        found = super().__getitem__(place)
+        return _Choices(found) if isinstance(place, slice) else found
 
 
 def load_forms(path: str) -> Forms:
@@ -158,6 +174,8 @@ def _read_form(name: str, given: Any, path: str) -> Form:
 def _compile(text: Any, where: str, key: str) -> jinja2.Template:
     if not isinstance(text, str):
         raise ConfigError(f"{where}: {key} must be text, it is {text!r}: put it in quotes")
+    if len(text) > MAX_TEMPLATE_CHARACTERS:
+        raise ConfigError(f"{where}: {key} has {len(text):,} characters, at most {MAX_TEMPLATE_CHARACTERS:,}")
     try:
         return _environment().from_string(text)
     except jinja2.TemplateSyntaxError as error:
@@ -167,9 +185,15 @@ def _compile(text: Any, where: str, key: str) -> jinja2.Template:
 @lru_cache(maxsize=1)
 def _environment() -> jinja2.Environment:
     environment = TracingEnvironment(undefined=jinja2.StrictUndefined)
-    environment.globals["zip"] = zip
-    environment.filters |= {"choice": _choice, "random": _choice, "most_frequent": _most_frequent}
+    environment.globals["zip"] = _zip
+    filters: dict[str, Callable[..., Any]] = {"choice": _choice, "random": _choice, "most_frequent": _most_frequent}
+    environment.filters |= {name: metered(name, function) for name, function in filters.items()}
     return environment
+
+
+def _zip(*columns: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """A list: iterators inside iterators without end would overflow the C stack."""
+    return list(BUDGET.counted(zip(*columns, strict=False)))
 
 
 @jinja2.pass_context
@@ -181,18 +205,28 @@ def _choice(context: Context, items: Sequence[Any]) -> Any:
 
 def _most_frequent(items: Sequence[Any]) -> list[Any]:
     """The items that come most often, in order of their first place (promptsource's filter)."""
-    counts = {item: items.count(item) for item in items}
+    counts = Counter(items)
     return [item for item, count in counts.items() if count == max(counts.values())]
 
 
+def _messages(form: Form, fields: Mapping[str, Any]) -> Iterator[Message]:
+    """Question and answer, of which none is empty."""
+    for role, part, text in zip(("user", "assistant"), ("prompt", "answer"), _render(form, fields), strict=True):
+        if not text:
+            raise LeftOut(f"leaves the {part} empty")
+        yield Message(role, text)
+
+
 def _render(form: Form, fields: Mapping[str, Any]) -> tuple[str, str]:
-    """(prompt, answer), stripped. Raises BadRecord that names the form."""
+    """(prompt, answer), stripped. Raises LeftOut, or BadRecord that names the form."""
     BUDGET.start()
     try:
         if form.choices:
             fields = {**fields, form.choices_name: _choices(form, fields)}
         asked = _text(form.prompt, fields)
         parts = asked.split(SEPARATOR) if form.answer is None else [asked, _text(form.answer, fields)]
+    except LeftOut:
+        raise
     except Exception as error:  # a form is a program of somebody else's: it may fail in any way
         raise BadRecord(f"form {form.name!r} fails: {type(error).__name__}: {error}") from error
     if len(parts) > 2:
@@ -206,11 +240,11 @@ def _text(template: jinja2.Template, fields: Mapping[str, Any]) -> str:
     return str.__str__(template.render(fields))
 
 
-def _choices(form: Form, fields: Mapping[str, Any]) -> list[str]:
+def _choices(form: Form, fields: Mapping[str, Any]) -> _Choices:
     """The choices as texts: a list of templates, or promptsource's one that renders to `a ||| b`."""
     rendered = [_text(choice, fields) for choice in form.choices]
     listed = rendered if form.answer is not None else rendered[0].split(SEPARATOR)
-    return [choice.strip() for choice in listed]
+    return _Choices(choice.strip() for choice in listed)
 
 
 def _protect(value: Any) -> Any:

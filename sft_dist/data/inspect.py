@@ -211,11 +211,10 @@ def terminal_text(view: ExampleView, marks: bool = False) -> Text:
 
 
 def short_line(view: ExampleView) -> str:
-    """The first learned text in its brackets, with what stands before it; both cut, about a hundred columns in all."""
+    """The first learned text in its brackets, with what stands before it; both cut, at most 130 columns in all."""
     before = "".join(piece.text for piece in takewhile(lambda piece: not piece.weight, view.pieces))
     more = f" and {len(view.learned) - 1} more" if view.learned[1:] else ""
-    place = basename(view.source) + view.id.removeprefix(view.source)
-    return f"{place}  {_middle_cut(before, 0, 36)}⟦{_middle_cut(view.learned[0], 30, 18)}⟧{more}"
+    return f"row {view.row}  {_middle_cut(before, 0, 56)}⟦{_middle_cut(view.learned[0], 30, 18)}⟧{more}"
 
 
 def html_page(views: Iterable[ExampleView], title: str, packs: Sequence[PackView] = ()) -> str:

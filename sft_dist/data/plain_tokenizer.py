@@ -59,6 +59,20 @@ class PlainTokenizer:
         """The end token's text; empty where there is none."""
         return self.special_tokens.get("eos_token", "")
 
+    @property
+    def unknown_id(self) -> int | None:
+        """The token that is written for what the vocabulary cannot spell; None where nothing, or no token of its own,
+        is.
+
+        The model inside says which. The wrapper's `unk_token` may be a mere name: GPT-2's is its end token, which no
+        text becomes. Unigram models do not tell theirs, which is that token.
+        """
+        model, named = self.backend_tokenizer.model, self.special_tokens.get("unk_token")
+        name = getattr(model, "unk_token", None) if hasattr(model, "unk_token") else named
+        found: int | None = self.backend_tokenizer.token_to_id(name) if name else None
+        ends = self.backend_tokenizer.token_to_id(self.eos_token) if self.eos_token else None
+        return None if found in (ends, self.bos_token_id) else found
+
     def encode(self, text: str) -> list[int]:
         """Its token ids, without those that begin or end every text."""
         self.backend_tokenizer.no_truncation()

@@ -17,11 +17,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
-from sft_dist.data.render_budget import BUDGET, PIECE
+from sft_dist.data.render_budget import (
+    BUDGET,
+    PIECE,
+    SHORT_BYTES,
+    SHORT_CHARACTERS,
+    check_parts,
+    check_replace,
+)
 
 UNKNOWN, LITERAL, TOOLS = "\x00", "\x01", "\x02"  # letters that belong to no message
 MAX_MESSAGES = (1 << 13) - 2
@@ -45,9 +53,12 @@ class Traced(str):
     _origin: str
 
     def __new__(cls, text: str = "", origin: str | None = None) -> Traced:
-        BUDGET.take(len(text))  # refused by an opaque text, which must not become a transparent one
+        size = len(text)  # refused by an opaque text, which must not become a transparent one
         self = str.__new__(cls, text)
         self._origin = origin_of(text) if origin is None else origin
+        BUDGET.bytes -= SHORT_BYTES
+        if size > SHORT_CHARACTERS or BUDGET.bytes < 0:
+            BUDGET.take(self, self._origin)
         return self
 
     def __str__(self) -> str:
@@ -79,6 +90,7 @@ class Traced(str):
 
     def join(self, parts: Iterable[str]) -> Traced:
         parts = list(parts)
+        check_parts(parts, self)
         return _joined(str.join(self, parts), self._origin.join(map(origin_of, parts)), parts)
 
     def lstrip(self, chars: str | None = None) -> Traced:
@@ -98,6 +110,7 @@ class Traced(str):
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1) -> Traced:
         if not old:
+            check_replace(self, old, new)
             return derive(str.replace(self, old, new, count), self, new)
         return Traced(new).join(self.split(old, count))
 
@@ -175,6 +188,7 @@ def literal(text: str) -> Traced:
 def concat(parts: Iterable[str]) -> Traced:
     """All parts in one; plain parts become UNKNOWN."""
     parts = list(parts)
+    check_parts(parts)
     return _joined("".join(parts), "".join(map(origin_of, parts)), parts)
 
 
@@ -379,7 +393,13 @@ def runs(text: str) -> list[Run]:
     """The whole text as maximal runs, in order."""
     found = []
     for match in _RUN.finditer(origin_of(text)):
-        code = ord(match[1])
-        message = ((code & (TAGGED - 1)) >> _SLOT_BITS) - 1
-        found.append(Run(*match.span(), message, code & MAX_SLOT, code >= TAGGED))
+        message, slot, tagged = _named(match[1])
+        found.append(Run(*match.span(), message, slot, tagged))
     return found
+
+
+@lru_cache(maxsize=1024)
+def _named(letter: str) -> tuple[int, int, bool]:
+    """(message, slot, tagged)."""
+    code = ord(letter)
+    return ((code & (TAGGED - 1)) >> _SLOT_BITS) - 1, code & MAX_SLOT, code >= TAGGED

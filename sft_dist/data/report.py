@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from sft_dist.data.store import TokenStore
+from sft_dist.data.task_files import TASKS
 from sft_dist.data.wholes import LATER_PIECE
 from sft_dist.errors import BadRecord, DataError
 
@@ -31,6 +32,7 @@ _MAX_LISTED = 100
 _NUM_LONGEST = 5
 LANGUAGE_ROWS = 500  # of a split: enough to tell a share of one in a hundred, and soon done
 _DERIVED = ("supervised_share", "duplicates")
+_LOSSES = ("rejected", "too_long", "no_target", "score")  # kinds of events: an example that gives no row
 
 
 @dataclass(slots=True)
@@ -45,6 +47,7 @@ class SourceReport:
     copies: float = 1.0  # of each example per epoch: the weight, after data.mixture_temperature
     files: list[str] = field(default_factory=list)
     records: int = 0
+    judged: int = 0  # what can be bad alone: records, of task files their examples
     accepted: int = 0
     rejected: int = 0  # bad ones, listed in PrepareReport.rejects
     too_long: int = 0
@@ -58,6 +61,7 @@ class SourceReport:
     repeated: int = 0  # accepted ones, `pieces` too, whose content came before; kept
     tokens: int = 0  # of accepted ones
     loss_tokens: int = 0
+    unknown_tokens: int = 0  # of `tokens`: for text that the tokenizer cannot spell
 
     @property
     def supervised_share(self) -> float:
@@ -76,10 +80,16 @@ class SourceReport:
             self.guessed = chunk.source.format == "auto"
         self.records += len(chunk.records) + len(chunk.bad)
         self.accepted += len(shard.table)
+        pieces = 0
         if any(event.kind == "split" for event in shard.events):
-            self.pieces += pc.sum(pc.match_substring_regex(shard.table["part"], LATER_PIECE)).as_py() or 0
+            pieces = pc.sum(pc.match_substring_regex(shard.table["part"], LATER_PIECE)).as_py() or 0
+        self.pieces += pieces
+        lost = sum(event.kind in _LOSSES for event in shard.events)
+        of_tasks = chunk.format in TASKS
+        self.judged += len(chunk.bad) + (len(shard.table) - pieces + lost if of_tasks else len(chunk.records))
         self.tokens += pc.sum(shard.table["lengths"]).as_py() or 0
         self.loss_tokens += pc.sum(shard.table["num_loss_tokens"]).as_py() or 0
+        self.unknown_tokens += pc.sum(shard.table["unknown"]).as_py() or 0
 
     def describe(self) -> str:
         """One line for the terminal."""
@@ -100,6 +110,16 @@ class SourceReport:
         used = f"{self.accepted:,} of {self.records:,} records used" if one_each else ""
         mixed = f", {self.copies:g} of each per epoch" if self.copies != 1 else ""
         return f"{self.path}: {how}, {used or f'{self.accepted:,} examples from {self.records:,} records'}{rest}{mixed}"
+
+    def warnings(self) -> list[str]:
+        """A line where the model does not see what the data say."""
+        if not self.unknown_tokens:
+            return []
+        return [
+            f"warning: {self.path}: {self.unknown_tokens:,} of {self.tokens:,} tokens are the tokenizer's unknown one, "
+            "for text of the data or of the chat template that it cannot spell: data inspect shows where; take a "
+            "tokenizer that has these characters, or another data.chat_template"
+        ]
 
 
 @dataclass(slots=True)
@@ -176,12 +196,16 @@ class PrepareReport:
         _list({"id": example_id, "kind": kind, "reason": reason}, self.dropped, listing)
 
     def check_bad_fraction(self, allowed: float) -> None:
-        """Raise DataError when more than this share of all records, bad ones included, are bad."""
-        num_bad, num_all = (sum(getattr(s, name) for s in self.sources) for name in ("rejected", "records"))
+        """Raise DataError when more than this share of all records, bad ones included, are bad; of a task file each
+        example counts as one."""
+        num_bad, num_all, num_records = (
+            sum(getattr(s, name) for s in self.sources) for name in ("rejected", "judged", "records")
+        )
         if num_bad > allowed * num_all:
             first = BadRecord(**self.rejects[0])
+            what = "records" if num_all == num_records else "examples"
             raise DataError(
-                f"{num_bad:,} of {num_all:,} records are bad ({num_bad / max(num_all, 1):.1%}), more than "
+                f"{num_bad:,} of {num_all:,} {what} are bad ({num_bad / max(num_all, 1):.1%}), more than "
                 f"data.max_bad_fraction={allowed}; the first: {first}"
             )
 
@@ -229,7 +253,8 @@ class PrepareReport:
     def lines(self) -> list[str]:
         """What a user reads at the start of a run."""
         splits = [f"{name}: {split.describe()}" for name, split in self.splits.items()]
-        return [*(source.describe() for source in self.sources), *splits, *self.notices]
+        told = [line for source in self.sources for line in (source.describe(), *source.warnings())]
+        return [*told, *splits, *self.notices]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able; what follows from the counts of each source included."""

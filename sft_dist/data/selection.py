@@ -26,7 +26,6 @@ from sft_dist.data.splits import EVAL, TEST, TRAIN, draw_splits, hang_together
 from sft_dist.data.store import Corpus
 from sft_dist.data.templates import ChatTemplate
 from sft_dist.data.wholes import Wholes
-from sft_dist.types import TokenizedExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -79,7 +78,8 @@ class Said:
         self._alive = alive
 
     def of(self, rows: Iterable[int]) -> list[Sequence[Exchange]]:
-        return self._read(map(self._corpus.example, rows))
+        self._alive()
+        return list(exchanges(map(self._corpus.example, rows), self._tokenizer, self._frame))
 
     @cached_property
     def wholes(self) -> Wholes:
@@ -95,11 +95,8 @@ class Said:
             yield self._wholes(rows[start : start + _ROWS_AT_ONCE].tolist())
 
     def _wholes(self, rows: Iterable[int]) -> list[Sequence[Exchange]]:
-        return self._read(map(self.wholes.example, rows))
-
-    def _read(self, examples: Iterable[TokenizedExample]) -> list[Sequence[Exchange]]:
         self._alive()
-        return list(exchanges(examples, self._tokenizer, self._frame))
+        return list(exchanges(map(self.wholes.example, rows), self._tokenizer, self._frame))
 
 
 def select(corpus: Corpus, origins: Sequence[Origin], data: DataSection, said: Said, seed: int) -> Selection:

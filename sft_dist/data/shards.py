@@ -33,7 +33,7 @@ from sft_dist.data.files import file_digest
 from sft_dist.data.formats import detect_format, rename_columns
 from sft_dist.data.sources import Pause, Record, Rejects, read_records
 from sft_dist.data.store import with_places
-from sft_dist.data.tokenise import Event, Rules, Shard, tokenise
+from sft_dist.data.tokenise import BESIDE, Event, Rules, Shard, tokenise
 from sft_dist.errors import BadRecord, DataError, StorageError
 
 DIGEST_BYTES = 16
@@ -133,7 +133,7 @@ def placed(chunk: Chunk, shard: Shard, files: dict[str, int]) -> pa.Table:
     owners, parts = shard.table["record"].to_pylist(), shard.table["part"].to_pylist()
     places = [suffixes[owner] + part for owner, part in zip(owners, parts, strict=True)]
     source = files.setdefault(chunk.file, len(files))
-    table = shard.table.drop_columns(["record", "part", "instance"])
+    table = shard.table.drop_columns(list(BESIDE))
     return with_places(table, [source] * len(places), places, _units(chunk, shard))
 
 

@@ -26,6 +26,7 @@ from sft_dist.errors import BadRecord, DataError
 _ROWS_AT_ONCE = 1024  # turned into Python values together
 _ARROW_FILE_MAGIC = b"ARROW1"
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
+_UNREADABLE = (ValueError, LookupError, ArithmeticError, TypeError)  # Arrow's value is none of Python's
 _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
@@ -49,7 +50,7 @@ def read_cells(
     for line, byte, row in rows:
         row = [_unescaped(cell) for cell in row] if cells.escapes else row
         if not names:
-            names = _names(row, file, line) if cells.names else [str(number) for number in range(len(row))]
+            names = _names(row, file, line, byte) if cells.names else [str(number) for number in range(len(row))]
             if cells.names:
                 continue
         flaw = next((found for cell in row if (found := text_flaw(cell))), "")
@@ -61,15 +62,17 @@ def read_cells(
             yield Record(dict(zip(names, row, strict=True)), file, line, byte)
 
 
-def _names(row: list[str], file: str, line: int) -> list[str]:
-    doubled = next((name for name in row if row.count(name) > 1), None)
-    if doubled is not None:
-        raise BadRecord(
-            f"two columns are called {doubled!r}; if this is no header row, number the cells in columns= of the source",
-            file=file,
-            line=line,
-        )
+def _names(row: list[str], file: str, line: int, byte: int) -> list[str]:
+    if doubled := _doubled(row):
+        remedy = "if this is no header row, number the cells in columns= of the source"
+        raise BadRecord(f"{doubled}; {remedy}", file=file, line=line, byte=byte)
     return row
+
+
+def _doubled(names: list[str]) -> str:
+    """What is wrong with the names of columns, or ""."""
+    doubled = next((name for name in names if names.count(name) > 1), None)
+    return "" if doubled is None else f"two columns are called {doubled!r}"
 
 
 def _unescaped(cell: str) -> str:
@@ -86,13 +89,13 @@ class _Lines:
     def __iter__(self) -> Iterator[str]:
         while raw := self._stream.readline(MAX_LINE_BYTES + 1):
             if len(raw) > MAX_LINE_BYTES:
-                raise self.broken(f"line longer than {MAX_LINE_BYTES >> 20} MiB")
+                raise self.broken(f"line longer than {MAX_LINE_BYTES >> 20} MiB", self.line, self.byte)
             text = raw.removeprefix(BOM) if self.byte == 0 else raw
             self.line, self.byte = self.line + 1, self.byte + len(raw)
             yield text.decode("utf-8", "surrogateescape")
 
-    def broken(self, reason: str, line: int | None = None) -> BadRecord:
-        return BadRecord(f"{reason}: the file cannot be read on", file=self.file, line=line or self.line)
+    def broken(self, reason: str, line: int, byte: int) -> BadRecord:
+        return BadRecord(f"{reason}: the file cannot be read on", file=self.file, line=line, byte=byte)
 
 
 def _plain_rows(lines: _Lines, separator: str) -> Iterator[tuple[int, int, list[str]]]:
@@ -113,7 +116,8 @@ def _quoted_rows(lines: _Lines, separator: str) -> Iterator[tuple[int, int, list
         try:
             row = next(rows, None)
         except csv.Error as error:
-            raise lines.broken(f"{error} (cells are not quoted here? set quotes=false of the source)", line) from error
+            reason = f"{error} (cells are not quoted here? set quotes=false of the source)"
+            raise lines.broken(reason, line, byte) from error
         if row is None:
             return
         if row:
@@ -160,6 +164,8 @@ def read_batches(batches: Iterable[Any], file: str, rejects: Rejects) -> Iterato
     """The rows of Arrow record batches or tables, numbered from 1."""
     number = 0
     for batch in batches:
+        if doubled := _doubled(batch.schema.names):
+            raise BadRecord(f"{doubled}: rename one", file=file, line=1)
         for start in range(0, len(batch), _ROWS_AT_ONCE):
             for value, flaw in _values(batch.slice(start, _ROWS_AT_ONCE)):
                 number += 1
@@ -173,20 +179,32 @@ def _values(batch: Any) -> Iterator[tuple[dict[str, Any], str]]:
     """(value, flaw or "") of each row; a row with bytes that are not UTF-8 is found by reading rows one by one."""
     try:
         values = batch.to_pylist(maps_as_pydicts="strict")
-    except (ValueError, KeyError) as error:
+    except _UNREADABLE:
         if len(batch) == 1:
-            yield {}, f"a cell cannot be read: {error}"
+            yield {}, _unreadable(batch)
             return
         for row in range(len(batch)):
             yield from _values(batch.slice(row, 1))
         return
     for value in values:
-        yield _without_nulls(value), next((flaw for text in texts_of(value) if (flaw := text_flaw(text))), "")
+        record = _plain(value)
+        yield record, next((flaw for text in texts_of(record) if (flaw := text_flaw(text))), "")
 
 
-def _without_nulls(value: Any) -> Any:
+def _unreadable(batch: Any) -> str:
+    """Which column of a batch cannot be read, and why."""
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            column.to_pylist(maps_as_pydicts="strict")
+        except _UNREADABLE as error:
+            return f"the cell of column {name!r} cannot be read: {error}"
+    return "a cell cannot be read"
+
+
+def _plain(value: Any) -> Any:
+    """The value without nulls, and with keys that are text."""
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list) and value and isinstance(value[0], dict | list):
-        return [_without_nulls(item) for item in value]
+        return {key if type(key) is str else str(key): _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list) and isinstance(next((i for i in value if i is not None), None), dict | list):
+        return [_plain(item) for item in value]
     return value

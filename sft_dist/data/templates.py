@@ -128,12 +128,12 @@ class ChatTemplate:
         return [text for text, token in self.bind(tokenizer).stop_ids.items() if len(token) > 1]
 
     def stop_notices(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-        """A line for each text of `stop_strings`: an exported generation config has no place for it."""
+        """A line for each stop text that no model can write, or that an exported generation config has no place for."""
+        unknown = PlainTokenizer.of(tokenizer).unknown_id
         return [
-            f"warning: data.chat_template ends answers with {text!r}, which is several tokens of this tokenizer; an "
-            "exported generation config holds ids of single tokens only: take a tokenizer that has it as one, or pass "
-            f"stop_strings=[{text!r}] to generate"
-            for text in self.stop_strings(tokenizer)
+            _unspelled(text, tokenizer.decode(ids)) if unknown in ids else _of_several_tokens(text)
+            for text, ids in self.bind(tokenizer).stop_ids.items()
+            if len(ids) > 1 or unknown in ids
         ]
 
     def prompt_notices(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -226,6 +226,22 @@ class _Known:
 
 def _no_skeleton(turn: Turn) -> int:
     raise NoSkeleton
+
+
+def _unspelled(stop: str, spelled: str) -> str:
+    return (
+        f"warning: data.chat_template ends answers with {stop!r}, which this tokenizer cannot spell (it makes "
+        f"{spelled!r} of it): no model can write it and no server can stop there; take another data.chat_template, or "
+        "a tokenizer that has the text as a token"
+    )
+
+
+def _of_several_tokens(stop: str) -> str:
+    return (
+        f"warning: data.chat_template ends answers with {stop!r}, which is several tokens of this tokenizer; an "
+        "exported generation config holds ids of single tokens only: take a tokenizer that has it as one, or pass "
+        f"stop_strings=[{stop!r}] to generate"
+    )
 
 
 class BoundTemplate:

@@ -35,6 +35,7 @@ _OF_INSTANCES = "natural_instructions"  # its task files are one record of thous
 
 Given = tuple[int, str, Conversation | TokenizedExample]  # number of the record, which of its examples, the example
 T = TypeVar("T")
+BESIDE = ("unknown", "record", "part", "instance")  # columns of a shard that the store does not have
 Kind = Literal["rejected", "too_long", "no_target", "truncated", "split", "form_skipped", "score"]
 
 
@@ -75,8 +76,9 @@ class Event:
 class Shard:
     """The rows of some numbered records, in order, and what became of the others.
 
-    `table`: the columns of `store.to_table`, `record` int32 (number of the record), `part` string, and `instance`
-    uint64: what is asked, where the examples of a record are independent of each other, else 0.
+    `table`: the columns of `store.to_table`, and those of `BESIDE`: `unknown` int32 (tokens for what the tokenizer
+    cannot spell), `record` int32 (number of the record), `part` string, and `instance` uint64: what is asked, where the
+    examples of a record are independent of each other, else 0.
     """
 
     table: pa.Table
@@ -101,6 +103,9 @@ def tokenise(records: Iterable[tuple[int, Record]], source: SourceSection, forma
         contents += [content] * len(fitted)
         instances += [instance] * len(fitted)
     table = to_table([example for _, _, example in rows], contents)
+    unknown = rules.tokenizer.unknown_id
+    lost = [0 if unknown is None else np.count_nonzero(example.input_ids == unknown) for _, _, example in rows]
+    table = table.append_column("unknown", pa.array(lost, pa.int32()))
     table = table.append_column("record", pa.array([number for number, _, _ in rows], pa.int32()))
     table = table.append_column("part", pa.array([part for _, part, _ in rows], pa.string()))
     return Shard(table.append_column("instance", pa.array(instances, pa.uint64())), events)
@@ -113,13 +118,14 @@ def _read(
     forms = load_forms(source.template) if source.template else None
     for number, record in records:
         skipped = lambda reason: events.append(Event(number, "", "form_skipped", reason))  # noqa: B023, E731 (called here)
+        spoiled = lambda reason: events.append(Event(number, "", "rejected", reason))  # noqa: B023, E731 (likewise)
         if rules.score and (low := score_too_low(record.value, rules.score.column, rules.score.min)):
             events.append(Event(number, "", "score", low))
             continue
         try:
             if source.format == "auto":
                 _check_guess(record, source, format)
-            found = to_conversations(record, format, source.columns, forms, skipped)
+            found = to_conversations(record, format, source.columns, forms, skipped, spoiled)
         except BadRecord as error:
             events.append(Event(number, "", "rejected", error.reason))
             continue

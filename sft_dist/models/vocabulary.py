@@ -22,20 +22,24 @@ def num_added(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((count for count in range(size) if size - 1 - count not in added), size)
 
 
+def check_rows(rows: int, vocab_size: int, num_added: int) -> None:
+    """Raise ConfigError when an embedding of `rows` lacks more than the tokenizer's last `num_added` ids."""
+    if vocab_size - rows > num_added:
+        raise ConfigError(
+            f"model: the tokenizer has {vocab_size} ids but the embedding only {rows} rows: "
+            f"use the model's own tokenizer"
+        )
+
+
 def grow(model: PreTrainedModel, vocab_size: int, num_added: int) -> None:
     """Room for `vocab_size` ids, of which the last `num_added` may be new. Draws no random number.
 
     Raises ConfigError when more would be missing.
     """
     rows = model.get_input_embeddings().weight.shape[0]
-    missing = vocab_size - rows
-    if missing <= 0:
+    check_rows(rows, vocab_size, num_added)
+    if vocab_size <= rows:
         return
-    if missing > num_added:
-        raise ConfigError(
-            f"model: the tokenizer has {vocab_size} ids but the embedding only {rows} rows: "
-            f"use the model's own tokenizer"
-        )
     with torch.random.fork_rng(devices=[]):
         model.resize_token_embeddings(vocab_size, mean_resizing=False)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):

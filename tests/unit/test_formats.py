@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,11 @@ RECORDS: dict[str, tuple[str, dict[str, Any], list[tuple[str, str]]]] = {
     ),
     "prompt": ("prompt_completion", {"prompt": "q", "completion": "a"}, QA),
     "prompt-response": ("prompt_completion", {"prompt": "q", "response": "a"}, QA),
+    "prompt-messages-system": (
+        "prompt_completion",
+        {"system": "s", "prompt": PAIR[:1], "completion": PAIR[1:]},
+        [("system", "s"), *QA],
+    ),
     "prompt-messages": ("prompt_completion", {"prompt": PAIR[:1], "completion": PAIR[1:]}, QA),
     "question": ("question_answer", {"question": "q", "answer": "a"}, QA),
     "thoughts": (
@@ -101,6 +107,10 @@ UNDECIDED = {
         "look like dolly, which has no 'input'",
     ),
     "empty-messages": ({"messages": []}, "fit no known format"),
+    "tools-beside-instances": (
+        {"instruction": "q", "instances": [{"output": "a"}], "tools": [{"name": "f"}]},
+        "look like self_instruct, which has no 'tools'",
+    ),
 }
 
 
@@ -126,7 +136,7 @@ REFUSED = {
     "number-answer": ("question_answer", {"question": "q", "answer": 3}, "must be text, it is a number"),
     "empty-rationale": ("chain_of_thought", {"question": "q", "answer": "a", "rationale": ""}, "'rationale' is empty"),
     "no-instances": ("self_instruct", {"instruction": "q", "instances": []}, "'instances' must be a list of instances"),
-    "instance-text": ("self_instruct", {"instruction": "q", "instances": ["a"]}, "instance 1 must be an object"),
+    "instance-text": ("self_instruct", {"instruction": "q", "instances": ["a"]}, "an instance must be an object"),
     "instance-empty": (
         "self_instruct",
         {"instruction": "q", "instances": [{"output": "a"}, {"input": "i", "output": ""}]},
@@ -135,7 +145,7 @@ REFUSED = {
     "instance-placeholder": (
         "self_instruct",
         {"instruction": "q", "instances": [{"output": "a"}, {"output": "{{name}}"}]},
-        "conversation 2: message 2 holds the placeholder",
+        "instance 2: message 2 holds the placeholder",
     ),
     "no-definition": (
         "natural_instructions",
@@ -162,6 +172,9 @@ REFUSED = {
         {"prompt": {"role": "prompter", "text": "q", "replies": [{"role": "assistant", "text": " ", "replies": []}]}},
         "field 'text' is empty",
     ),
+    "history-number": ("alpaca", {"instruction": "q", "output": "a", "history": 7}, "'history' must be a list of"),
+    "history-true": ("alpaca", {"instruction": "q", "output": "a", "history": True}, "'history' must be a list of"),
+    "history-text": ("alpaca", {"instruction": "q", "output": "a", "history": "ab"}, "'history' must be a list of"),
     "bad-history": ("alpaca", {"instruction": "q", "output": "a", "history": ["x"]}, "history"),
     "no-messages": ("messages", {"messages": []}, "must be a list of messages, it is empty"),
     "messages-text": ("messages", {"messages": "hi"}, "must be a list of messages, it is text"),
@@ -174,8 +187,38 @@ REFUSED = {
     "no-answer": ("messages", turns(), "no assistant turn"),
     "image-part": ("messages", turns({"role": "assistant", "content": [{"type": "image"}]}), "of type 'image'"),
     "images": ("messages", {"messages": PAIR, "images": ["x.jpg"]}, "multimodal record"),
+    "images-in-a-message": (
+        "messages",
+        turns({"role": "assistant", "content": "a", "images": ["x.jpg"]}),
+        "message 2 is multimodal .field 'images'",
+    ),
+    "audio-in-a-message": (
+        "messages",
+        turns({"role": "assistant", "content": "a", "audio": {"id": "x"}}),
+        "message 2 is multimodal .field 'audio'",
+    ),
+    "image-placeholder": (
+        "messages",
+        {"messages": [{"role": "user", "content": "<image>What is it?"}, PAIR[1]], "images": []},
+        "multimodal record .<image> in a text beside the field 'images'",
+    ),
     "placeholder": ("alpaca", {"instruction": "q", "output": "I am {{name}}."}, r"placeholder \{\{name\}\}"),
     "bad-weight": ("messages", turns({"role": "assistant", "content": "a", "weight": -1}), "weight must be a number"),
+    "weights-disagree": (
+        "messages",
+        turns({"role": "assistant", "content": "a", "weight": 1, "train": False}),
+        "message 2 says weight=1 and train=False, which disagree",
+    ),
+    "loss-weights-disagree": (
+        "messages",
+        turns({"role": "assistant", "content": "a", "weight": 0, "loss_weight": 0.5, "train": None}),
+        "message 2 says weight=0 and loss_weight=0.5, which disagree",
+    ),
+    "two-systems-of-a-prompt": (
+        "prompt_completion",
+        {"prompt": [{"role": "system", "content": "s"}, PAIR[0]], "completion": PAIR[1:], "system": "t"},
+        "two system prompts",
+    ),
     "two-systems": (
         "messages",
         {"messages": [{"role": "system", "content": "s"}, *PAIR], "system": "t"},
@@ -197,6 +240,45 @@ REFUSED = {
         "needs 'name'",
     ),
     "call-of-text": ("messages", turns({"role": "assistant", "tool_calls": [{"function": "f"}]}), "needs 'name'"),
+    "two-kinds-of-calls": (
+        "messages",
+        turns({"role": "assistant", "tool_calls": [{"function": {"name": "f"}}], "function_call": {"name": "f"}}),
+        "message 2: both 'tool_calls' and 'function_call' are given",
+    ),
+    "call-of-a-user": (
+        "messages",
+        {"messages": [PAIR[0] | {"function_call": {"name": "f"}}, PAIR[1]]},
+        "message 1 has a call under 'function_call', but is of the role 'user'",
+    ),
+    "call-beside-a-part": (
+        "messages",
+        turns(
+            {
+                "role": "assistant",
+                "function_call": {"name": "f"},
+                "content": [{"type": "tool_call", "value": {"name": "f"}}],
+            }
+        ),
+        "message 2 has a call under 'function_call', but holds another one",
+    ),
+    "date-in-a-call": (
+        "messages",
+        turns(
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"on": date(2024, 1, 2)}}}]}
+        ),
+        "message 2: the arguments of 'f': Object of type date is not JSON serializable; write it as text",
+    ),
+    "date-in-a-tool": (
+        "messages",
+        {"messages": PAIR, "tools": [{"name": "f", "since": date(2024, 1, 2)}]},
+        "field 'tools': Object of type date is not JSON",
+    ),
+    "tools-and-functions": (
+        "messages",
+        {"messages": PAIR, "tools": [{"name": "f"}], "functions": [{"name": "f"}]},
+        "both 'tools' and 'functions' are given",
+    ),
+    "functions-not-a-list": ("messages", {"messages": PAIR, "functions": True}, "'functions' must be a list"),
     "role-is-a-list": ("messages", turns({"role": ["assistant"], "content": "a"}), "has the unknown role"),
     "tools-not-json": ("messages", {"messages": PAIR, "tools": "[{"}, "'tools' is not JSON"),
     "tools-not-a-list": ("messages", {"messages": PAIR, "tools": {"name": "f"}}, "'tools' must be a list"),
@@ -229,6 +311,25 @@ def test_weights_under_all_their_names() -> None:
     assert weights == [None, 0.0, 0.5, 1.0, 0.0, None]
 
 
+def test_weights_that_agree_may_stand_side_by_side() -> None:
+    answers = [PAIR[1] | given for given in ({"weight": 0, "train": False}, {"weight": 1.0, "loss_weight": 1},
+                                             {"train": True, "weight": None})]  # fmt: skip
+    assert [message.weight for message in convert({"messages": [PAIR[0], *answers]}).messages[1:]] == [0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", [name for name in RECORDS if name != "text"])
+@pytest.mark.parametrize("key", ["tools", "functions"])
+def test_functions_beside_a_record_are_carried(name: str, key: str) -> None:
+    _, value, expected = RECORDS[name]
+    found = convert(value | {key: [{"name": "f"}]})
+    assert found.tools == ({"type": "function", "function": {"name": "f"}},)
+    assert [(message.role, message.content) for message in found.messages] == expected
+
+
+def test_tags_of_media_are_text_where_no_field_holds_media() -> None:
+    assert said({"instruction": "What does <image> do?", "output": "<video> too"})[1][1] == "<video> too"
+
+
 def test_of_a_prompt_in_messages_only_the_completion_is_learned() -> None:
     value = {"prompt": [*PAIR, PAIR[0]], "completion": [PAIR[1]]}
     assert [message.weight for message in convert(value).messages] == [None, 0.0, None, None]
@@ -241,6 +342,10 @@ def test_function_calls_in_every_spelling_are_the_same() -> None:
         {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]},
         {"role": "assistant", "content": [{"type": "tool_call", "value": '{"name": "f", "arguments": {"x": 1}}'}]},
     ]
+    spelled += [
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}},
+        {"role": "assistant", "function_call": {"name": "f", "arguments": {"x": 1}}, "tool_calls": []},
+    ]
     for turn in spelled:
         assert convert(turns(turn)).messages[1] == Message("assistant", "", extra={"tool_calls": [call]})
     shared_gpt = [
@@ -251,6 +356,17 @@ def test_function_calls_in_every_spelling_are_the_same() -> None:
     converted = convert({"conversations": [*shared_gpt, observed], "tools": '[{"name": "f"}]'})
     assert converted.messages[1:] == (Message("assistant", "", extra={"tool_calls": [call]}), Message("tool", "r"))
     assert converted.tools == ({"type": "function", "function": {"name": "f"}},)
+
+
+def test_an_older_call_stays_beside_its_text_and_before_its_answer() -> None:
+    older = {"role": "assistant", "content": "a", "function_call": {"name": "f", "arguments": "{}"}}
+    answer = {"role": "function", "name": "f", "content": "r"}
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    assert convert(turns(older, answer, PAIR[1])).messages[1:] == (
+        Message("assistant", "a", extra={"tool_calls": [call]}),
+        Message("tool", "r", extra={"name": "f"}),
+        Message("assistant", "a"),
+    )
 
 
 def test_reasoning_goes_to_the_names_that_templates_read() -> None:
@@ -305,6 +421,21 @@ def test_a_task_file_of_natural_instructions() -> None:
         [question + "y", "c"],
     ]
     assert [one.id.rpartition("#")[2] for one in found] == ["1", "2", "3"]
+
+
+def test_a_bad_instance_spoils_itself_alone() -> None:
+    outputs = [["a"], ["b", " "], ["c", "d"], [], "{{name}}", ["e"]]
+    instances: list[Any] = [{"input": "i", "output": output} for output in outputs]
+    record = Record({"Definition": "q", "Instances": [*instances, 7]}, "f.jsonl", 7, 120)
+    reasons: list[str] = []
+    found = to_conversations(record, "natural_instructions", {}, spoiled=reasons.append)
+    assert [one.messages[1].content for one in found if isinstance(one, Conversation)] == ["a", "c", "d", "e"]
+    assert [one.id for one in found] == [f"f.jsonl:7#{number}" for number in (1, 2, 3, 4)]
+    assert [reason.partition(": ")[0] for reason in reasons] == [f"instance {number}" for number in (2, 4, 5, 7)]
+    with pytest.raises(BadRecord, match="'Definition' is empty"):
+        to_conversations(
+            Record({"Definition": "", "Instances": instances}, "f", 1, 0), "auto", {}, spoiled=reasons.append
+        )
 
 
 def tree(role: str, text: str, *replies: dict[str, Any]) -> dict[str, Any]:

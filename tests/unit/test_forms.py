@@ -80,8 +80,37 @@ def test_a_form_that_comes_out_empty_is_left_out_with_the_reason(tmp_path: Path)
     skipped: list[str] = []
     assert [answer for _, answer in rendered(forms(tmp_path, OWN), NLI | {"label": 2}, skipped)] == ["no"]
     assert skipped == ["form 'write one' leaves the answer empty"]
-    with pytest.raises(BadRecord, match=r"f\.jsonl:7 .*each of the 1 forms leaves the prompt or the answer empty"):
+    with pytest.raises(
+        BadRecord, match=r"f\.jsonl:7 .*each of the 1 forms leaves it out; form 'is it' leaves the answer"
+    ):
         rendered(forms(tmp_path, PROMPTSOURCE), NLI | {"label": -1})
+
+
+@pytest.mark.parametrize("label", [-1, -3, 3])
+def test_a_label_that_is_no_choice_leaves_the_form_out(tmp_path: Path, label: int) -> None:
+    """SNLI and GLUE mark "no gold label" with -1, which is Python's last item."""
+    given, reasons = forms(tmp_path, OWN + "\n  - {name: plain, prompt: q, answer: a}"), list[str]()
+    assert rendered(given, NLI | {"label": label}, reasons) == [("q", "a")]
+    assert reasons == [
+        f"form 'follows' asks for choice {label}, it has 0 to 2",
+        "form 'write one' leaves the answer empty",
+    ]
+    alone = forms(tmp_path, OWN)
+    with pytest.raises(BadRecord, match=f"each of the 2 forms leaves it out; form 'follows' asks for choice {label},"):
+        rendered(alone, NLI | {"label": label})
+
+
+@pytest.mark.parametrize("asked", ["choices[-1]", "choices[1:][label]", "choices[label | int]"])
+def test_choices_have_no_negative_numbers(tmp_path: Path, asked: str) -> None:
+    given = forms(tmp_path, f"{{name: f, prompt: q, answer: '{{{{ {asked} }}}}', choices: [x, y]}}")
+    with pytest.raises(BadRecord, match="asks for choice -1"):
+        rendered(given, {"label": -1})
+
+
+def test_choices_are_a_list_in_all_else(tmp_path: Path) -> None:
+    answer = '{{ choices | join("+") }} {{ choices | last }} {{ choices[1:] | join }} {{ "x" in choices }}'
+    given = forms(tmp_path, f"{{name: f, prompt: q, answer: '{answer}', choices: [x, y]}}")
+    assert rendered(given, {}) == [("q", "x+y y y True")]
 
 
 def test_promptsource_is_read_as_data(tmp_path: Path) -> None:

@@ -213,6 +213,24 @@ def test_bad_records_are_skipped_listed_and_within_a_budget(tmp_path, tokenizer)
         prepare(make_recipe(tmp_path, source, on_bad_record="skip", max_bad_fraction=0.1), tokenizer, notice=said)
 
 
+def test_a_bad_instance_of_a_task_file_is_one_of_its_instances(tmp_path, tokenizer):
+    """Ninety-nine good ones stay, and the budget is a share of the hundred."""
+    source = tmp_path / "task.json"
+    instances = [{"input": f"question {n}", "output": ["a"] if n != 6 else [" "]} for n in range(100)]
+    source.write_text(json.dumps({"Definition": ["answer"], "Instances": instances}))
+    with pytest.raises(BadRecord, match=r"task\.json:1 \(byte 0\): instance 7: field 'output' is empty"):
+        prepare(make_recipe(tmp_path, source), tokenizer, notice=said)
+    told = []
+    skipping = {"on_bad_record": "skip", "eval_fraction": 0}
+    data = prepare(make_recipe(tmp_path, source, max_bad_fraction=0.01, **skipping), tokenizer, notice=told.append)
+    counts = data.report.sources[0]
+    assert (counts.records, counts.judged, counts.accepted, counts.rejected, len(data.train)) == (1, 100, 99, 1, 99)
+    assert "99 examples from 1 records, 1 bad" in told[0]
+    assert [(bad["line"], bad["reason"]) for bad in data.report.rejects] == [(1, "instance 7: field 'output' is empty")]
+    with pytest.raises(DataError, match="1 of 100 examples are bad"):
+        prepare(make_recipe(tmp_path, source, max_bad_fraction=0.009, **skipping), tokenizer, notice=said)
+
+
 @given(num=st.integers(0, 200), weight=st.sampled_from([0.1, 0.5, 1.0, 1.3, 2.0, 2.75]), key=st.integers(0, 99))
 def test_copies_are_exact(num, weight, key):
     copies = num_copies(num, weight, key)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import template_cases
 from preparing import byte_tokenizer, make_recipe, records, said, write_lines
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sft_dist.data import prepare as preparation
 from sft_dist.data import selection
@@ -33,6 +33,29 @@ def test_a_stop_text_of_several_tokens_is_told_with_the_remedy(
     found = [line for line in lines if "several tokens" in line]
     assert len(found) == is_told
     assert not found or found[0].endswith("or pass stop_strings=['<|end|>'] to generate")
+
+
+def test_what_the_tokenizer_cannot_spell_is_counted_and_told(tmp_path: Path, shared: Path) -> None:
+    """Baby Llama has no `_`: ChatML's marks and a name in the data become unknown tokens, and no model can stop."""
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models/babyllama_tok105")
+    told: dict[str, list[str]] = {}
+    plain = write_lines(tmp_path / "plain.jsonl", [{"instruction": "say it", "output": "it"}])
+    names = write_lines(tmp_path / "names.jsonl", [{"instruction": "a name", "output": "a_b_c"}])
+    own = tmp_path / "own.jinja"
+    own.write_text("{% for m in messages %}{{ m.role }} says {{ m.content }}{% endfor %}")
+    for template in ("chatml", str(own)):
+        told[template] = []
+        recipe = make_recipe(tmp_path, plain, names, chat_template=template, eval_fraction=0)
+        data = prepare(recipe, tokenizer, notice=told[template].append)
+        for example, source in zip(data.train, data.report.sources, strict=True):
+            assert source.unknown_tokens == (example.input_ids == tokenizer.unk_token_id).sum()
+    found = {name: [line for line in lines if "unknown one" in line] for name, lines in told.items()}
+    assert len(found["chatml"]) == 2
+    assert [line.partition(" tokens")[0] for line in found[str(own)]] == [f"warning: {names}: 2 of 39"]
+    assert not any("ends answers with" in line for line in told[str(own)])
+    (stop,) = (line for line in told["chatml"] if "ends answers with" in line)
+    assert "cannot spell (it makes '<|im<unk>end|>' of it): no model can write it" in stop
+    assert "stop_strings" not in stop
 
 
 ASKS_OTHERWISE = (

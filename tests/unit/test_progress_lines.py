@@ -90,7 +90,9 @@ def test_training_shows_three_examples_of_a_format_that_it_guessed(
         shown.append([line for line in told if "⟦" in line])
     assert [len(lines) for lines in shown] == [4 if given == "auto" else 0, 0]  # known now, they are not shown again
     for line in shown[0][1:]:
-        number = int(line.partition("a.jsonl:")[2].split()[0]) - 1
-        before = f"question {number}<|im_end|>⏎<|im_start|>assistant⏎"
+        number = int(line.partition("question ")[2].partition("<")[0])
+        before = f"<|im_start|>user⏎question {number}<|im_end|>⏎<|im_start|>assistant⏎"
         learned = f"answer long⏎long⏎long⏎long⏎lon…number {number}<|im_end|>"
-        assert line.endswith(f"…{before[-36:]}⟦{learned.partition('…')[0]}…{learned[-18:]}⟧") and len(line) < 110
+        row, _, text = line.removeprefix("  row ").partition("  ")
+        assert text == f"…{before[-56:]}⟦{learned.partition('…')[0]}…{learned[-18:]}⟧" and len(line) < 130
+        assert row.isdigit()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import resource
-import time
-from pathlib import Path
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
 
+import jinja2
 import pytest
+import template_bombs
 
 from sft_dist.data import render_budget
 from sft_dist.data.rendering import render
@@ -15,59 +18,33 @@ from sft_dist.errors import BadRecord
 from sft_dist.types import Conversation, Message
 
 TALK = Conversation((Message("user", "hello"), Message("assistant", "world")))
-SECONDS = 20.0  # a busy machine; each takes about two on a quiet one
-BYTES = 2 << 30
-
-BOMBS = {
-    "nested loops": "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
-    "a macro that calls itself twice": (
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}"
-    ),
-    "a constant times a number": "{{ 'a' * 200000000 }}",
-    "a message times a number": "{{ messages[0].content * 200000000 }}",
-    "a number times a text": "{{ 200000000 * 'a' }}",
-    "a list times a number": "{{ ([0] * 2000000000) | length }}",
-    "a doubled text": "{% set n = namespace(s='ab') %}{% for i in range(64) %}{% set n.s = n.s + n.s %}{% endfor %}",
-    "a joined text": "{% set n = namespace(s='ab') %}{% for i in range(64) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-    "a doubled list": "{% set n = namespace(l=[0]) %}{% for i in range(64) %}{% set n.l = n.l + n.l %}{% endfor %}",
-    "a replaced text": (
-        "{% set n = namespace(s='aa') %}{% for i in range(64) %}{% set n.s = n.s | replace('a', 'aa') %}{% endfor %}"
-    ),
-    "many long texts": (
-        "{% set n = namespace(l=[], s='a' * 1000000) %}"
-        "{% for i in range(9000) %}{% set n.l = n.l + [n.s ~ i] %}{% endfor %}"
-    ),
-    "a power": "{{ 9 ** 9 ** 9 }}",
-    "a wide number": "{{ '%999999999d' % 1 }}",
-    "a wide field": "{{ '{:>999999999}'.format('a') }}",
-    "a filter that centres": "{{ 'a' | center(999999999) }}",
-    "a filter that indents": "{{ 'a\nb' | indent(999999999) }}",
-    "a method that pads": "{{ messages[0].content.ljust(999999999) }}",
-    "indented JSON": "{{ messages | tojson(indent=999999999) }}",
-    "text out of nothing": "{{ lipsum(n=99999999) }}",
-}
+SECONDS = 20.0  # a busy machine; on a quiet one the dearest take less than three
+MIB = 512  # what a rendering may take
 
 
-@pytest.fixture
-def little_memory():
-    """No more than two GiB on top of what the process has."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
+@pytest.fixture(scope="module")
+def children() -> Iterator[subprocess.Popen[str]]:
+    """A small process that renders what it is told to, each in a child with limits."""
+    command = [sys.executable, template_bombs.__file__]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
 
 
-@pytest.mark.parametrize("name", BOMBS)
-def test_a_bomb_is_refused_soon_and_in_little_memory(name: str, little_memory: None) -> None:
-    started = time.process_time()
-    with pytest.raises(BadRecord, match="the chat template refuses the conversation"):
-        render(compile_template(BOMBS[name]), TALK, {})
-    assert time.process_time() - started < SECONDS
+@pytest.mark.parametrize("name", template_bombs.BOMBS)
+def test_a_bomb_is_refused_soon_and_in_little_memory(name: str, children: subprocess.Popen[str]) -> None:
+    assert children.stdin is not None and children.stdout is not None
+    print(json.dumps(template_bombs.BOMBS[name]), file=children.stdin, flush=True)
+    seconds, mib, refusal = json.loads(children.stdout.readline())
+    assert refusal is not None, "accepted"
+    assert refusal.startswith(("the chat template refuses the conversation: ", "data.chat_template: ")), refusal
+    assert seconds < SECONDS
+    assert mib < MIB
 
 
 def test_the_budget_is_whole_again_for_the_next_conversation() -> None:
-    bomb, plain = compile_template(BOMBS["nested loops"]), compile_template("{{ messages[0].content }}")
+    bomb, plain = compile_template(template_bombs.BOMBS["nested loops"]), compile_template("{{ messages[0].content }}")
     with pytest.raises(BadRecord, match="more than 5,000,000 steps"):
         render(bomb, TALK, {})
     assert render(plain, TALK, {}).text == "hello"
@@ -99,3 +76,27 @@ def test_a_long_conversation_fits() -> None:
     turns = tuple(Message("assistant" if n % 2 else "user", f"turn {n} " * 40) for n in range(2000))
     text = "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>\n{% endfor %}"
     assert len(render(compile_template(text), Conversation(turns), {}).text) > 500_000
+
+
+def test_what_real_templates_do_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop body as they have it leaves most of the budget, for about the longest conversation there may be."""
+    text = (
+        "{% for m in messages %}{% if m.role == 'user' and 'hello' in m.content %}{{ '<' + m.role + '>' }}"
+        "{% elif m.tool_calls is defined %}{% for c in m.tool_calls %}{{ c | tojson }}{% endfor %}"
+        "{% else %}{{ m.content | trim }}{% endif %}{% endfor %}"
+    )
+    turns = tuple(Message("assistant" if n % 2 else "user", f"hello {n}") for n in range(8000))
+    monkeypatch.setattr(render_budget, "MAX_STEPS", render_budget.MAX_STEPS // 8)
+    assert "hello 7998" not in render(compile_template(text), Conversation(turns), {}).text
+
+
+def test_lists_keep_what_they_were() -> None:
+    """Counted filters and operators give what Jinja's own do."""
+    text = (
+        "{{ [3, 1, 2] | sort | list }}{{ [[1], [2, 3]] | sum(start=[]) }}{{ [1, 2] | sum }}{{ (1, 2) + (3,) }}"
+        "{{ [1, 1, 2] | unique | list }}{{ [1, 2, 3] | batch(2, 0) | list }}{{ [1, 2, 3] | slice(2) | list }}"
+        "{{ 2 in [1, 2] }}{{ [1] == [1] }}{{ [1] < [2] < [3] }}{{ [1, 2, 3][1:] }}{{ 7 - 2 * 2 }}"
+        "{{ (1, 2) in {(1, 2): 1} }}"
+        "{{ ['a', 'b'] | map('upper') | join('-') }}{{ 'x\ny' | indent(2) }}{{ {'b': 1, 'a': 2} | dictsort }}"
+    )
+    assert render(compile_template(text), TALK, {}).text == jinja2.Environment().from_string(text).render()

@@ -207,15 +207,16 @@ def test_a_table_that_cannot_be_cut_into_rows_always_stops(tmp_path: Path, name:
     (tmp_path / "x.csv").write_bytes(data)
     with pytest.raises(BadRecord, match=reason) as caught:
         read(tmp_path / "x.csv", Rejects(policy))
-    assert caught.value.line == line
+    assert (caught.value.line, caught.value.byte) == (line, sum(map(len, data.splitlines(True)[: line - 1])))
 
 
 @pytest.mark.parametrize("settings", [{}, {"quotes": False}])
 def test_a_line_without_end_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
     monkeypatch.setattr(tables, "MAX_LINE_BYTES", 64)
     (tmp_path / "x.csv").write_bytes(b"a\n" + b"x" * 1000)
-    with pytest.raises(BadRecord, match="line longer than"):
+    with pytest.raises(BadRecord, match="line longer than") as caught:
         read(tmp_path / "x.csv", Rejects("skip"), **settings)
+    assert (caught.value.line, caught.value.byte) == (2, 2)
     (tmp_path / "x.csv").write_bytes(b'a\n"' + b"x\n" * 1000)
     with pytest.raises(BadRecord, match="field larger than field limit"):
         read(tmp_path / "x.csv", Rejects("skip"))
@@ -253,6 +254,43 @@ def test_a_bad_cell_of_a_typed_table_spoils_its_row_alone(tmp_path: Path) -> Non
     assert [one.line for one in rejects.records] == [2, 3]
     assert "utf-8" in rejects.records[0].reason
     assert rejects.records[1].reason == "NUL character in a string"
+
+
+def written(table: pa.Table, path: Path) -> Path:
+    """`table` as an Arrow file or as Parquet, by the name."""
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
+def test_a_date_that_python_does_not_know_spoils_its_row_alone(tmp_path: Path, name: str) -> None:
+    """Seconds beyond the year 9999, in a column that nobody asks for."""
+    when = pa.array([0, 1 << 50, 1, -(1 << 50)], pa.timestamp("ms" if name == "x.parquet" else "s"))
+    rejects = Rejects("skip")
+    path = written(pa.table({"text": list("abcd"), "when": when}), tmp_path / name)
+    assert [(record.line, record.value["text"]) for record in read(path, rejects)] == [(1, "a"), (3, "c")]
+    assert [one.line for one in rejects.records] == [2, 4]
+    assert all("the cell of column 'when' cannot be read" in one.reason for one in rejects.records)
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
+def test_two_columns_of_one_name_are_refused(tmp_path: Path, name: str, policy: Any) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["text", "id", "text"])
+    with pytest.raises(BadRecord, match=r":1 .*two columns are called 'text': rename one"):
+        read(written(table, tmp_path / name), Rejects(policy))
+
+
+def test_keys_of_maps_are_text(tmp_path: Path) -> None:
+    maps = pa.array([[(1, "a\0"), (2, "b")], [(3, "c")]], pa.map_(pa.int32(), pa.string()))
+    rejects = Rejects("skip")
+    found = read(written(pa.table({"m": maps}), tmp_path / "x.parquet"), rejects)
+    assert [record.value for record in found] == [{"m": {"3": "c"}}]
+    assert [one.reason for one in rejects.records] == ["NUL character in a string"]
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "stream.arrow", "file.arrow"])
