@@ -98,15 +98,19 @@ def _bar(count: int, most: int, width: int) -> str:
 
 
 def _split_table(report: PrepareReport) -> Table:
+    """A column for each split: there are three at most, so that the numbers of large ones have room."""
     table = Table(
         box=box.SIMPLE, title=f"\nrendered with {report.template}, data.seq_len={report.seq_len}", title_justify="left"
     )
-    table.add_column("split")
-    for name in ("examples", "tokens", "learned", "min", "mean", "p50", "p90", "p99", "max"):
+    table.add_column("")
+    for name in report.splits:
         table.add_column(name, justify="right")
-    for name, split in report.splits.items():
-        lengths = [f"{split.lengths[key]:,.0f}" for key in ("min", "mean", "p50", "p90", "p99", "max")]
-        table.add_row(name, f"{split.examples:,}", f"{split.tokens:,}", f"{split.supervised_share:.1%}", *lengths)
+    splits = report.splits.values()
+    table.add_row("examples", *(f"{split.examples:,}" for split in splits))
+    table.add_row("tokens", *(f"{split.tokens:,}" for split in splits))
+    table.add_row("supervised", *(f"{split.supervised_share:.1%}" for split in splits))
+    for key in ("min", "mean", "p50", "p90", "p99", "max"):
+        table.add_row(f"length, {key}", *(f"{split.lengths[key]:,.0f}" for split in splits))
     return table
 
 

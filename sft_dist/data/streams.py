@@ -39,20 +39,8 @@ def open_stream(
     store = StreamStore(job.folder, [source.path for source in job.sources], writer, alive)
     if not len(store):
         store.close()
-        raise DataError(_nothing_to_train(store, recipe))
+        raise DataError(PrepareReport.from_dict(store.report()).nothing_to_train())
     return store
-
-
-def _nothing_to_train(store: StreamStore, recipe: Recipe) -> str:
-    sources = PrepareReport.from_dict(store.report()).sources
-    if not any(source.records for source in sources):
-        return f"data.sources: 0 records in {', '.join(source.path for source in sources)}: the files are empty"
-    score, counts = recipe.data.filters.score, "; ".join(source.describe() for source in sources)
-    lower = f"lower data.filters.score.min={score.min:g}, " if score else ""
-    return (
-        f"data.sources: 0 trainable examples ({counts}): {lower}raise data.seq_len={recipe.data.seq_len}, set "
-        "data.long_examples=truncate or check data.loss_on"
-    )
 
 
 def stream_job(recipe: Recipe, rules: Rules, rules_digest: str) -> StreamJob:

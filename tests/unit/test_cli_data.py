@@ -4,15 +4,19 @@ import json
 import re
 import shutil
 from contextlib import ExitStack
+from io import StringIO
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from sft_dist.cli import progress
+from sft_dist.cli.data_stats import show_report
 from sft_dist.cli.main import main
 from sft_dist.data import cache
+from sft_dist.data.report import PrepareReport, SplitReport
 from sft_dist.data.stream_store import StreamStore
 from sft_dist.errors import EXIT_USAGE
 from sft_dist.observe.progress_lines import ProgressLines
@@ -186,6 +190,16 @@ def test_stats_survey_what_was_stored(recipe, capsys):
         assert text in shown
 
 
+def test_the_numbers_of_a_large_store_are_whole_in_80_columns():
+    lengths = dict.fromkeys(["min", "mean", "p50", "p90", "p99", "max"], 131_072.0)
+    split = SplitReport(123_456_789, 98_765_432_100, 9, 0.5, lengths, {"edges": [0, 200_000], "counts": [9]})
+    console = Console(file=StringIO(), width=80)
+    show_report(console, PrepareReport("chatml", 131_072, splits=dict.fromkeys(["train", "eval", "test"], split)))
+    shown = console.file.getvalue()
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
+    assert re.search(r"tokens( +98,765,432,100){3}", shown) and re.search(r"length, p99( +131,072){3}", shown)
+
+
 def test_stats_write_a_page(recipe, capsys, tmp_path):
     with open(tmp_path / "a.jsonl", "a") as file:
         file.write('{"instruction": "Write <script>alert(1)</script>", "output": "<b>"}\n')
@@ -213,8 +227,12 @@ def test_plan_reports_steps_efficiency_and_balance(recipe, capsys):
     assert f"{value['padding_per_epoch']:,} are padding" in " ".join(shown.split())
 
 
-def test_nothing_to_train_exits_65_with_the_counts(recipe, capsys):
-    assert main(["data", "stats", recipe, "data.seq_len=8", "batch.tokens_per_step=auto"]) == 65
+STREAMED = ["data.sources.0.streaming=true", "data.eval_fraction=0", "optim.max_steps=2", "data.workers=0"]
+
+
+@pytest.mark.parametrize("settings", [[], STREAMED], ids=["whole", "streamed"])
+def test_nothing_to_train_exits_65_with_the_counts(recipe, capsys, settings):
+    assert main(["data", "prepare", recipe, "data.seq_len=8", "batch.tokens_per_micro_batch=8", *settings]) == 65
     assert "0 trainable examples of 40 records (40 longer than data.seq_len=8" in capsys.readouterr().err
 
 
@@ -271,8 +289,7 @@ def test_where_there_is_no_terminal_lines_tell_how_far_it_is(recipe, capsys, slo
 def test_the_first_window_of_a_stream_is_told_as_it_is_read(recipe, capsys, slow, monkeypatch):
     chunks = count()
     monkeypatch.setattr(StreamStore, "_progress", lambda self: b"1 %d %d" % ((n := next(chunks)), 1000 * n))
-    streamed = ["data.sources.0.streaming=true", "data.eval_fraction=0", "optim.max_steps=2", "data.workers=0"]
-    assert main(["data", "prepare", recipe, "--json", *streamed]) == 0
+    assert main(["data", "prepare", recipe, "--json", *STREAMED]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["sources"][0]["records"] == 40
     assert "reading the stream: 1,000 records, " in err

@@ -302,7 +302,10 @@ def test_segments_are_stores_with_proven_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([row | {"score": 1.0} for row in records(40)], r"0 trainable .*0 of 40 records used, 40 below .*: lower data"),
+        (
+            [row | {"score": 1.0} for row in records(40)],
+            r"of 40 records \(40 left out by data.filters.score\); lower its min",
+        ),
         ([], r"0 records in \S+a\.jsonl: the files are empty"),
     ],
     ids=["score", "empty"],
