@@ -57,6 +57,11 @@ class BadRecord(DataError):
         self.reason, self.file, self.line, self.byte = reason, file, line, byte
         super().__init__(f"{file}:{line} (byte {byte}): {reason}" if file else reason)
 
+    def stopping(self) -> BadRecord:
+        """This record as the end of a preparation, with the way out."""
+        reason = f"{self.reason}; mend it, or go on without such records: data.on_bad_record=skip"
+        return BadRecord(reason, file=self.file, line=self.line, byte=self.byte)
+
 
 class CheckpointError(SftError):
     """A checkpoint is missing, altered, or belongs to another run."""

@@ -191,7 +191,7 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
         )
         rows = [*header_rows(parts, job.attempt), ("layout", prove_layout(parts)), ("rehearsal", fitted.told)]
         done = resume(parts, job, manager)
-        job.open_records(inputs.recipe, parts.fingerprint, inputs.data.report_now().as_dict(), rows)
+        job.open_records(inputs.recipe, parts.fingerprint, inputs.data.report_now().shown(), rows)
         dist.barrier()
         num_steps = parts.train.plan.num_steps
         if num_steps < FEW_STEPS:
@@ -211,7 +211,7 @@ def train(inputs: Inputs, job: Job, place: Runtime) -> int:
         saver.close()
         job.console.stop()
         if inputs.recipe.data.streams:
-            job.write_report(inputs.data.report_now().as_dict())
+            job.write_report(inputs.data.report_now().shown())
         job.beat(num_steps, "finish")
         return conclude(parts, job, manager) if finished else pause(parts, job)
     finally:

@@ -66,7 +66,7 @@ def prepare_them(args: argparse.Namespace) -> int:
 
     recipe, tokenizer, data = _prepared(args)
     if args.json:
-        print(json.dumps({"folder": str(data.folder), **data.report_now().as_dict()}, indent=2, ensure_ascii=False))
+        print(json.dumps({"folder": str(data.folder), **data.report_now().shown()}, indent=2, ensure_ascii=False))
         return EXIT_DONE
     console = _console()
     for line in data.report_now().lines():
@@ -82,7 +82,7 @@ def inspect_them(args: argparse.Namespace) -> int:
     from sft_dist.cli.data_views import show_examples, show_packs, views_of
 
     recipe, tokenizer, data = _prepared(args)
-    _tell_all(data.report.notices)
+    _tell_all(data.report.told())
     store = getattr(data, args.split)
     if store is None:
         raise ConfigError(f"--split {args.split}: this recipe has no such split; raise data.{args.split}_fraction")
@@ -123,7 +123,7 @@ def count_them(args: argparse.Namespace) -> int:
     elif args.html:
         from sft_dist.observe.data_page import render
 
-        _write(args.html, render(recipe.run.name, data.report.as_dict(), found.as_dict()))
+        _write(args.html, render(recipe.run.name, data.report.shown(), found.as_dict()))
     else:
         show_report(_console(), data.report)
         show_survey(_console(), found)
@@ -135,7 +135,7 @@ def plan_them(args: argparse.Namespace) -> int:
     from sft_dist.data.planning import train_plan
 
     recipe, _, data = _prepared(args)
-    _tell_all(data.report.notices)
+    _tell_all(data.report.told())
     if data.indexed is None:
         raise ConfigError(
             "data.sources are streamed and planned as they are read: `data inspect --step N` shows a step, and the "

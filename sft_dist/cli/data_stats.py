@@ -37,7 +37,7 @@ def show_report(console: Console, report: PrepareReport) -> None:
     rejects = (f"{bad['file']}:{bad['line']} (byte {bad['byte']}): {bad['reason']}" for bad in report.rejects)
     _list(console, "bad records", list(rejects))
     _list(console, "dropped", [f"{row['id']}: {row['reason']}" for row in report.dropped])
-    _list(console, "notices", report.notices)
+    _list(console, "notices", report.told())
 
 
 def show_survey(console: Console, survey: Survey) -> None:
@@ -78,7 +78,7 @@ def show_survey(console: Console, survey: Survey) -> None:
 
 
 def as_json(report: PrepareReport, survey: Survey) -> str:
-    return json.dumps(report.as_dict() | {"survey": survey.as_dict()}, indent=2, ensure_ascii=False)
+    return json.dumps(report.shown() | {"survey": survey.as_dict()}, indent=2, ensure_ascii=False)
 
 
 def bars(histogram: dict[str, list[int]], width: int = _BAR) -> list[str]:

@@ -277,7 +277,7 @@ class _Preparation:
         shard = self._cache.shard(chunk)
         bad = bad_records(chunk, shard)
         if bad and self._recipe.data.on_bad_record == "stop":
-            raise bad[0]
+            raise bad[0].stopping()
         for one in bad:
             self._report.reject(one, counts, rejects)
         for event in shard.events:

@@ -59,7 +59,7 @@ class Rejects:
     def reject(self, bad: BadRecord) -> tuple[Pause, ...]:
         """Raise `bad` under `stop`, list it under `skip`. What the reader yields in its place: nothing, or a pause."""
         if self.policy == "stop":
-            raise bad
+            raise bad.stopping()
         if (bad.line, bad.byte) <= self._taken:
             return ()
         self.records.append(bad)

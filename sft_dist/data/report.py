@@ -253,8 +253,15 @@ class PrepareReport:
     def lines(self) -> list[str]:
         """What a user reads at the start of a run."""
         splits = [f"{name}: {split.describe()}" for name, split in self.splits.items()]
-        told = [line for source in self.sources for line in (source.describe(), *source.warnings())]
-        return [*told, *splits, *self.notices]
+        return [*(source.describe() for source in self.sources), *splits, *self.told()]
+
+    def told(self) -> list[str]:
+        """What a user should know beside the counts: warnings of the sources, and notices."""
+        return [*(line for source in self.sources for line in source.warnings()), *self.notices]
+
+    def shown(self) -> dict[str, Any]:
+        """`as_dict` for whoever reads it: the warnings of the sources are among the notices."""
+        return self.as_dict() | {"notices": self.told()}
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able; what follows from the counts of each source included."""

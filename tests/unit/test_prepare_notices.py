@@ -49,6 +49,7 @@ def test_what_the_tokenizer_cannot_spell_is_counted_and_told(tmp_path: Path, sha
         data = prepare(recipe, tokenizer, notice=told[template].append)
         for example, source in zip(data.train, data.report.sources, strict=True):
             assert source.unknown_tokens == (example.input_ids == tokenizer.unk_token_id).sum()
+        assert sum("unknown one" in line for line in data.report.told()) == 2 - (template != "chatml")
     found = {name: [line for line in lines if "unknown one" in line] for name, lines in told.items()}
     assert len(found["chatml"]) == 2
     assert [line.partition(" tokens")[0] for line in found[str(own)]] == [f"warning: {names}: 2 of 39"]
