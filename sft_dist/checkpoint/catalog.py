@@ -47,12 +47,14 @@ def set_aside(run_dir: str | Path) -> list[Path]:
 def open_to_all(run_dir: str | Path) -> Path | None:
     """The first folder or file of the committed state that anyone on the machine may change or replace; None if none.
 
-    The sticky bit on a folder is no help: it keeps others from replacing what is in it, not from adding a checkpoint.
+    The sticky bit keeps others from replacing what is in a folder: enough for the run's, not where a checkpoint may be
+    added.
     """
     tops = (Path(run_dir), Path(run_dir) / FOLDER_NAME)
     for path in (*tops, *(inner for folder in folders(run_dir) for inner in (folder, *folder.iterdir()))):
         mode = path.lstat().st_mode
-        if mode & stat.S_IWOTH and not stat.S_ISLNK(mode):
+        is_kept = path == tops[0] and mode & stat.S_ISVTX
+        if mode & stat.S_IWOTH and not is_kept and not stat.S_ISLNK(mode):
             return path
     return None
 

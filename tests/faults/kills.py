@@ -38,7 +38,7 @@ from sft_dist import train
 from sft_dist.checkpoint import manager, shards
 from sft_dist.checkpoint.catalog import folders
 from sft_dist.checkpoint.manager import FAIL_POINTS, CheckpointManager
-from sft_dist.checkpoint.manifest import read_manifest
+from sft_dist.checkpoint.manifest import RUN_KEY, read_manifest
 from sft_dist.resilience.heartbeat import Heart
 
 MATRIX = tuple(
@@ -236,7 +236,7 @@ def state(folder: Path) -> dict[str, Any]:
     shards = {path.name: path.read_bytes() for path in folder.glob("shard-*")}
     sizes = {name: 8 + int.from_bytes(data[:8], "little") for name, data in shards.items()}
     found = {name: (json.loads(data[8 : sizes[name]]), data[sizes[name] :]) for name, data in shards.items()}
-    return found | {"meta": read_manifest(folder).meta}
+    return found | {"meta": {**read_manifest(folder).meta, RUN_KEY: None}}  # drawn for each run
 
 
 def ended_by_a_kill(attempt: Path) -> bool:
