@@ -21,6 +21,7 @@ from preparing import byte_tokenizer
 
 from sft_dist.config.schema import SourceSection
 from sft_dist.data.formats import _SIGNATURES
+from sft_dist.data.plain_tokenizer import PlainTokenizer
 from sft_dist.data.records import Record
 from sft_dist.data.templates import ChatTemplate, resolve_template
 from sft_dist.data.tokenise import Rules, Shard, tokenise
@@ -149,7 +150,8 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> str:
 def rules(template: str) -> Rules:
     tokenizer = byte_tokenizer()
     given = ChatTemplate(template, PLAIN) if template == "plain" else resolve_template(template, tokenizer)
-    return Rules(tokenizer, given, loss_on="assistant", prompt_loss_weight=0.5, seq_len=4096, long_examples="drop")
+    plain = PlainTokenizer.of(tokenizer)
+    return Rules(plain, given, loss_on="assistant", prompt_loss_weight=0.5, seq_len=4096, long_examples="drop")
 
 
 def tokenised(values: list[dict[str, Any]], format: str, forms: str, how: str, template: str) -> Shard:
