@@ -114,14 +114,13 @@ def loop(parts: Parts, job: Job, saver: BackgroundSaver, done: Position) -> bool
     recipe, num_steps = parts.recipe, parts.train.plan.num_steps
     patience = recipe.eval.early_stopping
     evaluate_every = cadence(recipe.eval.every_steps, num_steps, parts=5)
-    wished = recipe.checkpoint.every_steps
-    save_every = evaluate_every if patience else num_steps if wished == "auto" else wished
+    save_every = evaluate_every if patience else cadence(recipe.checkpoint.every_steps, num_steps, parts=1)
     log_every = cadence(recipe.log.every_steps, num_steps, parts=20)
     stop_after = recipe.optim.stop_after_step or num_steps
     losses = broadcast_json([x["eval_loss"] for x in read_metrics(job.run_dir) if x["kind"] == "eval"])
     first, audit_every = done.step + 1, recipe.resilience.audit_every
     at_start = baseline(parts.engine) if audit_every else None
-    unsaved = Unsaved() if parts.place.is_main and wished == "auto" else None  # rank 0's clock decides for all
+    unsaved = Unsaved(asks=parts.place.is_main and recipe.checkpoint.every_steps == "auto")  # rank 0's for all
     job.console.start(done.step, num_steps)
     for step in range(first, num_steps + 1):
         if patience and rises(losses, patience):
@@ -145,7 +144,7 @@ def loop(parts: Parts, job: Job, saver: BackgroundSaver, done: Position) -> bool
             device=parts.place.device,
             stop=bool(job.stop),
             written=saver.is_written,
-            overdue=unsaved is not None and unsaved.is_due(saver.slowest_seconds),
+            overdue=unsaved.is_due(saver.slowest_seconds),
             may_update=saver.wait_for_copy,
         )
         if result.written:
@@ -163,8 +162,7 @@ def loop(parts: Parts, job: Job, saver: BackgroundSaver, done: Position) -> bool
             losses += milestones.evaluate(parts, step, job.run_dir, job.log)
         if is_last or stopping or step % save_every == 0 or result.overdue:
             job.beat(step, "save")
-            if unsaved:
-                unsaved.begin_anew()
+            unsaved.begin_anew()
             leaves = is_last or stopping
             milestones.save(parts, saver, done, job.run_dir, may_fail=not leaves)
         if stopping and not is_last:

@@ -70,6 +70,8 @@ def _definition(value: Value, key: str) -> str:
 
 def _instances(value: Value, key: str) -> list[Any]:
     instances = value.get(key)
-    if not isinstance(instances, list) or not instances:
-        raise BadRecord(f"field {key!r} must be a list of instances, it is {kind_of(instances or None)}")
+    if not isinstance(instances, list):
+        raise BadRecord(f"field {key!r} must be a list of instances, it is {kind_of(instances)}")
+    if not instances:
+        raise BadRecord(f"field {key!r} is empty")
     return instances

@@ -12,10 +12,13 @@ STEPS_TO_COMMIT = 2  # the one in which the writing ends, and the next one, whos
 
 
 class Unsaved:
-    """How long nothing has been saved. A save comes behind a step, so it has to be decided before that step."""
+    """How long nothing has been saved. A save comes behind a step, so it has to be decided before that step.
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self._now = now
+    One that never `asks` for a save leaves them to the steps, or to another rank.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic, *, asks: bool = True) -> None:
+        self._now, self._asks = now, asks
         self._saved = self._asked = now()
 
     def is_due(self, save_seconds: float) -> bool:
@@ -32,7 +35,7 @@ class Unsaved:
         behind_it = now + step_seconds - self._saved
         until_there = STEPS_TO_COMMIT * step_seconds + min(save_seconds, LONGEST_SECONDS / 2)
         is_worth_it = behind_it >= max(SHORTEST_SECONDS, SAVES_APART * save_seconds)
-        return is_worth_it or behind_it + step_seconds + until_there > LONGEST_SECONDS
+        return self._asks and (is_worth_it or behind_it + step_seconds + until_there > LONGEST_SECONDS)
 
     def begin_anew(self) -> None:
         """A save has begun."""

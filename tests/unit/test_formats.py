@@ -135,7 +135,12 @@ REFUSED = {
     "output-list": ("alpaca", {"instruction": "q", "output": ["a"]}, "'output' must be text, it is an array"),
     "number-answer": ("question_answer", {"question": "q", "answer": 3}, "must be text, it is a number"),
     "empty-rationale": ("chain_of_thought", {"question": "q", "answer": "a", "rationale": ""}, "'rationale' is empty"),
-    "no-instances": ("self_instruct", {"instruction": "q", "instances": []}, "'instances' must be a list of instances"),
+    "no-instances": ("self_instruct", {"instruction": "q", "instances": []}, "'instances' is empty"),
+    "instances-null": (
+        "self_instruct",
+        {"instruction": "q", "instances": None},
+        "'instances' must be a list of instances",
+    ),
     "instance-text": ("self_instruct", {"instruction": "q", "instances": ["a"]}, "an instance must be an object"),
     "instance-empty": (
         "self_instruct",

@@ -38,6 +38,17 @@ def test_the_command_is_sorted_and_ends_with_script_and_folder(tmp_path: Path, m
     assert shlex.split(shlex.join(words)) == words
 
 
+def test_a_named_interface_reaches_the_workers_of_slurm_and_ssh() -> None:
+    named = {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "ib0"}
+    given = recipe("cluster.interface=ib0")
+    assert {f"{name}={value}" for name, value in named.items()} <= set(files_of(given, "one")["job.env"].splitlines())
+    assert named.items() <= ssh.ssh_environment(given, {}).items()
+    assert not named.keys() & ssh.ssh_environment(recipe(), {}).keys()
+    for bad in ("../x", "a b", "interface-with-a-long-name"):
+        with pytest.raises(ConfigError, match=r"cluster\.interface"):
+            recipe(f"cluster.interface={bad}")
+
+
 @pytest.mark.parametrize(
     ("setting", "flag"),
     [

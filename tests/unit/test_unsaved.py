@@ -72,3 +72,10 @@ def test_steps_as_long_as_the_limit_are_each_saved() -> None:
 
 def test_saves_that_take_longer_than_there_is_time_are_not_begun_all_the_time() -> None:
     assert min(run(over(10.0), 3600.0)[0]) > LONGEST_SECONDS / 3
+
+
+def test_one_that_does_not_ask_is_never_due() -> None:
+    now = 0.0
+    silent, asking = Unsaved(lambda: now, asks=False), Unsaved(lambda: now)
+    now = 10 * LONGEST_SECONDS
+    assert asking.is_due(1.0) and not silent.is_due(1.0)

@@ -91,3 +91,18 @@ def test_ssh_sh_refuses_names_that_are_none(tmp_path: Path) -> None:
         command = ["bash", str(WORKER.with_name("ssh.sh")), str(hosts), "r.yaml"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and said in done.stderr
+
+
+def test_ssh_sh_hands_the_interface_on_and_shows_nobody_the_secret(tmp_path: Path) -> None:
+    """The remote command line is on show on both machines; what a stranger would need is not in it."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("n1\nn2\n")
+    env = {"PATH": os.environ["PATH"], "SFT_SSH": "echo", "GLOO_SOCKET_IFNAME": "ib0"}
+    command = ["bash", str(WORKER.with_name("ssh.sh")), str(hosts), "r.yaml"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == 2, done.stderr
+    for number, line in enumerate(sorted(lines)):
+        assert line.startswith(f"n{number + 1} ") and f" SFT_NODE_RANK={number} " in line
+        assert " GLOO_SOCKET_IFNAME=ib0 " in line and "SFT_RUN_SECRET" not in line
+        assert 20000 <= int(line.partition(" MASTER_PORT=")[2].split()[0]) < 30000
